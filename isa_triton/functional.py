@@ -1,0 +1,134 @@
+"""The only door to attention over a partition: check the arguments, choose a backend."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .partition import Partition
+
+_BACKENDS = ("auto", "eager")
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def partitioned_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    partition: Partition,
+    *,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Softmax attention among the tokens of every group of a feature map, without moving a pixel.
+
+    ``out = softmax(scale * q k^T + bias) v`` inside each group (Huang et al., arXiv 1907.12273, equations 1-3 with the
+    permutations left out). Tokens of a group that lie outside the map do not exist: they are never attended.
+
+    Args:
+        q, k: [B, H, W, heads, K], any strides; fp16, bf16, fp32 or fp64.
+        v: [B, H, W, heads, V], same dtype and device; V may differ from K.
+        partition: which pixels attend which, for maps of H x W.
+        bias: [heads, tokens, tokens], added to the scores; tokens outside the map have their rows and columns too.
+        scale: factor of the scores; default K**-0.5.
+        backend: "auto", "triton" or "eager" (PyTorch, any device).
+
+    Returns:
+        [B, H, W, heads, V], contiguous, dtype of q. Differentiable with respect to q, k, v and bias, to any order.
+
+    Raises:
+        TypeError: an argument of the wrong kind or dtype.
+        ValueError: shapes or devices that do not fit together, or an unknown backend.
+
+    >>> q = k = v = torch.randn(1, 16, 24, 1, 32)
+    >>> partitioned_attention(q, k, v, Partition.interlaced((16, 24), stride=(8, 8))).shape
+    torch.Size([1, 16, 24, 1, 32])
+    """
+    return _attention(q, k, v, partition, bias, scale, backend, with_lse=False)[0]
+
+
+def partitioned_attention_with_lse(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    partition: Partition,
+    *,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """As `partitioned_attention`, with the log-sum-exp of every pixel's scores.
+
+    Returns:
+        out as above, and lse [B, H, W, heads], natural logarithm, fp32 (fp64 for fp64 inputs), differentiable too.
+        Attention over two disjoint sets of keys merges by it: weights ``softmax([lse_1, lse_2])``.
+
+    >>> q = k = v = torch.randn(1, 16, 24, 1, 32)
+    >>> partitioned_attention_with_lse(q, k, v, Partition.local((16, 24), window=(8, 8)))[1].shape
+    torch.Size([1, 16, 24, 1])
+    """
+    return _attention(q, k, v, partition, bias, scale, backend, with_lse=True)
+
+
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    partition: Partition,
+    bias: Tensor | None,
+    scale: float | None,
+    backend: str,
+    with_lse: bool,
+) -> tuple[Tensor, Tensor]:
+    if backend not in _BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(map(repr, _BACKENDS))}, got {backend!r}")
+    if not isinstance(partition, Partition):
+        raise TypeError(f"partition must be a Partition, got {type(partition).__name__}")
+    tensors = {"q": q, "k": k, "v": v} | ({} if bias is None else {"bias": bias})
+    _check_kinds(tensors)
+    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(q.device.type)
+        tensors = {name: x.to(dtype) for name, x in tensors.items()}
+    _check_fit(tensors, partition)
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
+    elif not isinstance(scale, (int, float)) or not math.isfinite(scale):
+        raise TypeError(f"scale must be a finite number or None, got {scale!r}")
+    q, k, v = tensors["q"], tensors["k"], tensors["v"]
+    return ops.attention(q, k, v, tensors.get("bias"), float(scale), partition, with_lse)
+
+
+def _check_kinds(tensors: dict[str, Tensor]) -> None:
+    for name, x in tensors.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+        if x.dtype not in _DTYPES:
+            raise TypeError(f"{name} must be one of {', '.join(map(str, _DTYPES))}, got {x.dtype}")
+        dims = ("heads, tokens, tokens") if name == "bias" else ("B, H, W, heads, width")
+        if x.dim() != dims.count(",") + 1:
+            raise ValueError(f"{name} must be [{dims}], got shape {tuple(x.shape)}")
+
+
+def _check_fit(tensors: dict[str, Tensor], partition: Partition) -> None:
+    q, k, v = tensors["q"], tensors["k"], tensors["v"]
+    for name, x in tensors.items():
+        if x.dtype != q.dtype:
+            raise TypeError(f"{name} must have the dtype of q, {q.dtype}, got {x.dtype}")
+        if x.device != q.device:
+            raise ValueError(f"{name} must be on the device of q, {q.device}, got {x.device}")
+    if q.shape[-1] < 1:
+        raise ValueError(f"q must have a width of at least 1, got shape {tuple(q.shape)}")
+    if k.shape != q.shape:
+        raise ValueError(f"k must have the shape of q, {tuple(q.shape)}, got {tuple(k.shape)}")
+    if v.shape[:-1] != q.shape[:-1]:
+        raise ValueError(f"v must be {[*q.shape[:-1], 'V']} as q is, got {tuple(v.shape)}")
+    if tuple(q.shape[1:3]) != partition.size:
+        raise ValueError(f"partition is for maps of {partition.size}, but q is {tuple(q.shape)}, a map of {tuple(q.shape[1:3])}")
+    if "bias" in tensors:
+        expected = (q.shape[3], partition.tokens, partition.tokens)
+        if tuple(tensors["bias"].shape) != expected:
+            raise ValueError(f"bias must be [heads, tokens, tokens] = {expected}, got {tuple(tensors['bias'].shape)}")

@@ -1,0 +1,230 @@
+"""What PyTorch sees: opaque operators, and autograd Functions that know every derivative.
+
+`attention` is differentiable to any order, in reverse and forward mode, and accepts torch.func, torch.compile and
+torch.export. First derivatives run the backend's own code; anything higher goes through `eager.plain`. Arguments were
+checked by `functional`; shapes are those of `eager`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import eager
+from .partition import Axis, Partition
+
+Tensors = tuple[Tensor, ...]
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, partition: Partition, with_lse: bool
+) -> tuple[Tensor, Tensor]:
+    """out and lse (empty unless `with_lse`), differentiable with respect to q, k, v and bias."""
+    return _function(_Attention).apply(q, k, v, bias, scale, partition, with_lse)  # type: ignore[no-any-return]
+
+
+# -- operators: what a compiler keeps in its graph instead of the loop over chunks -------------------------------------
+
+_library = torch.library.Library("isa_triton", "DEF")
+_library.define(
+    "eager_forward(Tensor q, Tensor k, Tensor v, Tensor? bias, float scale, SymInt[] h, SymInt[] w, bool with_lse)"
+    " -> (Tensor, Tensor)"
+)
+_library.define(
+    "eager_backward(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor do, Tensor? dlse, float scale,"
+    " SymInt[] h, SymInt[] w) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+@torch.library.impl(_library, "eager_forward", "CompositeExplicitAutograd")
+def _eager_forward(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, h: list[int], w: list[int], with_lse: bool
+) -> tuple[Tensor, Tensor]:
+    return eager.forward(q, k, v, bias, scale, Partition(Axis(*h), Axis(*w)), with_lse)
+
+
+@torch.library.impl(_library, "eager_backward", "CompositeExplicitAutograd")
+def _eager_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    do: Tensor,
+    dlse: Tensor | None,
+    scale: float,
+    h: list[int],
+    w: list[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return eager.backward(q, k, v, bias, do, dlse, scale, Partition(Axis(*h), Axis(*w)))
+
+
+@torch.library.register_fake("isa_triton::eager_forward", lib=_library)
+def _fake_forward(q: Tensor, k: Tensor, v: Tensor, bias: Any, scale: Any, h: Any, w: Any, with_lse: bool) -> Tensors:
+    return eager.empty_outputs(q, v, with_lse)
+
+
+@torch.library.register_fake("isa_triton::eager_backward", lib=_library)
+def _fake_backward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *_: Any) -> Tensors:
+    return eager.empty_gradients(q, k, v, bias)
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, bias: Any, scale: float, partition: Partition, with_lse: bool) -> Tensors:
+    if torch.compiler.is_compiling():
+        return torch.ops.isa_triton.eager_forward.default(q, k, v, bias, scale, *map(list, partition), with_lse)
+    return eager.forward(q, k, v, bias, scale, partition, with_lse)
+
+
+def _backward(
+    q: Tensor, k: Tensor, v: Tensor, bias: Any, do: Tensor, dlse: Any, scale: float, partition: Partition
+) -> Tensors:
+    if torch.compiler.is_compiling():
+        return torch.ops.isa_triton.eager_backward.default(q, k, v, bias, do, dlse, scale, *map(list, partition))
+    return eager.backward(q, k, v, bias, do, dlse, scale, partition)
+
+
+# -- derivatives -------------------------------------------------------------------------------------------------------
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, partition: Partition, with_lse: bool
+    ) -> Tensors:
+        return _forward(q, k, v, bias, scale, partition, with_lse)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
+        *tensors, ctx.scale, ctx.partition, ctx.with_lse = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+        ctx.set_materialize_grads(False)
+        if not ctx.with_lse:
+            ctx.mark_non_differentiable(output[1])
+
+    @staticmethod
+    def backward(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
+        q, k, v, bias = ctx.saved_tensors
+        do = q.new_zeros(v.shape) if do is None else do
+        dlse = dlse if ctx.with_lse else None  # a compiler passes zeros where autograd passes None
+        dq, dk, dv, dbias = _function(_AttentionBackward).apply(q, k, v, bias, do, dlse, ctx.scale, ctx.partition)
+        return dq, dk, dv, None if bias is None else dbias, None, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, q: Tensor, k: Tensor, v: Tensor, bias: Any, *rest: Any) -> tuple[Any, Any]:
+        n = info.batch_size
+        q, k, v = (_fold(x, dim, n, heads=3) for x, dim in zip((q, k, v), in_dims, strict=False))
+        out, lse = _function(_Attention).apply(q, k, v, _fold(bias, in_dims[3], n, heads=0), *rest)
+        with_lse = rest[-1]
+        return (_unfold(out, n, heads=3), _unfold(lse, n, heads=3) if with_lse else lse), (3, 3 if with_lse else None)
+
+
+class _AttentionBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias: Tensor | None,
+        do: Tensor,
+        dlse: Tensor | None,
+        scale: float,
+        partition: Partition,
+    ) -> Tensors:
+        return _backward(q, k, v, bias, do, dlse, scale, partition)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
+        *tensors, ctx.scale, ctx.partition = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+
+    @staticmethod
+    def _plain(ctx: Any) -> Callable[..., Tensors]:
+        def gradients(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, do: Tensor, dlse: Tensor | None) -> Tensors:
+            def f(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensors:
+                out, lse = eager.plain(q, k, v, bias, ctx.scale, ctx.partition)
+                return (out,) if dlse is None else (out, lse)
+
+            dq, dk, dv, dbias = _pull_back(f, (q, k, v, bias), (do,) if dlse is None else (do, dlse))
+            return dq, dk, dv, q.new_empty(0) if dbias is None else dbias
+
+        return gradients
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
+        return *_pull_back(_AttentionBackward._plain(ctx), ctx.saved_tensors, cotangents), None, None
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: Any, q: Tensor, k: Tensor, v: Tensor, bias: Any, do: Tensor, dlse: Any, *rest: Any
+    ) -> tuple[Any, Any]:
+        n = info.batch_size
+        heads = (3, 3, 3, 0, 3, 3)
+        folded = (_fold(x, dim, n, at) for x, dim, at in zip((q, k, v, bias, do, dlse), in_dims, heads, strict=False))
+        *gradients, dbias = _function(_AttentionBackward).apply(*folded, *rest)
+        outputs = [_unfold(x, n, heads=3) for x in gradients] + [dbias if bias is None else _unfold(dbias, n, heads=0)]
+        return tuple(outputs), (3, 3, 3, None if bias is None else 0)
+
+
+class _AttentionForwardMode(_Attention):
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, Tensor | None]:
+        def f(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensors:
+            return eager.plain(q, k, v, bias, ctx.scale, ctx.partition)
+
+        out, lse = _push_forward(f, ctx.saved_tensors, tangents[:4])
+        return out, lse if ctx.with_lse else None
+
+
+class _AttentionBackwardForwardMode(_AttentionBackward):
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensors:
+        return _push_forward(_AttentionBackward._plain(ctx), ctx.saved_tensors, tangents[:6])
+
+
+def _function(function: Any) -> Any:
+    """The Function with forward-mode derivatives, but while compiling: Dynamo refuses every Function with a jvp."""
+    if torch.compiler.is_compiling():
+        return function
+    return {_Attention: _AttentionForwardMode, _AttentionBackward: _AttentionBackwardForwardMode}[function]
+
+
+def _fold(x: Tensor | None, dim: int | None, n: int, heads: int) -> Tensor | None:
+    """A vmapped dimension becomes more heads: all that attention does is independent for every head."""
+    if x is None:
+        return None
+    x = x.movedim(dim, heads) if dim is not None else x.unsqueeze(heads).expand(*x.shape[:heads], n, *x.shape[heads:])
+    return x.flatten(heads, heads + 1)
+
+
+def _unfold(x: Tensor, n: int, heads: int) -> Tensor:
+    return x.unflatten(heads, (n, -1))
+
+
+def _pull_back(f: Callable[..., Tensors], inputs: Sequence[Tensor | None], cotangents: Tensors) -> tuple[Any, ...]:
+    """The vector-Jacobian product of f at `inputs`, itself differentiable; None for inputs that are None."""
+    present = [i for i, x in enumerate(inputs) if x is not None]
+    _, pull = torch.func.vjp(_with_nones(f, len(inputs), present), *(inputs[i] for i in present))
+    gradients = dict(zip(present, pull(cotangents), strict=True))
+    return tuple(gradients.get(i) for i in range(len(inputs)))
+
+
+def _push_forward(f: Callable[..., Tensors], inputs: Sequence[Tensor | None], tangents: Sequence[Any]) -> Tensors:
+    """The Jacobian-vector product of f: the pull-back is linear in its cotangents, and this is its transpose."""
+    present = [i for i, x in enumerate(inputs) if x is not None]
+    primals = [inputs[i] for i in present]
+    outputs, pull = torch.func.vjp(_with_nones(f, len(inputs), present), *primals)
+    _, push = torch.func.vjp(pull, tuple(torch.zeros_like(x) for x in outputs))
+    pairs = zip((tangents[i] for i in present), primals, strict=True)
+    return push(tuple(torch.zeros_like(x) if t is None else t for t, x in pairs))[0]  # type: ignore[no-any-return]
+
+
+def _with_nones(f: Callable[..., Tensors], arity: int, present: list[int]) -> Callable[..., Tensors]:
+    def g(*tensors: Tensor) -> Tensors:
+        given = dict(zip(present, tensors, strict=True))
+        return f(*(given.get(i) for i in range(arity)))
+
+    return g

@@ -1,0 +1,270 @@
+"""The geometry of the library: a partition is arithmetic, not data movement.
+
+A partition of one image axis is five integers and one equation,
+
+    pixel = group * group_stride + token * token_stride,
+
+and a partition of a feature map is that equation on each of its two axes. Interlaced and local partitions are the
+same equation with groups and tokens exchanged; rows, columns and the whole map are special cases. The last tokens
+of a group may fall outside the map; token 0 of every group lies inside it.
+
+Source: Huang et al., arXiv 1907.12273, section 3.2 (the permutations of long-range and short-range attention).
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from itertools import groupby, product
+from typing import Any, NamedTuple
+
+try:
+    import triton
+    import triton.language as tl  # noqa: F401  # Triton's interpreter asks for it in every file with a kernel's source
+except ModuleNotFoundError:  # macOS and Windows: the eager backend needs the host half of this file only
+    triton = None
+
+
+def coordinates(group, token, h, w):  # type: ignore[no-untyped-def]  # ints, arrays or tl.tensors alike
+    """Row y and column x of each (group, token), and whether it lies inside the map: the equation on both axes."""
+    y = (group // w.groups) * h.group_stride + (token // w.tokens) * h.token_stride
+    x = (group % w.groups) * w.group_stride + (token % w.tokens) * w.token_stride
+    return y, x, (y < h.size) & (x < w.size)
+
+
+device_coordinates = triton.jit(coordinates) if triton else None  # the same source, for kernels
+
+
+class Run(NamedTuple):
+    """Neighbouring groups of an axis that have equally many tokens inside the map."""
+
+    first: int  # the first of the groups
+    groups: int
+    tokens: int
+
+
+class Axis(NamedTuple):
+    """How one image axis of `size` pixels falls into groups: ``pixel = group * group_stride + token * token_stride``.
+
+    >>> Axis.interlaced(10, stride=4)  # groups {0, 4, 8}, {1, 5, 9}, {2, 6, -}, {3, 7, -}
+    Axis(size=10, groups=4, tokens=3, group_stride=1, token_stride=4)
+    """
+
+    size: int
+    groups: int
+    tokens: int
+    group_stride: int
+    token_stride: int
+
+    @classmethod
+    def interlaced(cls, size: int, stride: int) -> Axis:
+        """`stride` groups whose tokens lie `stride` pixels apart."""
+        return cls(size, groups=stride, tokens=_ceil_div(size, stride), group_stride=1, token_stride=stride)
+
+    @classmethod
+    def grid(cls, size: int, tokens: int) -> Axis:
+        """Interlaced groups of `tokens` tokens each, spread over the whole axis."""
+        stride = _ceil_div(size, tokens)
+        return cls(size, groups=stride, tokens=tokens, group_stride=1, token_stride=stride)
+
+    @classmethod
+    def local(cls, size: int, window: int) -> Axis:
+        """Groups of `window` adjacent pixels."""
+        return cls(size, groups=_ceil_div(size, window), tokens=window, group_stride=window, token_stride=1)
+
+    @property
+    def divides(self) -> bool:
+        """Whether every token of every group lies inside the map."""
+        return self.groups * self.tokens == self.size
+
+    def runs(self) -> tuple[Run, ...]:
+        """The axis as one or two runs of groups, each of which is a strided view without a token outside the map."""
+
+        def tokens_inside(group: int) -> int:
+            return min(self.tokens, _ceil_div(self.size - group * self.group_stride, self.token_stride))
+
+        equal = [(tokens, list(groups)) for tokens, groups in groupby(range(self.groups), tokens_inside)]
+        return tuple(Run(groups[0], len(groups), tokens) for tokens, groups in equal)
+
+    def split(self, tensor: Any, dim: int, run: Run) -> Any:
+        """A view of `tensor` whose dimension `dim` (size pixels) became the run's groups; its tokens come last."""
+        origin = run.first * self.group_stride
+        extent = (run.groups - 1) * self.group_stride + (run.tokens - 1) * self.token_stride + 1
+        pixels = tensor.narrow(dim, origin, extent)
+        if self.token_stride <= self.group_stride:
+            return pixels.unfold(dim, run.tokens, self.group_stride)  # [..., groups, ..., tokens]
+        return pixels.unfold(dim, run.groups, self.token_stride).transpose(dim, -1)
+
+
+class Partition(NamedTuple):
+    """A feature map of H x W pixels partitioned into groups; attention connects the tokens of a group.
+
+    Groups and tokens are numbered row by row: ``group = group_h * w.groups + group_w``, tokens likewise.
+
+    >>> Partition.local((4, 6), window=(2, 3)).coordinates(group=1, token=4)
+    (1, 4, True)
+    """
+
+    h: Axis
+    w: Axis
+
+    @classmethod
+    def interlaced(
+        cls,
+        size: tuple[int, int],
+        *,
+        stride: tuple[int, int] | None = None,
+        grid: tuple[int, int] | None = None,
+    ) -> Partition:
+        """Groups whose pixels lie a fixed interval apart (the paper's long range).
+
+        Args:
+            size: the map, (H, W) pixels.
+            stride: (P_h, P_w), the interval: P_h * P_w groups of ceil(H / P_h) * ceil(W / P_w) tokens each (ISA).
+            grid: (G_h, G_w), the tokens of a group: the interval becomes ceil(H / G_h), ceil(W / G_w) (MaxViT).
+
+        Exactly one of `stride` and `grid` is given, each from 1 up to the map's axis.
+
+        Raises:
+            TypeError: a size that is not a pair of integers, or not exactly one of `stride` and `grid`.
+            ValueError: a size below 1 or larger than its axis.
+
+        >>> Partition.interlaced((16, 24), stride=(8, 8)).tokens
+        6
+        """
+        if (stride is None) == (grid is None):
+            raise TypeError(f"give exactly one of stride=(P_h, P_w) and grid=(G_h, G_w), got {stride=} and {grid=}")
+        make, name, chosen = (Axis.interlaced, "stride", stride) if grid is None else (Axis.grid, "grid", grid)
+        return cls(*map(make, *_checked(size, name, chosen)))
+
+    @classmethod
+    def local(cls, size: tuple[int, int], window: tuple[int, int]) -> Partition:
+        """Groups of `window` = (P_h, P_w) adjacent pixels (the paper's short range; MaxViT block, Swin window).
+
+        Raises:
+            TypeError: a size that is not a pair of integers.
+            ValueError: a size below 1 or larger than its axis.
+
+        >>> Partition.local((16, 24), window=(8, 8)).groups
+        6
+        """
+        return cls(*map(Axis.local, *_checked(size, "window", window)))
+
+    @classmethod
+    def rows(cls, size: tuple[int, int]) -> Partition:
+        """Every row is a group (axial attention along the width). Raises as `local`.
+
+        >>> Partition.rows((2, 3)).groups, Partition.rows((2, 3)).tokens
+        (2, 3)
+        """
+        height, width = _pair("size", size)
+        return cls.local((height, width), (1, width))
+
+    @classmethod
+    def columns(cls, size: tuple[int, int]) -> Partition:
+        """Every column is a group (axial attention along the height). Raises as `local`.
+
+        >>> Partition.columns((2, 3)).groups, Partition.columns((2, 3)).tokens
+        (3, 2)
+        """
+        height, width = _pair("size", size)
+        return cls.local((height, width), (height, 1))
+
+    @classmethod
+    def dense(cls, size: tuple[int, int]) -> Partition:
+        """The whole map is one group (non-local attention). Raises as `local`.
+
+        >>> Partition.dense((2, 3)).groups, Partition.dense((2, 3)).tokens
+        (1, 6)
+        """
+        return cls.local(size, size)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """The map, (H, W) pixels."""
+        return self.h.size, self.w.size
+
+    @property
+    def groups(self) -> int:
+        """How many groups the map has."""
+        return self.h.groups * self.w.groups
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens a group has, those outside the map counted."""
+        return self.h.tokens * self.w.tokens
+
+    @property
+    def divides(self) -> bool:
+        """Whether every token of every group lies inside the map."""
+        return self.h.divides and self.w.divides
+
+    def coordinates(self, group: Any, token: Any) -> tuple[Any, Any, Any]:
+        """Row, column and `inside` of each (group, token); takes integers or any integer arrays that broadcast."""
+        return coordinates(group, token, self.h, self.w)
+
+    def seat(self, y: Any, x: Any) -> tuple[Any, Any]:
+        """The (group, token) of the pixel in row y and column x: the inverse of `coordinates`.
+
+        >>> Partition.interlaced((4, 6), stride=(2, 3)).seat(3, 5)
+        (5, 3)
+        """
+        h, w = self
+        group = (y // h.group_stride) % h.groups * w.groups + (x // w.group_stride) % w.groups
+        token = (y // h.token_stride) % h.tokens * w.tokens + (x // w.token_stride) % w.tokens
+        return group, token
+
+    def pieces(self) -> tuple[tuple[Run, Run], ...]:
+        """The map as up to four rectangles of groups, each a strided view with no token outside the map.
+
+        Where the partition divides the map there is one piece. Pieces are disjoint and cover every pixel.
+        """
+        return _pieces(self)
+
+    def view(self, tensor: Any, piece: tuple[Run, Run] | None = None) -> Any:
+        """A piece of `tensor` [B, H, W, ...] seen as [B, groups_h, groups_w, tokens_h, tokens_w, ...], no copy.
+
+        Args:
+            tensor: a torch tensor whose dimensions 1 and 2 are the map.
+            piece: one of `pieces()`; not needed where the partition divides the map.
+
+        Raises:
+            ValueError: `tensor` is not on this map, or no piece is named and the partition does not divide the map.
+        """
+        if tuple(tensor.shape[1:3]) != self.size:
+            raise ValueError(f"tensor must be [B, {self.h.size}, {self.w.size}, ...], got {tuple(tensor.shape)}")
+        if piece is None:
+            if not self.divides:
+                raise ValueError(f"{self} does not divide its map: name one of its pieces()")
+            (piece,) = self.pieces()
+        seated = self.w.split(self.h.split(tensor, 1, piece[0]), 2, piece[1])  # [B, g_h, g_w, ..., t_h, t_w]
+        return seated.movedim((-2, -1), (3, 4))
+
+
+@lru_cache(maxsize=1024)
+def _pieces(partition: Partition) -> tuple[tuple[Run, Run], ...]:
+    return tuple(product(partition.h.runs(), partition.w.runs()))
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return (a + b - 1) // b
+
+
+def _pair(name: str, pair: Any) -> tuple[int, int]:
+    try:
+        first, second = pair
+        integers = first == int(first) and second == int(second)
+    except (TypeError, ValueError):
+        integers = False
+    if not integers:
+        raise TypeError(f"{name} must be a pair of integers (h, w), got {pair!r}")
+    return first, second
+
+
+def _checked(size: Any, name: str, parts: Any) -> tuple[tuple[int, int], tuple[int, int]]:
+    height, width = _pair("size", size)
+    part_h, part_w = _pair(name, parts)
+    if height < 1 or width < 1:
+        raise ValueError(f"size must be at least (1, 1), got {(height, width)}")
+    if not (1 <= part_h <= height and 1 <= part_w <= width):
+        raise ValueError(f"{name} must lie between (1, 1) and the map's {(height, width)}, got {(part_h, part_w)}")
+    return (height, width), (part_h, part_w)
