@@ -10,7 +10,8 @@ bias [heads, tokens, tokens] or None.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from itertools import product
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ from torch import Tensor
 from .partition import Partition, Run
 
 # Bytes of a chunk's tokens and scores: on a CPU a share of the last-level cache, elsewhere enough work for a launch.
-_CHUNK_BYTES_CPU = 6 << 20
+_CHUNK_BYTES_CPU = 8 << 20
 _CHUNK_BYTES_ELSEWHERE = 256 << 20
 
 
@@ -46,18 +47,19 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """``out = softmax(scale q k^T + bias) v`` inside every group, and lse, the log-sum-exp of its scores (or empty)."""
     out, lse = empty_outputs(q, v, with_lse)
+    scratch = _Scratch(q)
     for chunk in _chunks(partition, q, v):
-        qs, ks, vs = chunk.load(q), chunk.load(k), chunk.load(v)  # [n, T, width]
+        qs, ks, vs = (chunk.load(x, scratch, name) for x, name in ((q, "q"), (k, "k"), (v, "v")))  # [n, T, width]
         if not with_lse and bias is None and _fused_is_faster(qs, vs):
             chunk.store(out, F.scaled_dot_product_attention(qs[:, None], ks[:, None], vs[:, None], scale=scale))
             continue
         b = chunk.load_bias(bias)  # [heads, T, T]
-        o, l = vs.new_empty(vs.shape), lse.new_empty(vs.shape[:2])
+        o, l = scratch("o", vs.shape), lse.new_empty(vs.shape[:2])
         for rows in chunk.query_blocks:
-            s = _scores(qs[:, rows], ks, b, rows, scale)  # [n, rows, T]
+            s, p = _softmax_scores(qs[:, rows], ks, b, rows, scale, scratch)  # [n, rows, T]
+            torch.bmm(p, vs, out=o[:, rows])
             if with_lse:
                 l[:, rows] = s.to(l.dtype).logsumexp(-1)
-            torch.bmm(s.softmax(-1), vs, out=o[:, rows])
         chunk.store(out, o)
         if with_lse:
             chunk.store(lse[..., None], l)
@@ -81,24 +83,26 @@ def backward(
     """
     dq, dk, dv, dbias = empty_gradients(q, k, v, bias)
     dbias_sum = dbias.new_zeros(dbias.shape, dtype=lse_dtype(dbias.dtype))
+    scratch = _Scratch(q)
     for chunk in _chunks(partition, q, v):
-        qs, ks, vs, dos = chunk.load(q), chunk.load(k), chunk.load(v), chunk.load(do)  # [n, T, width]
-        dqs, dks, dvs = (x.new_empty(x.shape) for x in (qs, ks, vs))
-        dls = None if dlse is None else chunk.load(dlse[..., None]).to(q.dtype)  # [n, T, 1]
+        loads = ((q, "q"), (k, "k"), (v, "v"), (do, "do"))
+        qs, ks, vs, dos = (chunk.load(x, scratch, name) for x, name in loads)  # [n, T, width]
+        dqs, dks, dvs = scratch("dq", qs.shape), scratch("dk", ks.shape), scratch("dv", vs.shape)
+        dls = None if dlse is None else chunk.load(dlse[..., None].to(q.dtype), scratch, "dlse")  # [n, T, 1]
         b = chunk.load_bias(bias)  # [heads, T, T]
         db = None if b is None else dbias_sum.new_empty(b.shape)
         for rows in chunk.query_blocks:
-            fresh = rows.start == 0  # the first block of queries overwrites dk and dv, the others add to them
-            p = _scores(qs[:, rows], ks, b, rows, scale).softmax(-1)  # [n, rows, T]
-            dvs.baddbmm_(p.mT, dos[:, rows], beta=0 if fresh else 1)
-            dp = torch.bmm(dos[:, rows], vs.mT)
-            ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
+            add = 0 if rows.start == 0 else 1  # the first block of queries overwrites dk and dv, the others add
+            dp, p = _softmax_scores(qs[:, rows], ks, b, rows, scale, scratch)  # the scores' memory becomes dP's
+            dvs.baddbmm_(p.mT, dos[:, rows], beta=add)
+            torch.bmm(dos[:, rows], vs.mT, out=dp)
+            ds = torch._softmax_backward_data(dp, p, -1, p.dtype, grad_input=scratch("ds", dp.shape))
             if dls is not None:
                 ds.addcmul_(p, dls[:, rows])
             if db is not None:
                 db[:, rows] = ds.unflatten(0, (-1, db.shape[0])).sum(0, dtype=db.dtype)
-            torch.baddbmm(ds.new_empty(()), ds, ks, beta=0, alpha=scale, out=dqs[:, rows])
-            dks.baddbmm_(ds.mT, qs[:, rows], beta=0 if fresh else 1, alpha=scale)
+            torch.baddbmm(dqs[:, rows], ds, ks, beta=0, alpha=scale, out=dqs[:, rows])
+            dks.baddbmm_(ds.mT, qs[:, rows], beta=add, alpha=scale)
         chunk.store(dq, dqs)
         chunk.store(dk, dks)
         chunk.store(dv, dvs)
@@ -125,6 +129,20 @@ def plain(
     return out[:, group, :, token].movedim(2, 0), lse[:, group, :, token].movedim(2, 0)
 
 
+class _Scratch:
+    """Memory by name that the next chunk uses again: pages fresh from the system cost more than the copy into them."""
+
+    def __init__(self, like: Tensor) -> None:
+        self._like, self._memory = like, dict[str, Tensor]()
+
+    def __call__(self, name: str, shape: Sequence[int]) -> Tensor:
+        size = math.prod(shape)
+        memory = self._memory.get(name)
+        if memory is None or memory.numel() < size:
+            memory = self._memory[name] = self._like.new_empty(size)
+        return memory[:size].view(*shape)
+
+
 class _Chunk(NamedTuple):
     """Some groups of one piece of a partition, whose n (batch, group, head) attentions are computed together."""
 
@@ -133,9 +151,10 @@ class _Chunk(NamedTuple):
     box: tuple[slice, ...]  # of (batch, groups_h, groups_w, heads)
     query_blocks: tuple[slice, ...]  # of a group's T tokens
 
-    def load(self, x: Tensor) -> Tensor:
-        """The chunk of x [B, H, W, heads, width] as [n, T, width]."""
-        return self._view(x).flatten(0, 3).flatten(1, 2)
+    def load(self, x: Tensor, scratch: _Scratch, name: str) -> Tensor:
+        """The chunk of x [B, H, W, heads, width] as [n, T, width], in scratch memory."""
+        view = self._view(x)
+        return scratch(name, view.shape).copy_(view).flatten(0, 3).flatten(1, 2)
 
     def store(self, x: Tensor, values: Tensor) -> None:
         """Write values [n, T, width] to their pixels of x [B, H, W, heads, width]."""
@@ -183,11 +202,15 @@ def _boxes(extents: tuple[int, ...], volume: int) -> Iterator[tuple[slice, ...]]
         yield tuple(slice(start, start + step) for start, step in zip(corner, steps, strict=True))
 
 
-def _scores(q: Tensor, k: Tensor, bias: Tensor | None, rows: slice, scale: float) -> Tensor:
-    s = torch.baddbmm(q.new_empty(()), q, k.mT, beta=0, alpha=scale)  # [n, rows, T]
+def _softmax_scores(
+    q: Tensor, k: Tensor, bias: Tensor | None, rows: slice, scale: float, scratch: _Scratch
+) -> tuple[Tensor, Tensor]:
+    """Scores S = scale q k^T + bias of a block of queries, and softmax(S); both [n, rows, T]."""
+    s = scratch("s", (*q.shape[:2], k.shape[1]))
+    torch.baddbmm(s, q, k.mT, beta=0, alpha=scale, out=s)
     if bias is not None:
         s.unflatten(0, (-1, bias.shape[0])).add_(bias[:, rows])
-    return s
+    return s, torch.softmax(s, -1, out=scratch("p", s.shape))
 
 
 def _fused_is_faster(q: Tensor, v: Tensor) -> bool:
