@@ -94,7 +94,7 @@ def backward(
         for rows in chunk.query_blocks:
             add = 0 if rows.start == 0 else 1  # the first block of queries overwrites dk and dv, the others add
             dp, p = _softmax_scores(qs[:, rows], ks, b, rows, scale, scratch)  # the scores' memory becomes dP's
-            dvs.baddbmm_(p.mT, dos[:, rows], beta=add)
+            torch.baddbmm(dvs, p.mT, dos[:, rows], beta=add, out=dvs)
             torch.bmm(dos[:, rows], vs.mT, out=dp)
             ds = torch._softmax_backward_data(dp, p, -1, p.dtype, grad_input=scratch("ds", dp.shape))
             if dls is not None:
@@ -102,7 +102,7 @@ def backward(
             if db is not None:
                 db[:, rows] = ds.unflatten(0, (-1, db.shape[0])).sum(0, dtype=db.dtype)
             torch.baddbmm(dqs[:, rows], ds, ks, beta=0, alpha=scale, out=dqs[:, rows])
-            dks.baddbmm_(ds.mT, qs[:, rows], beta=add, alpha=scale)
+            torch.baddbmm(dks, ds.mT, qs[:, rows], beta=add, alpha=scale, out=dks)
         chunk.store(dq, dqs)
         chunk.store(dk, dks)
         chunk.store(dv, dvs)

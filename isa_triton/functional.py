@@ -96,8 +96,10 @@ def _attention(
     _check_fit(tensors, partition)
     if scale is None:
         scale = q.shape[-1] ** -0.5
-    elif not isinstance(scale, (int, float)) or not math.isfinite(scale):
-        raise TypeError(f"scale must be a finite number or None, got {scale!r}")
+    elif not isinstance(scale, (int, float)):
+        raise TypeError(f"scale must be a number or None, got {scale!r}")
+    elif not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, got {scale!r}")
     q, k, v = tensors["q"], tensors["k"], tensors["v"]
     return ops.attention(q, k, v, tensors.get("bias"), float(scale), partition, with_lse)
 
@@ -127,7 +129,9 @@ def _check_fit(tensors: dict[str, Tensor], partition: Partition) -> None:
     if v.shape[:-1] != q.shape[:-1]:
         raise ValueError(f"v must be {[*q.shape[:-1], 'V']} as q is, got {tuple(v.shape)}")
     if tuple(q.shape[1:3]) != partition.size:
-        raise ValueError(f"partition is for maps of {partition.size}, but q is {tuple(q.shape)}, a map of {tuple(q.shape[1:3])}")
+        raise ValueError(
+            f"partition is for maps of {partition.size}, but q is {tuple(q.shape)}, a map of {tuple(q.shape[1:3])}"
+        )
     if "bias" in tensors:
         expected = (q.shape[3], partition.tokens, partition.tokens)
         if tuple(tensors["bias"].shape) != expected:

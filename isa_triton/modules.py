@@ -56,7 +56,7 @@ class ConvNormReLU(nn.Sequential):
         self.conv, self.norm, self.relu = conv, nn.BatchNorm2d(conv.out_channels), nn.ReLU(inplace=True)
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        return self.relu(self.norm(self.conv(*inputs)))  # type: ignore[no-any-return]
+        return self.relu(self.norm(self.conv(*inputs)))
 
 
 class SelfAttention2d(nn.Module):
@@ -230,7 +230,7 @@ class ISAModule(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         contexts = [branch(x) for branch in self.branches]
-        return self.dropout(self.fuse(self.expand(x), *contexts))  # type: ignore[no-any-return]
+        return self.dropout(self.fuse(self.expand(x), *contexts))
 
 
 class ISAHead(nn.Module):
@@ -270,7 +270,7 @@ class ISAHead(nn.Module):
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         logits = self.classifier(self.isa(self.reduce(x)))
         if size is None:
-            return logits  # type: ignore[no-any-return]
+            return logits
         return F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from . import eager
 from .partition import Axis, Partition
@@ -23,7 +24,7 @@ def attention(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, partition: Partition, with_lse: bool
 ) -> tuple[Tensor, Tensor]:
     """out and lse (empty unless `with_lse`), differentiable with respect to q, k, v and bias."""
-    return _function(_Attention).apply(q, k, v, bias, scale, partition, with_lse)  # type: ignore[no-any-return]
+    return _function(_Attention).apply(q, k, v, bias, scale, partition, with_lse)
 
 
 # -- operators: what a compiler keeps in its graph instead of the loop over chunks -------------------------------------
@@ -39,11 +40,15 @@ _library.define(
 )
 
 
+def _partition(h: Sequence[int], w: Sequence[int]) -> Partition:
+    return Partition(Axis(*h), Axis(*w))
+
+
 @torch.library.impl(_library, "eager_forward", "CompositeExplicitAutograd")
 def _eager_forward(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, h: list[int], w: list[int], with_lse: bool
 ) -> tuple[Tensor, Tensor]:
-    return eager.forward(q, k, v, bias, scale, Partition(Axis(*h), Axis(*w)), with_lse)
+    return eager.forward(q, k, v, bias, scale, _partition(h, w), with_lse)
 
 
 @torch.library.impl(_library, "eager_backward", "CompositeExplicitAutograd")
@@ -58,7 +63,7 @@ def _eager_backward(
     h: list[int],
     w: list[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return eager.backward(q, k, v, bias, do, dlse, scale, Partition(Axis(*h), Axis(*w)))
+    return eager.backward(q, k, v, bias, do, dlse, scale, _partition(h, w))
 
 
 @torch.library.register_fake("isa_triton::eager_forward", lib=_library)
@@ -69,6 +74,20 @@ def _fake_forward(q: Tensor, k: Tensor, v: Tensor, bias: Any, scale: Any, h: Any
 @torch.library.register_fake("isa_triton::eager_backward", lib=_library)
 def _fake_backward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *_: Any) -> Tensors:
     return eager.empty_gradients(q, k, v, bias)
+
+
+@register_flop_formula(torch.ops.isa_triton.eager_forward)
+def _forward_flops(q: Any, k: Any, v: Any, bias: Any, scale: Any, h: Any, w: Any, *_: Any, **__: Any) -> int:
+    return _matmul_flops(q, h, w, widths=q[-1] + v[-1])
+
+
+@register_flop_formula(torch.ops.isa_triton.eager_backward)
+def _backward_flops(q: Any, k: Any, v: Any, bias: Any, do: Any, dlse: Any, scale: Any, h: Any, w: Any, **_: Any) -> int:
+    return _matmul_flops(q, h, w, widths=3 * q[-1] + 2 * v[-1])  # the scores again, dP, dv, dq, dk
+
+
+def _matmul_flops(q: Any, h: Any, w: Any, widths: int) -> int:
+    return 2 * q[0] * q[3] * widths * _partition(h, w).pairs
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, bias: Any, scale: float, partition: Partition, with_lse: bool) -> Tensors:
@@ -115,8 +134,8 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: Any, q: Tensor, k: Tensor, v: Tensor, bias: Any, *rest: Any) -> tuple[Any, Any]:
         n = info.batch_size
-        q, k, v = (_fold(x, dim, n, heads=3) for x, dim in zip((q, k, v), in_dims, strict=False))
-        out, lse = _function(_Attention).apply(q, k, v, _fold(bias, in_dims[3], n, heads=0), *rest)
+        folded = (_fold(x, dim, n, at) for x, dim, at in zip((q, k, v, bias), in_dims, (3, 3, 3, 0), strict=False))
+        out, lse = _function(_Attention).apply(*folded, *rest)
         with_lse = rest[-1]
         return (_unfold(out, n, heads=3), _unfold(lse, n, heads=3) if with_lse else lse), (3, 3 if with_lse else None)
 
@@ -192,6 +211,21 @@ def _function(function: Any) -> Any:
     return {_Attention: _AttentionForwardMode, _AttentionBackward: _AttentionBackwardForwardMode}[function]
 
 
+def _setup_operator(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
+    *arguments, h, w, with_lse = inputs
+    _Attention.setup_context(ctx, (*arguments, _partition(h, w), with_lse), output)
+
+
+def _backward_operator(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
+    return *_Attention.backward(ctx, *gradients), None  # two axes where the Function has one partition
+
+
+# An exported graph holds the operator without the Function around it, and must train all the same.
+torch.library.register_autograd(
+    "isa_triton::eager_forward", _backward_operator, setup_context=_setup_operator, lib=_library
+)
+
+
 def _fold(x: Tensor | None, dim: int | None, n: int, heads: int) -> Tensor | None:
     """A vmapped dimension becomes more heads: all that attention does is independent for every head."""
     if x is None:
@@ -207,7 +241,8 @@ def _unfold(x: Tensor, n: int, heads: int) -> Tensor:
 def _pull_back(f: Callable[..., Tensors], inputs: Sequence[Tensor | None], cotangents: Tensors) -> tuple[Any, ...]:
     """The vector-Jacobian product of f at `inputs`, itself differentiable; None for inputs that are None."""
     present = [i for i, x in enumerate(inputs) if x is not None]
-    _, pull = torch.func.vjp(_with_nones(f, len(inputs), present), *(inputs[i] for i in present))
+    vjp: Any = torch.func.vjp  # annotated as if has_aux were always set
+    _, pull = vjp(_with_nones(f, len(inputs), present), *(inputs[i] for i in present))
     gradients = dict(zip(present, pull(cotangents), strict=True))
     return tuple(gradients.get(i) for i in range(len(inputs)))
 
@@ -215,11 +250,12 @@ def _pull_back(f: Callable[..., Tensors], inputs: Sequence[Tensor | None], cotan
 def _push_forward(f: Callable[..., Tensors], inputs: Sequence[Tensor | None], tangents: Sequence[Any]) -> Tensors:
     """The Jacobian-vector product of f: the pull-back is linear in its cotangents, and this is its transpose."""
     present = [i for i, x in enumerate(inputs) if x is not None]
-    primals = [inputs[i] for i in present]
-    outputs, pull = torch.func.vjp(_with_nones(f, len(inputs), present), *primals)
-    _, push = torch.func.vjp(pull, tuple(torch.zeros_like(x) for x in outputs))
+    primals: list[Any] = [inputs[i] for i in present]
+    vjp: Any = torch.func.vjp
+    outputs, pull = vjp(_with_nones(f, len(inputs), present), *primals)
+    _, push = vjp(pull, tuple(torch.zeros_like(x) for x in outputs))
     pairs = zip((tangents[i] for i in present), primals, strict=True)
-    return push(tuple(torch.zeros_like(x) if t is None else t for t, x in pairs))[0]  # type: ignore[no-any-return]
+    return push(tuple(torch.zeros_like(x) if t is None else t for t, x in pairs))[0]
 
 
 def _with_nones(f: Callable[..., Tensors], arity: int, present: list[int]) -> Callable[..., Tensors]:

@@ -198,6 +198,15 @@ class Partition(NamedTuple):
         """Whether every token of every group lies inside the map."""
         return self.h.divides and self.w.divides
 
+    @property
+    def pairs(self) -> int:
+        """How many (query, key) pairs of pixels attend: attention's FLOPs are twice the widths times this.
+
+        >>> Partition.local((4, 6), window=(2, 3)).pairs  # 4 groups of 6 x 6
+        144
+        """
+        return sum(h.groups * w.groups * (h.tokens * w.tokens) ** 2 for h, w in self.pieces())
+
     def coordinates(self, group: Any, token: Any) -> tuple[Any, Any, Any]:
         """Row, column and `inside` of each (group, token); takes integers or any integer arrays that broadcast."""
         return coordinates(group, token, self.h, self.w)

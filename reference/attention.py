@@ -78,7 +78,8 @@ def masked_attention(
     """Attention among the real pixels of every group, for any partition size from 1 to the map's."""
     context = torch.zeros_like(v)
     for rows, columns in groups(q.shape[1], q.shape[2], partition_size):
-        context[:, rows, columns] = dense_attention(*(x[:, rows, columns] for x in (q, k, v)), scale)
+        queries, keys, values = (x[:, rows, columns] for x in (q, k, v))
+        context[:, rows, columns] = dense_attention(queries, keys, values, scale)
     return context
 
 

@@ -5,7 +5,6 @@ Structure and padding as the authors published them (openseg.pytorch, `ISA_Modul
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 

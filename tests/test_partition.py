@@ -1,0 +1,130 @@
+"""The geometry: one equation, its inverse, its views, and the errors at its door."""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+
+from isa_triton import Axis, Partition
+from tests.cases import PARTITIONS
+
+SIZES = [(1, 1), (1, 9), (5, 4), (7, 12), (8, 3)]
+
+
+def every_partition(size: tuple[int, int]) -> list[Partition]:
+    """Interlaced by stride, by grid and local, with every partition size from 1 to the axis; rows, columns, dense."""
+    parts = list(product(range(1, size[0] + 1), range(1, size[1] + 1)))
+    return [
+        *(Partition.interlaced(size, stride=part) for part in parts),
+        *(Partition.interlaced(size, grid=part) for part in parts),
+        *(Partition.local(size, window=part) for part in parts),
+        Partition.rows(size),
+        Partition.columns(size),
+        Partition.dense(size),
+    ]
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_every_pixel_has_one_seat(size: tuple[int, int]) -> None:
+    for partition in every_partition(size):
+        pixels = {}
+        for group, token in product(range(partition.groups), range(partition.tokens)):
+            y, x, inside = partition.coordinates(group, token)
+            assert inside == (y < size[0] and x < size[1])
+            if inside:
+                assert (y, x) not in pixels
+                pixels[y, x] = (group, token)
+                assert partition.seat(y, x) == (group, token)
+        assert set(pixels) == set(product(range(size[0]), range(size[1])))
+        assert all(partition.coordinates(group, 0)[2] for group in range(partition.groups))  # the kernels' invariant
+        assert partition.divides == (partition.groups * partition.tokens == size[0] * size[1])
+
+
+def test_interlaced_is_the_remainder_and_local_the_quotient() -> None:
+    for y, x in product(range(10), range(7)):
+        group, token = Partition.interlaced((10, 7), stride=(4, 3)).seat(y, x)
+        assert (divmod(group, 3), divmod(token, 3)) == ((y % 4, x % 3), (y // 4, x // 3))
+        group, token = Partition.local((10, 7), window=(4, 3)).seat(y, x)
+        assert (divmod(group, 3), divmod(token, 3)) == ((y // 4, x // 3), (y % 4, x % 3))
+
+
+def test_groups_and_tokens_are_dual_where_the_partition_divides() -> None:
+    interlaced, local = Partition.interlaced((6, 8), stride=(2, 4)), Partition.local((6, 8), window=(2, 4))
+    for y, x in product(range(6), range(8)):
+        assert interlaced.seat(y, x) == local.seat(y, x)[::-1]
+
+
+def test_grid_fixes_the_tokens_and_stride_the_interval() -> None:
+    grid = Partition.interlaced((56, 42), grid=(7, 6))
+    assert grid == Partition.interlaced((56, 42), stride=(8, 7))
+    assert Partition.interlaced((9, 10), grid=(4, 3)).tokens == 12  # not every token of a group lies inside the map
+
+
+def test_coordinates_and_seats_take_tensors() -> None:
+    partition = PARTITIONS["interlaced-ragged"]
+    group, token = torch.arange(partition.groups)[:, None], torch.arange(partition.tokens)
+    y, x, inside = partition.coordinates(group, token)
+    for g, t in product(range(partition.groups), range(partition.tokens)):
+        assert (y[g, t], x[g, t], inside[g, t]) == partition.coordinates(g, t)
+    back = partition.seat(y, x)
+    assert torch.equal(back[0][inside], group.expand_as(y)[inside])
+    assert torch.equal(back[1][inside], token.expand_as(y)[inside])
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_pieces_are_views_that_seat_every_pixel_once(size: tuple[int, int]) -> None:
+    x = torch.arange(size[0] * size[1]).view(1, *size, 1)
+    for partition in every_partition(size):
+        seen = []
+        assert len(partition.pieces()) <= 4
+        for piece in partition.pieces():
+            view = partition.view(x, piece)
+            assert view.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
+            for g_h, g_w, t_h, t_w in product(*map(range, view.shape[1:5])):
+                group = (piece[0].first + g_h) * partition.w.groups + piece[1].first + g_w
+                row, column, inside = partition.coordinates(group, t_h * partition.w.tokens + t_w)
+                assert inside
+                assert view[0, g_h, g_w, t_h, t_w, 0] == row * size[1] + column
+            seen += view.flatten().tolist()
+        assert sorted(seen) == list(range(size[0] * size[1]))
+        assert (len(partition.pieces()) == 1) or not partition.divides
+
+
+def test_view_without_a_piece_is_the_whole_map() -> None:
+    x = torch.randn(2, 6, 8, 3)
+    view = Partition.local((6, 8), window=(3, 4)).view(x)
+    assert torch.equal(view, x.view(2, 2, 3, 2, 4, 3).transpose(2, 3))
+    view = Partition.interlaced((6, 8), stride=(3, 4)).view(x)
+    assert torch.equal(view, x.view(2, 2, 3, 2, 4, 3).permute(0, 2, 4, 1, 3, 5))
+
+
+def test_axes_are_five_integers_and_partitions_are_hashable() -> None:
+    assert Axis.interlaced(10, 4) == (10, 4, 3, 1, 4)
+    assert Axis.local(10, 4) == (10, 3, 4, 4, 1)
+    assert len({Partition.dense((3, 4)), Partition.local((3, 4), (3, 4)), Partition.rows((3, 4))}) == 2
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: Partition.local((4, 6), window=(5, 2)), ValueError, r"window .* \(4, 6\), got \(5, 2\)"),
+        (lambda: Partition.local((4, 6), window=(2, 0)), ValueError, r"window .*got \(2, 0\)"),
+        (lambda: Partition.local((0, 6), window=(1, 1)), ValueError, r"size .*got \(0, 6\)"),
+        (lambda: Partition.local((4, 6), window=2), TypeError, "window must be a pair"),
+        (lambda: Partition.local((4, 6), window=(2.5, 1)), TypeError, "window must be a pair"),
+        (lambda: Partition.interlaced((4, 6)), TypeError, "exactly one of stride"),
+        (lambda: Partition.interlaced((4, 6), stride=(2, 2), grid=(2, 2)), TypeError, "exactly one of stride"),
+        (lambda: Partition.interlaced((4, 6), stride=(4, 7)), ValueError, r"stride .*got \(4, 7\)"),
+        (lambda: Partition.interlaced((4, 6), grid=(0, 1)), ValueError, r"grid .*got \(0, 1\)"),
+        (lambda: Partition.dense((4, 6, 8)), TypeError, "size must be a pair"),
+        (lambda: Partition.rows("ab"), TypeError, "size must be a pair"),
+        (lambda: Partition.dense((4, 6)).view(torch.ones(1, 6, 4)), ValueError, r"tensor must be \[B, 4, 6"),
+        (lambda: Partition.local((4, 6), (3, 3)).view(torch.ones(1, 4, 6)), ValueError, r"name one of its pieces\(\)"),
+    ],
+)
+def test_bad_partitions_are_refused_by_name(make: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        make()
