@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from itertools import product
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -47,22 +46,21 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """``out = softmax(scale q k^T + bias) v`` inside every group, and lse, the log-sum-exp of its scores (or empty)."""
     out, lse = empty_outputs(q, v, with_lse)
-    scratch = _Scratch(q)
-    for chunk in _chunks(partition, q, v):
-        qs, ks, vs = (chunk.load(x, scratch, name) for x, name in ((q, "q"), (k, "k"), (v, "v")))  # [n, T, width]
+    maps = {"q": q, "k": k, "v": v, "out": out} | ({"lse": lse[..., None]} if with_lse else {})
+    for chunk in _chunks(partition, maps, bias):
+        qs, ks, vs = chunk.load("q"), chunk.load("k"), chunk.load("v")  # [n, T, width]
         if not with_lse and bias is None and _fused_is_faster(qs, vs):
-            chunk.store(out, F.scaled_dot_product_attention(qs[:, None], ks[:, None], vs[:, None], scale=scale))
+            chunk.store("out", F.scaled_dot_product_attention(qs[:, None], ks[:, None], vs[:, None], scale=scale))
             continue
-        b = chunk.load_bias(bias)  # [heads, T, T]
-        o, l = scratch("o", vs.shape), lse.new_empty(vs.shape[:2])
+        o, l = chunk.scratch("o", vs.shape), lse.new_empty(vs.shape[:2])
         for rows in chunk.query_blocks:
-            s, p = _softmax_scores(qs[:, rows], ks, b, rows, scale, scratch)  # [n, rows, T]
+            s, p = chunk.softmax_scores(qs[:, rows], ks, rows, scale)  # [n, rows, T]
             torch.bmm(p, vs, out=o[:, rows])
             if with_lse:
                 l[:, rows] = s.to(l.dtype).logsumexp(-1)
-        chunk.store(out, o)
+        chunk.store("out", o)
         if with_lse:
-            chunk.store(lse[..., None], l)
+            chunk.store("lse", l)
     return out, lse
 
 
@@ -83,31 +81,31 @@ def backward(
     """
     dq, dk, dv, dbias = empty_gradients(q, k, v, bias)
     dbias_sum = dbias.new_zeros(dbias.shape, dtype=lse_dtype(dbias.dtype))
-    scratch = _Scratch(q)
-    for chunk in _chunks(partition, q, v):
-        loads = ((q, "q"), (k, "k"), (v, "v"), (do, "do"))
-        qs, ks, vs, dos = (chunk.load(x, scratch, name) for x, name in loads)  # [n, T, width]
-        dqs, dks, dvs = scratch("dq", qs.shape), scratch("dk", ks.shape), scratch("dv", vs.shape)
-        dls = None if dlse is None else chunk.load(dlse[..., None].to(q.dtype), scratch, "dlse")  # [n, T, 1]
-        b = chunk.load_bias(bias)  # [heads, T, T]
-        db = None if b is None else dbias_sum.new_empty(b.shape)
+    maps = {"q": q, "k": k, "v": v, "do": do, "dq": dq, "dk": dk, "dv": dv}
+    if dlse is not None:
+        maps["dlse"] = dlse[..., None].to(q.dtype)
+    for chunk in _chunks(partition, maps, bias):
+        qs, ks, vs, dos = chunk.load("q"), chunk.load("k"), chunk.load("v"), chunk.load("do")  # [n, T, width]
+        dqs, dks, dvs = (chunk.scratch(name, x.shape) for name, x in (("dqs", qs), ("dks", ks), ("dvs", vs)))
+        dls = None if dlse is None else chunk.load("dlse")  # [n, T, 1]
+        db = None if chunk.bias is None else dbias_sum.new_empty(chunk.bias.shape)
         for rows in chunk.query_blocks:
             add = 0 if rows.start == 0 else 1  # the first block of queries overwrites dk and dv, the others add
-            dp, p = _softmax_scores(qs[:, rows], ks, b, rows, scale, scratch)  # the scores' memory becomes dP's
+            dp, p = chunk.softmax_scores(qs[:, rows], ks, rows, scale)  # the scores' memory becomes dP's
             torch.baddbmm(dvs, p.mT, dos[:, rows], beta=add, out=dvs)
             torch.bmm(dos[:, rows], vs.mT, out=dp)
-            ds = torch._softmax_backward_data(dp, p, -1, p.dtype, grad_input=scratch("ds", dp.shape))
+            ds = torch._softmax_backward_data(dp, p, -1, p.dtype, grad_input=chunk.scratch("ds", dp.shape))
             if dls is not None:
                 ds.addcmul_(p, dls[:, rows])
             if db is not None:
                 db[:, rows] = ds.unflatten(0, (-1, db.shape[0])).sum(0, dtype=db.dtype)
             torch.baddbmm(dqs[:, rows], ds, ks, beta=0, alpha=scale, out=dqs[:, rows])
             torch.baddbmm(dks, ds.mT, qs[:, rows], beta=add, alpha=scale, out=dks)
-        chunk.store(dq, dqs)
-        chunk.store(dk, dks)
-        chunk.store(dv, dvs)
+        for name, gradient in (("dq", dqs), ("dk", dks), ("dv", dvs)):
+            chunk.store(name, gradient)
         if db is not None:
-            chunk.add_bias(dbias_sum, db)
+            view = chunk.view_bias(dbias_sum)
+            view.add_(db.view(view.shape))
     return dq, dk, dv, dbias.copy_(dbias_sum)
 
 
@@ -133,66 +131,80 @@ class _Scratch:
     """Memory by name that the next chunk uses again: pages fresh from the system cost more than the copy into them."""
 
     def __init__(self, like: Tensor) -> None:
-        self._like, self._memory = like, dict[str, Tensor]()
+        self._like = like
+        self._memory: dict[str, Tensor] = {}
+        self._views: dict[tuple[str, tuple[int, ...]], Tensor] = {}
 
-    def __call__(self, name: str, shape: Sequence[int]) -> Tensor:
-        size = math.prod(shape)
-        memory = self._memory.get(name)
-        if memory is None or memory.numel() < size:
-            memory = self._memory[name] = self._like.new_empty(size)
-        return memory[:size].view(*shape)
+    def __call__(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        view = self._views.get((name, shape))
+        if view is None:
+            size, memory = math.prod(shape), self._memory.get(name)
+            if memory is None or memory.numel() < size:
+                memory = self._memory[name] = self._like.new_empty(size)
+            view = self._views[name, shape] = memory[:size].view(shape)
+        return view
 
 
-class _Chunk(NamedTuple):
+class _Chunk:
     """Some groups of one piece of a partition, whose n (batch, group, head) attentions are computed together."""
 
-    partition: Partition
-    piece: tuple[Run, Run]
-    box: tuple[slice, ...]  # of (batch, groups_h, groups_w, heads)
-    query_blocks: tuple[slice, ...]  # of a group's T tokens
+    def __init__(
+        self,
+        partition: Partition,
+        piece: tuple[Run, Run],
+        views: dict[str, Tensor],  # of the piece, [B, groups_h, groups_w, heads, tokens_h, tokens_w, width] each
+        bias: Tensor | None,
+        box: tuple[slice, ...],  # of (batch, groups_h, groups_w, heads)
+        query_blocks: tuple[slice, ...],  # of a group's T tokens
+        scratch: _Scratch,
+    ) -> None:
+        self._partition, self._piece, self._views, self._box = partition, piece, views, box
+        self.query_blocks, self.scratch = query_blocks, scratch
+        self.bias = None if bias is None else self.view_bias(bias).flatten(3, 4).flatten(1, 2)  # [heads, T, T]
 
-    def load(self, x: Tensor, scratch: _Scratch, name: str) -> Tensor:
-        """The chunk of x [B, H, W, heads, width] as [n, T, width], in scratch memory."""
-        view = self._view(x)
-        return scratch(name, view.shape).copy_(view).flatten(0, 3).flatten(1, 2)
+    def load(self, name: str) -> Tensor:
+        """The chunk of a map as [n, T, width], copied to scratch memory."""
+        view = self._views[name][self._box]
+        b, g_h, g_w, heads, t_h, t_w, width = view.shape
+        tokens = self.scratch(name, (b * g_h * g_w * heads, t_h * t_w, width))
+        tokens.view(view.shape).copy_(view)
+        return tokens
 
-    def store(self, x: Tensor, values: Tensor) -> None:
-        """Write values [n, T, width] to their pixels of x [B, H, W, heads, width]."""
-        view = self._view(x)
+    def store(self, name: str, values: Tensor) -> None:
+        """Write values [n, T, width] to their pixels of a map."""
+        view = self._views[name][self._box]
         view.copy_(values.view(view.shape))
 
-    def load_bias(self, bias: Tensor | None) -> Tensor | None:
-        """The bias [heads, T, T] of the chunk's heads and of the tokens inside the map."""
-        return None if bias is None else self._view_bias(bias).flatten(3, 4).flatten(1, 2)
+    def view_bias(self, bias: Tensor) -> Tensor:
+        """The chunk's heads and the tokens inside the map of bias: [heads, t_h, t_w, t_h, t_w]."""
+        tokens = (self._partition.h.tokens, self._partition.w.tokens)
+        h, w = (slice(run.tokens) for run in self._piece)
+        return bias.unflatten(2, tokens).unflatten(1, tokens)[self._box[3], h, w, h, w]
 
-    def add_bias(self, bias: Tensor, values: Tensor) -> None:
-        """Add values [heads, T, T] to their place in bias."""
-        view = self._view_bias(bias)
-        view.add_(values.view(view.shape))
-
-    def _view(self, x: Tensor) -> Tensor:
-        seated = self.partition.view(x, self.piece).movedim(-2, 3)  # [B, g_h, g_w, heads, t_h, t_w, width]
-        return seated[self.box]
-
-    def _view_bias(self, bias: Tensor) -> Tensor:
-        tokens = (self.partition.h.tokens, self.partition.w.tokens)
-        h, w = (slice(run.tokens) for run in self.piece)
-        return bias.unflatten(2, tokens).unflatten(1, tokens)[self.box[3], h, w, h, w]
+    def softmax_scores(self, q: Tensor, k: Tensor, rows: slice, scale: float) -> tuple[Tensor, Tensor]:
+        """Scores S = scale q k^T + bias of a block of queries, and softmax(S); both [n, rows, T]."""
+        s = self.scratch("s", (*q.shape[:2], k.shape[1]))
+        torch.baddbmm(s, q, k.mT, beta=0, alpha=scale, out=s)
+        if self.bias is not None:
+            s.unflatten(0, (-1, self.bias.shape[0])).add_(self.bias[:, rows])
+        return s, torch.softmax(s, -1, out=self.scratch("p", s.shape))
 
 
-def _chunks(partition: Partition, q: Tensor, v: Tensor) -> Iterator[_Chunk]:
+def _chunks(partition: Partition, maps: dict[str, Tensor], bias: Tensor | None) -> Iterator[_Chunk]:
+    q, v = maps["q"], maps["v"]
     budget = (_CHUNK_BYTES_CPU if q.device.type == "cpu" else _CHUNK_BYTES_ELSEWHERE) // q.element_size()
+    scratch = _Scratch(q)
     for piece in partition.pieces():
         tokens = piece[0].tokens * piece[1].tokens
         rows = min(tokens, max(1, budget // tokens))
         attentions = max(1, budget // (tokens * (2 * q.shape[-1] + 2 * v.shape[-1] + rows)))
         query_blocks = tuple(slice(i, min(i + rows, tokens)) for i in range(0, tokens, rows))
-        extents = (q.shape[0], piece[0].groups, piece[1].groups, q.shape[3])
-        for box in _boxes(extents, attentions):
-            yield _Chunk(partition, piece, box, query_blocks)
+        views = {name: partition.view(x, piece).movedim(-2, 3) for name, x in maps.items()}
+        for box in _boxes(views["q"].shape[:4], attentions):
+            yield _Chunk(partition, piece, views, bias, box, query_blocks, scratch)
 
 
-def _boxes(extents: tuple[int, ...], volume: int) -> Iterator[tuple[slice, ...]]:
+def _boxes(extents: Sequence[int], volume: int) -> Iterator[tuple[slice, ...]]:
     """Boxes of at most `volume` elements that tile `extents`, the last dimension filled first."""
     steps: list[int] = []
     for extent in reversed(extents):
@@ -200,17 +212,6 @@ def _boxes(extents: tuple[int, ...], volume: int) -> Iterator[tuple[slice, ...]]
         volume //= steps[0]
     for corner in product(*(range(0, extent, step) for extent, step in zip(extents, steps, strict=True))):
         yield tuple(slice(start, start + step) for start, step in zip(corner, steps, strict=True))
-
-
-def _softmax_scores(
-    q: Tensor, k: Tensor, bias: Tensor | None, rows: slice, scale: float, scratch: _Scratch
-) -> tuple[Tensor, Tensor]:
-    """Scores S = scale q k^T + bias of a block of queries, and softmax(S); both [n, rows, T]."""
-    s = scratch("s", (*q.shape[:2], k.shape[1]))
-    torch.baddbmm(s, q, k.mT, beta=0, alpha=scale, out=s)
-    if bias is not None:
-        s.unflatten(0, (-1, bias.shape[0])).add_(bias[:, rows])
-    return s, torch.softmax(s, -1, out=scratch("p", s.shape))
 
 
 def _fused_is_faster(q: Tensor, v: Tensor) -> bool:

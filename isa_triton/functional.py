@@ -7,10 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-from . import ops
+from . import fused, ops
 from .partition import Partition
 
-_BACKENDS = ("auto", "eager")
+_BACKENDS = ("auto", "triton", "eager")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -35,7 +35,8 @@ def partitioned_attention(
         partition: which pixels attend which, for maps of H x W.
         bias: [heads, tokens, tokens], added to the scores; tokens outside the map have their rows and columns too.
         scale: factor of the scores; default K**-0.5.
-        backend: "auto", "triton" or "eager" (PyTorch, any device).
+        backend: "triton" (the kernels), "eager" (PyTorch, any device and dtype) or "auto": the kernels for CUDA, ROCm
+            and XPU tensors of the dtypes they take (fp16, bf16, fp32) where triton is installed, eager otherwise.
 
     Returns:
         [B, H, W, heads, V], contiguous, dtype of q. Differentiable with respect to q, k, v and bias, to any order.
@@ -101,7 +102,18 @@ def _attention(
     elif not math.isfinite(scale):
         raise ValueError(f"scale must be finite, got {scale!r}")
     q, k, v = tensors["q"], tensors["k"], tensors["v"]
-    return ops.attention(q, k, v, tensors.get("bias"), float(scale), partition, with_lse)
+    backend = _choose(backend, q)
+    return ops.attention(q, k, v, tensors.get("bias"), float(scale), partition, with_lse, backend)
+
+
+def _choose(backend: str, q: Tensor) -> str:
+    """The kernels where they can run, for "auto" on the devices they are made for; eager otherwise."""
+    if backend == "eager" or (backend == "auto" and q.device.type not in fused.DEVICES):
+        return "eager"
+    obstacle = fused.why_not(q.device, q.dtype)
+    if backend == "triton" and obstacle:
+        raise ValueError(f"backend='triton' cannot be had: {obstacle}")
+    return "eager" if obstacle else "triton"
 
 
 def _check_kinds(tensors: dict[str, Tensor]) -> None:

@@ -14,29 +14,39 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from . import eager
+from . import eager, fused
 from .partition import Axis, Partition
 
 Tensors = tuple[Tensor, ...]
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, partition: Partition, with_lse: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    partition: Partition,
+    with_lse: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """out and lse (empty unless `with_lse`), differentiable with respect to q, k, v and bias."""
-    return _function(_Attention).apply(q, k, v, bias, scale, partition, with_lse)
+    """out and lse (meaningful if `with_lse`), differentiable with respect to q, k, v and bias.
+
+    `backend` is "eager" or "triton".
+    """
+    return _function(_Attention).apply(q, k, v, bias, scale, partition, with_lse, backend)
 
 
-# -- operators: what a compiler keeps in its graph instead of the loop over chunks -------------------------------------
+# -- operators: what a compiler keeps in its graph instead of the loop over chunks or the kernels ----------------------
 
 _library = torch.library.Library("isa_triton", "DEF")
 _library.define(
-    "eager_forward(Tensor q, Tensor k, Tensor v, Tensor? bias, float scale, SymInt[] h, SymInt[] w, bool with_lse)"
-    " -> (Tensor, Tensor)"
+    "forward(Tensor q, Tensor k, Tensor v, Tensor? bias, float scale, SymInt[] h, SymInt[] w, bool with_lse,"
+    " str backend) -> (Tensor, Tensor)"
 )
 _library.define(
-    "eager_backward(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor do, Tensor? dlse, float scale,"
-    " SymInt[] h, SymInt[] w) -> (Tensor, Tensor, Tensor, Tensor)"
+    "backward(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? out, Tensor? lse, Tensor do, Tensor? dlse,"
+    " float scale, SymInt[] h, SymInt[] w, str backend) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -44,45 +54,73 @@ def _partition(h: Sequence[int], w: Sequence[int]) -> Partition:
     return Partition(Axis(*h), Axis(*w))
 
 
-@torch.library.impl(_library, "eager_forward", "CompositeExplicitAutograd")
-def _eager_forward(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, h: list[int], w: list[int], with_lse: bool
-) -> tuple[Tensor, Tensor]:
-    return eager.forward(q, k, v, bias, scale, _partition(h, w), with_lse)
-
-
-@torch.library.impl(_library, "eager_backward", "CompositeExplicitAutograd")
-def _eager_backward(
+@torch.library.impl(_library, "forward", "CompositeExplicitAutograd")
+def _forward_operator(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     bias: Tensor | None,
+    scale: float,
+    h: list[int],
+    w: list[int],
+    with_lse: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    run = fused.forward if backend == "triton" else eager.forward
+    return run(q, k, v, bias, scale, _partition(h, w), with_lse)
+
+
+@torch.library.impl(_library, "backward", "CompositeExplicitAutograd")
+def _backward_operator(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    out: Tensor | None,
+    lse: Tensor | None,
     do: Tensor,
     dlse: Tensor | None,
     scale: float,
     h: list[int],
     w: list[int],
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if backend == "triton":
+        return fused.backward(q, k, v, bias, out, lse, do, dlse, scale, _partition(h, w))
     return eager.backward(q, k, v, bias, do, dlse, scale, _partition(h, w))
 
 
-@torch.library.register_fake("isa_triton::eager_forward", lib=_library)
-def _fake_forward(q: Tensor, k: Tensor, v: Tensor, bias: Any, scale: Any, h: Any, w: Any, with_lse: bool) -> Tensors:
+@torch.library.register_fake("isa_triton::forward", lib=_library)
+def _fake_forward(q: Any, k: Any, v: Any, bias: Any, scale: Any, h: Any, w: Any, with_lse: bool, backend: str) -> Any:
     return eager.empty_outputs(q, v, with_lse)
 
 
-@torch.library.register_fake("isa_triton::eager_backward", lib=_library)
+@torch.library.register_fake("isa_triton::backward", lib=_library)
 def _fake_backward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *_: Any) -> Tensors:
     return eager.empty_gradients(q, k, v, bias)
 
 
-@register_flop_formula(torch.ops.isa_triton.eager_forward)
+@register_flop_formula(torch.ops.isa_triton.forward)
 def _forward_flops(q: Any, k: Any, v: Any, bias: Any, scale: Any, h: Any, w: Any, *_: Any, **__: Any) -> int:
     return _matmul_flops(q, h, w, widths=q[-1] + v[-1])
 
 
-@register_flop_formula(torch.ops.isa_triton.eager_backward)
-def _backward_flops(q: Any, k: Any, v: Any, bias: Any, do: Any, dlse: Any, scale: Any, h: Any, w: Any, **_: Any) -> int:
+@register_flop_formula(torch.ops.isa_triton.backward)
+def _backward_flops(
+    q: Any,
+    k: Any,
+    v: Any,
+    bias: Any,
+    out: Any,
+    lse: Any,
+    do: Any,
+    dlse: Any,
+    scale: Any,
+    h: Any,
+    w: Any,
+    *_: Any,
+    **__: Any,
+) -> int:
     return _matmul_flops(q, h, w, widths=3 * q[-1] + 2 * v[-1])  # the scores again, dP, dv, dq, dk
 
 
@@ -90,18 +128,9 @@ def _matmul_flops(q: Any, h: Any, w: Any, widths: int) -> int:
     return 2 * q[0] * q[3] * widths * _partition(h, w).pairs
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, bias: Any, scale: float, partition: Partition, with_lse: bool) -> Tensors:
-    if torch.compiler.is_compiling():
-        return torch.ops.isa_triton.eager_forward.default(q, k, v, bias, scale, *map(list, partition), with_lse)
-    return eager.forward(q, k, v, bias, scale, partition, with_lse)
-
-
-def _backward(
-    q: Tensor, k: Tensor, v: Tensor, bias: Any, do: Tensor, dlse: Any, scale: float, partition: Partition
-) -> Tensors:
-    if torch.compiler.is_compiling():
-        return torch.ops.isa_triton.eager_backward.default(q, k, v, bias, do, dlse, scale, *map(list, partition))
-    return eager.backward(q, k, v, bias, do, dlse, scale, partition)
+def _opaque(backend: str) -> bool:
+    """Whether the call is to be one operator: not for eager code outside compilers, which modes may look into."""
+    return backend == "triton" or torch.compiler.is_compiling()
 
 
 # -- derivatives -------------------------------------------------------------------------------------------------------
@@ -110,33 +139,44 @@ def _backward(
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
-        q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, partition: Partition, with_lse: bool
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias: Tensor | None,
+        scale: float,
+        partition: Partition,
+        with_lse: bool,
+        backend: str,
     ) -> Tensors:
-        return _forward(q, k, v, bias, scale, partition, with_lse)
+        if not _opaque(backend):
+            return eager.forward(q, k, v, bias, scale, partition, with_lse)
+        with_lse = with_lse or _keeps_output(q, v, partition, backend)
+        return torch.ops.isa_triton.forward.default(q, k, v, bias, scale, *map(list, partition), with_lse, backend)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
-        *tensors, ctx.scale, ctx.partition, ctx.with_lse = inputs
-        ctx.save_for_backward(*tensors)
-        ctx.save_for_forward(*tensors)
+        q, k, v, bias, ctx.scale, ctx.partition, ctx.with_lse, ctx.backend = inputs
+        kept = output if _keeps_output(q, v, ctx.partition, ctx.backend) else (None, None)
+        ctx.save_for_backward(q, k, v, bias, *kept)
+        ctx.save_for_forward(q, k, v, bias)
         ctx.set_materialize_grads(False)
         if not ctx.with_lse:
             ctx.mark_non_differentiable(output[1])
 
     @staticmethod
     def backward(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
-        q, k, v, bias = ctx.saved_tensors
+        q, k, v, bias, out, lse = ctx.saved_tensors
         do = q.new_zeros(v.shape) if do is None else do
         dlse = dlse if ctx.with_lse else None  # a compiler passes zeros where autograd passes None
-        dq, dk, dv, dbias = _function(_AttentionBackward).apply(q, k, v, bias, do, dlse, ctx.scale, ctx.partition)
-        return dq, dk, dv, None if bias is None else dbias, None, None, None
+        function = _function(_AttentionBackward)
+        dq, dk, dv, dbias = function.apply(q, k, v, bias, out, lse, do, dlse, ctx.scale, ctx.partition, ctx.backend)
+        return dq, dk, dv, None if bias is None else dbias, None, None, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, q: Tensor, k: Tensor, v: Tensor, bias: Any, *rest: Any) -> tuple[Any, Any]:
-        n = info.batch_size
+        n, with_lse = info.batch_size, rest[2]
         folded = (_fold(x, dim, n, at) for x, dim, at in zip((q, k, v, bias), in_dims, (3, 3, 3, 0), strict=False))
         out, lse = _function(_Attention).apply(*folded, *rest)
-        with_lse = rest[-1]
         return (_unfold(out, n, heads=3), _unfold(lse, n, heads=3) if with_lse else lse), (3, 3 if with_lse else None)
 
 
@@ -147,21 +187,30 @@ class _AttentionBackward(torch.autograd.Function):
         k: Tensor,
         v: Tensor,
         bias: Tensor | None,
+        out: Tensor | None,
+        lse: Tensor | None,
         do: Tensor,
         dlse: Tensor | None,
         scale: float,
         partition: Partition,
+        backend: str,
     ) -> Tensors:
-        return _backward(q, k, v, bias, do, dlse, scale, partition)
+        if not _opaque(backend):
+            return eager.backward(q, k, v, bias, do, dlse, scale, partition)
+        return torch.ops.isa_triton.backward.default(
+            q, k, v, bias, out, lse, do, dlse, scale, *map(list, partition), backend
+        )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
-        *tensors, ctx.scale, ctx.partition = inputs
-        ctx.save_for_backward(*tensors)
-        ctx.save_for_forward(*tensors)
+        q, k, v, bias, _, _, do, dlse, ctx.scale, ctx.partition, _ = inputs
+        ctx.save_for_backward(q, k, v, bias, do, dlse)
+        ctx.save_for_forward(q, k, v, bias, do, dlse)
 
     @staticmethod
     def _plain(ctx: Any) -> Callable[..., Tensors]:
+        """The gradients as a function of q, k, v, bias, do and dlse; out and lse are functions of those."""
+
         def gradients(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, do: Tensor, dlse: Tensor | None) -> Tensors:
             def f(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensors:
                 out, lse = eager.plain(q, k, v, bias, ctx.scale, ctx.partition)
@@ -174,18 +223,21 @@ class _AttentionBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
-        return *_pull_back(_AttentionBackward._plain(ctx), ctx.saved_tensors, cotangents), None, None
+        dq, dk, dv, dbias, ddo, ddlse = _pull_back(_AttentionBackward._plain(ctx), ctx.saved_tensors, cotangents)
+        return dq, dk, dv, dbias, None, None, ddo, ddlse, None, None, None
 
     @staticmethod
-    def vmap(
-        info: Any, in_dims: Any, q: Tensor, k: Tensor, v: Tensor, bias: Any, do: Tensor, dlse: Any, *rest: Any
-    ) -> tuple[Any, Any]:
-        n = info.batch_size
-        heads = (3, 3, 3, 0, 3, 3)
-        folded = (_fold(x, dim, n, at) for x, dim, at in zip((q, k, v, bias, do, dlse), in_dims, heads, strict=False))
-        *gradients, dbias = _function(_AttentionBackward).apply(*folded, *rest)
+    def vmap(info: Any, in_dims: Any, *inputs: Any) -> tuple[Any, Any]:
+        n, bias = info.batch_size, inputs[3]
+        heads = (3, 3, 3, 0, 3, 3, 3, 3)
+        folded = (_fold(x, dim, n, at) for x, dim, at in zip(inputs, in_dims, heads, strict=False))
+        *gradients, dbias = _function(_AttentionBackward).apply(*folded, *inputs[len(heads) :])
         outputs = [_unfold(x, n, heads=3) for x in gradients] + [dbias if bias is None else _unfold(dbias, n, heads=0)]
         return tuple(outputs), (3, 3, 3, None if bias is None else 0)
+
+
+def _keeps_output(q: Tensor, v: Tensor, partition: Partition, backend: str) -> bool:
+    return backend == "triton" and fused.keeps_output(q, v, partition)
 
 
 class _AttentionForwardMode(_Attention):
@@ -194,14 +246,15 @@ class _AttentionForwardMode(_Attention):
         def f(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensors:
             return eager.plain(q, k, v, bias, ctx.scale, ctx.partition)
 
-        out, lse = _push_forward(f, ctx.saved_tensors, tangents[:4])
+        out, lse = _push_forward(f, ctx.saved_tensors[:4], tangents[:4])
         return out, lse if ctx.with_lse else None
 
 
 class _AttentionBackwardForwardMode(_AttentionBackward):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensors:
-        return _push_forward(_AttentionBackward._plain(ctx), ctx.saved_tensors, tangents[:6])
+        tangents = (*tangents[:4], *tangents[6:8])  # all but those of out and lse
+        return _push_forward(_AttentionBackward._plain(ctx), ctx.saved_tensors, tangents)
 
 
 def _function(function: Any) -> Any:
@@ -212,17 +265,17 @@ def _function(function: Any) -> Any:
 
 
 def _setup_operator(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
-    *arguments, h, w, with_lse = inputs
-    _Attention.setup_context(ctx, (*arguments, _partition(h, w), with_lse), output)
+    *arguments, h, w, with_lse, backend = inputs
+    _Attention.setup_context(ctx, (*arguments, _partition(h, w), with_lse, backend), output)
 
 
-def _backward_operator(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
+def _differentiate_operator(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
     return *_Attention.backward(ctx, *gradients), None  # two axes where the Function has one partition
 
 
 # An exported graph holds the operator without the Function around it, and must train all the same.
 torch.library.register_autograd(
-    "isa_triton::eager_forward", _backward_operator, setup_context=_setup_operator, lib=_library
+    "isa_triton::forward", _differentiate_operator, setup_context=_setup_operator, lib=_library
 )
 
 

@@ -266,7 +266,7 @@ def test_compiles_in_one_graph_with_the_partition_hidden_in_an_operator() -> Non
         expected = torch.autograd.grad(loss(*leaves), leaves)
         for a, e in zip(torch.autograd.grad(compiled(*leaves), leaves), expected, strict=True):
             assert relative_error(a, e) < 1e-14
-    assert "isa_triton.eager_forward" in "".join(str(part.code) for part in graphs[0].modules())
+    assert "isa_triton.forward" in "".join(str(part.code) for part in graphs[0].modules())
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
@@ -279,10 +279,10 @@ def test_operators_pass_opcheck(with_bias: bool, transposed: bool) -> None:
     bias = torch.randn(2, partition.tokens, partition.tokens) if with_bias else None
     axes = (list(partition.h), list(partition.w))
     for with_lse in (False, True):
-        torch.library.opcheck(torch.ops.isa_triton.eager_forward.default, (q, k, v, bias, 0.5, *axes, with_lse))
+        torch.library.opcheck(torch.ops.isa_triton.forward.default, (q, k, v, bias, 0.5, *axes, with_lse, "eager"))
         dlse = torch.randn(q.shape[:-1]) if with_lse else None
-        arguments = (q, k, v, bias, torch.randn_like(v), dlse, 0.5, *axes)
-        torch.library.opcheck(torch.ops.isa_triton.eager_backward.default, arguments)
+        arguments = (q, k, v, bias, None, None, torch.randn_like(v), dlse, 0.5, *axes, "eager")
+        torch.library.opcheck(torch.ops.isa_triton.backward.default, arguments)
 
 
 @every_partition
@@ -296,7 +296,7 @@ def test_flops_of_operators_and_of_matmuls_agree_with_the_pairs(partition: Parti
     axes = (list(partition.h), list(partition.w))
     for attention in (
         lambda: partitioned_attention(q, k, v, partition),
-        lambda: torch.ops.isa_triton.eager_forward.default(q, k, v, None, 1.0, *axes, False)[0],
+        lambda: torch.ops.isa_triton.forward.default(q, k, v, None, 1.0, *axes, False, "eager")[0],
     ):
         with FlopCounterMode(display=False) as counter:
             out = attention()
@@ -305,7 +305,7 @@ def test_flops_of_operators_and_of_matmuls_agree_with_the_pairs(partition: Parti
             out.backward(torch.ones_like(out))
         assert counter.get_total_flops() == backward
     with FlopCounterMode(display=False) as counter:
-        torch.ops.isa_triton.eager_backward.default(q.detach(), k, v, None, v, None, 1.0, *axes)
+        torch.ops.isa_triton.backward.default(q, k, v, None, None, None, v, None, 1.0, *axes, "eager")
     assert counter.get_total_flops() == backward
 
 

@@ -1,0 +1,26 @@
+"""The command line: ``python -m bench COMMAND``."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from bench.commands import overhead, pictures, scaling, tiles
+
+COMMANDS = {"scaling": scaling, "pictures": pictures, "overhead": overhead, "tiles": tiles}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench", description="Measure attention over partitions of a map.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        command.add_arguments(commands.add_parser(name, help=command.HELP, description=command.__doc__))
+    args = parser.parse_args(argv)
+    try:
+        COMMANDS[args.command].run(args)
+    except argparse.ArgumentError as error:  # arguments that are wrong together
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()

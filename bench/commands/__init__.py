@@ -1,0 +1,1 @@
+"""One short file a command, each with ``add_arguments(parser)`` and ``run(args)``."""

@@ -1,0 +1,146 @@
+"""One instrument a quantity: FLOPs and peak bytes are counted on fake tensors, seconds are real.
+
+A `Step` is one call of a provider on a workload, everything it needs included. It is counted from its making on, so
+that inputs, parameters and gradients are seen like every other tensor.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from bench.providers import Provider
+from bench.workload import Workload
+
+Step = Callable[[], tuple[Tensor, ...]]
+
+# Operators that PyTorch's table of FLOP formulas lacks and would count as nothing, beside those that have the formula.
+for _missing, _known in (
+    ("baddbmm_", "baddbmm"),
+    ("addmm_", "addmm"),
+    ("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention"),
+    ("_scaled_dot_product_flash_attention_for_cpu_backward", "_scaled_dot_product_flash_attention_backward"),
+):
+    flop_registry.setdefault(getattr(torch.ops.aten, _missing), flop_registry[getattr(torch.ops.aten, _known)])
+
+
+def step(provider: Provider, workload: Workload, device: str = "cpu", inputs: tuple[Tensor, ...] | None = None) -> Step:
+    """One call: the output alone, or in a training pass the output and the gradients of all inputs and parameters.
+
+    Args:
+        provider: whose implementation is called.
+        workload: what it is called on.
+        device: where inputs and parameters live.
+        inputs: the workload's inputs, for providers that share them; made here when not given.
+    """
+    inputs = workload.inputs(device) if inputs is None else inputs
+    function = provider.build(workload, device)
+    if not workload.training:
+        return torch.no_grad()(lambda: (function(*inputs),))
+    parameters = function.parameters() if isinstance(function, nn.Module) else ()
+    leaves, upstream = (*inputs, *parameters), workload.upstream(device)
+
+    def training() -> tuple[Tensor, ...]:
+        output = function(*inputs)
+        output.backward(upstream)  # autograd.grad does not work under the FLOP counter
+        gradients = [leaf.grad for leaf in leaves]
+        for leaf in leaves:
+            leaf.grad = None
+        return output, *gradients
+
+    return training
+
+
+def count(make: Callable[[], Step]) -> tuple[int, int]:
+    """FLOPs and peak bytes of the step that `make` builds, from one run on fake tensors: any size is cheap."""
+    with FakeTensorMode(), Counter() as counter:
+        make()()
+    return counter.flops, counter.peak_bytes
+
+
+class Counter(TorchDispatchMode):
+    """Counts FLOPs and live bytes of everything that runs, and is created, inside the mode; real tensors do as well.
+
+    `flops` is what torch's FlopCounterMode says, from its table of formulas: 2 to a multiply-add of matmuls,
+    convolutions and fused attention, nothing for the rest. (That mode takes twice as long over many small operators.)
+
+    `peak_bytes` is the most bytes alive at once: inputs, outputs, parameters, gradients and everything in between. A
+    storage counts once, however many views it has, until the last is gone. A kernel's own scratch space is not seen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = self.live_bytes = self.peak_bytes = 0
+        self._followed: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if formula := flop_registry.get(func._overloadpacket):
+            self.flops += formula(*args, **(kwargs or {}), out_val=result)
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._follow(leaf.untyped_storage())
+        return result
+
+    def _follow(self, storage: torch.UntypedStorage) -> None:
+        if id(storage) not in self._followed:
+            self._followed.add(id(storage))
+            weakref.finalize(storage, self._forget, id(storage), storage.nbytes()).atexit = False
+            self.live_bytes += storage.nbytes()
+            self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+
+    def _forget(self, identity: int, nbytes: int) -> None:
+        self._followed.discard(identity)
+        self.live_bytes -= nbytes
+
+
+def seconds(
+    steps: Mapping[str, Step], *, rounds: int = 7, budget: float = 2.0, device: str = "cpu"
+) -> dict[str, float]:
+    """Median seconds of each step over interleaved rounds (A B C A B C), so that a drifting machine is fair to all.
+
+    The first call of each is a warm-up, and its only sample where the budget allows no second.
+
+    Args:
+        steps: what to time, by name.
+        rounds: the most samples of each, warm-up apart.
+        budget: seconds after which a step is not repeated.
+        device: where the steps run; devices other than the CPU are timed with their own events.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(1 + rounds):
+        for name, call in steps.items():
+            if sum(samples[name]) < budget:
+                samples[name].append(_timed(call, device))
+    return {name: statistics.median(times[1:] or times) for name, times in samples.items()}
+
+
+def matmul_rate(dtype: torch.dtype, device: str = "cpu", size: int = 1024) -> float:
+    """FLOPs per second of a square matmul: a first guess at how fast a provider can be."""
+    a = torch.ones(size, size, dtype=dtype, device=device)
+    return 2 * size**3 / seconds({"matmul": lambda: (a @ a,)}, rounds=3, device=device)["matmul"]
+
+
+def _timed(call: Step, device: str) -> float:
+    if torch.device(device).type == "cpu":
+        begin = time.perf_counter()
+        call()
+        return time.perf_counter() - begin
+    start, stop = (torch.Event(device, enable_timing=True) for _ in range(2))
+    start.record()
+    call()
+    stop.record()
+    stop.synchronize()
+    return start.elapsed_time(stop) / 1000

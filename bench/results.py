@@ -1,0 +1,268 @@
+"""What comes out: rows to a CSV, tables for the terminal, and plots that read nothing but the CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+from rich.table import Table
+
+from bench.providers import PROVIDERS
+from bench.workload import LEVELS, PASSES, Level, Pass, closed_form_flops, closed_form_score_bytes
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # after the choice of a backend without a display
+
+OURS = "isa"  # what the others are compared with
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of scaling.csv: what one provider costs on one workload. A column is a field's name less a last "_"."""
+
+    provider: str
+    level: Level
+    pass_: Pass
+    height: int
+    width: int
+    channels: int
+    key_channels: int
+    value_channels: int
+    dtype: str  # torch's name, without "torch."
+    device: str
+    flops: int  # 2 to a multiply-add
+    peak_bytes: int
+    seconds: float | None  # None where it was not run
+    source: str  # "counted", or "counted+measured" where seconds are there
+
+    @property
+    def map(self) -> tuple[int, int]:
+        return self.height, self.width
+
+    @property
+    def pixels(self) -> int:
+        return self.height * self.width
+
+
+COLUMNS = tuple(name.rstrip("_") for name in Row.__dataclass_fields__)
+_TYPES: dict[str, Callable[[str], Any]] = {"int": int, "float | None": lambda text: float(text) if text else None}
+
+
+def write_rows(path: Path, rows: Iterable[Row]) -> None:
+    """Write the CSV, whole or not at all: a reader never sees half of it."""
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(COLUMNS)
+    table.writerows(["" if value is None else value for value in asdict(row).values()] for row in rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text.getvalue())
+    os.replace(temporary, path)
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a CSV that `write_rows` wrote.
+
+    Raises:
+        ValueError: the file has other columns.
+    """
+    with path.open(newline="") as file:
+        header, *lines = csv.reader(file)
+    if tuple(header) != COLUMNS:
+        raise ValueError(f"{path} must have the columns {','.join(COLUMNS)}, got {','.join(header)}")
+    kinds = [_TYPES.get(str(field.type), str) for field in Row.__dataclass_fields__.values()]
+    return [Row(*(kind(text) for kind, text in zip(kinds, line, strict=True))) for line in lines]
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """A column that is compared: how a table and a plot show it."""
+
+    column: str
+    title: str
+    unit: str
+    scale: float  # of the unit
+    file: str
+
+    def of(self, row: Row) -> float | None:
+        value = getattr(row, self.column)
+        return None if value is None else value / self.scale
+
+
+QUANTITIES = (
+    Quantity("flops", "FLOPs", "GFLOPs", 1e9, "flops.png"),
+    Quantity("peak_bytes", "Peak memory", "MiB", 2**20, "memory.png"),
+    Quantity("seconds", "Time", "ms", 1e-3, "time.png"),
+)
+
+
+def summary(rows: Sequence[Row]) -> list[Table]:
+    """A table for each level and pass: per map and quantity ours, and everyone with their ratio to ours."""
+    panels = {_panel(row): [other for other in rows if _panel(other) == _panel(row)] for row in rows}
+    return [_summary(members, *panel) for panel, members in panels.items()]
+
+
+def _summary(rows: Sequence[Row], level: Level, pass_: Pass) -> Table:
+    table = Table(title=f"{level} level, {pass_}   (in brackets: how many times {OURS})", title_justify="left")
+    table.add_column("map")
+    table.add_column("")
+    names = list(dict.fromkeys(row.provider for row in rows))
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True)
+    for size in dict.fromkeys(row.map for row in rows):
+        here = {row.provider: row for row in rows if row.map == size}
+        for quantity in QUANTITIES:
+            cells = [_cell(quantity, here.get(name), here.get(OURS)) for name in names]
+            last = quantity is QUANTITIES[-1]
+            table.add_row(_map(size) if quantity is QUANTITIES[0] else "", quantity.unit, *cells, end_section=last)
+    return table
+
+
+def _cell(quantity: Quantity, row: Row | None, ours: Row | None) -> str:
+    value = quantity.of(row) if row else None
+    if value is None:
+        return "-"
+    unit = quantity.of(ours) if ours else None
+    ratio = f" ({_short(value / unit)}x)" if unit and row is not ours else ""
+    return f"{value:,.{1 if value < 100 else 0}f}{ratio}"
+
+
+def plot(rows: Sequence[Row], quantity: Quantity, path: Path, partition_size: tuple[int, int]) -> None:
+    """Draw one quantity over the number of pixels, log-log, a panel for each level and pass, a line a provider.
+
+    Args:
+        rows: what a CSV held.
+        quantity: what is drawn.
+        path: the PNG to write.
+        partition_size: (P_h, P_w) of the closed form, which the CSV does not hold.
+    """
+    levels = [level for level in LEVELS if any(row.level == level for row in rows)]
+    passes = [pass_ for pass_ in PASSES if any(row.pass_ == pass_ for row in rows)]
+    figure, axes = plt.subplots(
+        len(passes),
+        len(levels),
+        figsize=(1 + 6 * len(levels), 1.8 + 4.2 * len(passes)),
+        squeeze=False,
+        sharex=True,
+        sharey=True,
+        layout="constrained",
+    )
+    for (i, pass_), (j, level) in product(enumerate(passes), enumerate(levels)):
+        panel = axes[i, j]
+        _draw(panel, [row for row in rows if _panel(row) == (level, pass_)], quantity, partition_size)
+        panel.set_title(_TITLES[level, pass_], fontsize=11)
+        panel.tick_params(labelbottom=True, labelleft=True)
+        if j == 0:
+            panel.set_ylabel(f"{quantity.title} [{quantity.unit}]")
+        if i == len(passes) - 1:
+            panel.set_xlabel("map, height x width (axis: number of pixels)")
+    entries = [entry for panel in axes.flat for entry in zip(*panel.get_legend_handles_labels(), strict=True)]
+    legend = {label: line for line, label in entries}
+    figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=3, frameon=False, fontsize=10)
+    figure.suptitle(_headline(rows, quantity), fontsize=13)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+_TITLES: dict[tuple[Level, Pass], str] = {
+    ("attention", "forward"): "attention alone (q, k, v → context), forward",
+    ("attention", "training"): "attention alone, forward + backward",
+    ("module", "forward"): "whole block with its projections, forward",
+    ("module", "training"): "whole block, forward + backward",
+}
+
+
+def _draw(panel: Any, rows: Sequence[Row], quantity: Quantity, partition_size: tuple[int, int]) -> None:
+    panel.set(xscale="log", yscale="log")
+    pixels = sorted({row.pixels for row in rows})
+    if rows and rows[0].level == "attention":
+        _draw_closed_form(panel, rows[0], np.geomspace(pixels[0], pixels[-1], 200), quantity, partition_size)
+    lines: dict[str, dict[int, float]] = {}
+    for row in sorted(rows, key=lambda row: row.pixels):
+        if (value := quantity.of(row)) is not None:
+            lines.setdefault(row.provider, {})[row.pixels] = value
+    for name, line in lines.items():
+        provider = PROVIDERS[name]
+        filled = provider.line == "-"
+        panel.plot(
+            *zip(*line.items(), strict=True),
+            color=provider.colour,
+            marker=provider.marker,
+            linestyle=provider.line,
+            markersize=6 if filled else 10,  # equal costs lie on one another: the hollow marker stays visible
+            markerfacecolor=provider.colour if filled else "none",
+            label=provider.title,
+        )
+    _draw_ratios(panel, lines.get("dense", {}), lines.get(OURS, {}))
+    sizes = {row.pixels: row.map for row in rows}
+    ticks = _apart(pixels, 1.6)
+    panel.set_xticks(ticks, [_map(sizes[tick]) for tick in ticks], fontsize=8)
+    panel.minorticks_off()
+    panel.grid(color="0.92")
+    panel.set_axisbelow(True)
+
+
+def _draw_closed_form(panel: Any, row: Row, pixels: Any, quantity: Quantity, partition_size: tuple[int, int]) -> None:
+    """The paper's formulas as broad bands beneath the points. There is none for time."""
+    for name, size, formula in (("dense", None, "HW"), (OURS, partition_size, "HW/P_hP_w + P_hP_w")):
+        if quantity.column == "flops":
+            values = closed_form_flops(pixels, row.key_channels, row.value_channels, row.pass_, size)
+            label = f"closed form, $2\\,(K+V)\\,HW\\,n,\\ \\ n = {formula}$"
+        elif quantity.column == "peak_bytes":
+            values = closed_form_score_bytes(pixels, getattr(torch, row.dtype).itemsize, size)
+            label = f"one copy of the scores, $HW\\,n,\\ \\ n = {formula}$"
+        else:
+            return
+        colour = PROVIDERS[name].colour
+        panel.plot(pixels, values / quantity.scale, color=colour, linewidth=8, alpha=0.2, label=label, zorder=1)
+
+
+def _draw_ratios(panel: Any, dense: dict[int, float], ours: dict[int, float]) -> None:
+    """An arrow from ours up to dense with their ratio, at sizes far enough apart to be read."""
+    for pixels in _apart(sorted(dense.keys() & ours.keys()), 3.5):
+        low, high = ours[pixels], dense[pixels]
+        if high / low >= 2:  # closer lines leave no room
+            style = {"arrowstyle": "<->", "color": "0.45", "linewidth": 0.8, "shrinkA": 4, "shrinkB": 4}
+            panel.annotate("", (pixels, high), (pixels, low), arrowprops=style)
+            box = {"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none", "alpha": 0.9}
+            middle = (low * high) ** 0.5
+            panel.text(pixels, middle, f"{_short(high / low)}x", ha="center", va="center", fontsize=10, bbox=box)
+
+
+def _headline(rows: Sequence[Row], quantity: Quantity) -> str:
+    row = rows[0]
+    widths = f"C={row.channels}, K={row.key_channels}, V={row.value_channels}, {row.dtype}"
+    how = f"measured on {row.device}" if quantity.column == "seconds" else "counted on fake tensors"
+    return f"{quantity.title} of dense and interlaced sparse attention ({widths}; {how})"
+
+
+def _apart(values: Sequence[int], factor: float) -> list[int]:
+    """Those of the ascending values that are at least `factor` times the one kept before."""
+    kept: list[int] = []
+    for value in values:
+        if not kept or value >= factor * kept[-1]:
+            kept.append(value)
+    return kept
+
+
+def _panel(row: Row) -> tuple[Level, Pass]:
+    return row.level, row.pass_
+
+
+def _map(size: tuple[int, int]) -> str:
+    return f"{size[0]}x{size[1]}"
+
+
+def _short(value: float) -> str:
+    """Three digits or whole: 0.98, 51.2, 191."""
+    return f"{value:.0f}" if value >= 99.95 else f"{value:.3g}"

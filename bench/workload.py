@@ -1,0 +1,95 @@
+"""What is measured: a workload, its inputs, and the FLOPs and bytes that theory gives for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+Level = Literal["attention", "module"]
+Pass = Literal["forward", "training"]
+LEVELS: tuple[Level, ...] = get_args(Level)
+PASSES: tuple[Pass, ...] = get_args(Pass)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One attention problem on a map of height x width pixels.
+
+    Level "attention" is q, k, v -> context; level "module" is the whole block with its projections, C -> C channels.
+    Pass "forward" is inference (no autograd, BN in evaluation); pass "training" is forward plus backward with respect
+    to every input and parameter.
+    """
+
+    level: Level
+    pass_: Pass
+    height: int
+    width: int
+    channels: int = 512
+    key_channels: int = 256
+    value_channels: int = 512
+    partition_size: tuple[int, int] = (8, 8)
+    dtype: torch.dtype = torch.float32
+    batch: int = 1
+
+    @property
+    def pixels(self) -> int:
+        return self.height * self.width
+
+    @property
+    def training(self) -> bool:
+        return self.pass_ == "training"
+
+    def inputs(self, device: str | torch.device = "cpu") -> tuple[Tensor, ...]:
+        """Attention: q, k [B, H, W, 1, K] and v [B, H, W, 1, V]; module: x [B, C, H, W]. Normal entries, fixed seed."""
+        here = (self.batch, self.height, self.width, 1)
+        widths = (self.key_channels, self.key_channels, self.value_channels)
+        attention: list[tuple[int, ...]] = [(*here, width) for width in widths]
+        tensors = self._normal(attention if self.level == "attention" else [self._map], device, seed=0)
+        return tuple(tensor.requires_grad_(self.training) for tensor in tensors)
+
+    def upstream(self, device: str | torch.device = "cpu") -> Tensor:
+        """The gradient that arrives at the output; a dense one, since that of sum() is expanded and too cheap."""
+        shape = (self.batch, self.height, self.width, 1, self.value_channels)
+        return self._normal([shape if self.level == "attention" else self._map], device, seed=1)[0]
+
+    @property
+    def _map(self) -> tuple[int, ...]:
+        return self.batch, self.channels, self.height, self.width
+
+    def _normal(self, shapes: list[tuple[int, ...]], device: str | torch.device, seed: int) -> list[Tensor]:
+        generator = torch.Generator(device).manual_seed(seed)
+        return [torch.randn(shape, generator=generator, device=device, dtype=self.dtype) for shape in shapes]
+
+
+def keys_per_query(pixels: Any, partition_size: tuple[int, int] | None = None) -> Any:
+    """How many keys a query meets: every pixel under dense attention, HW / (P_h P_w) + P_h P_w in ISA's two stages.
+
+    `pixels` is a number or an array. Exact where P divides the map.
+    """
+    if partition_size is None:
+        return pixels
+    window = partition_size[0] * partition_size[1]
+    return pixels / window + window
+
+
+def closed_form_flops(
+    pixels: Any,
+    key_channels: int,
+    value_channels: int,
+    pass_: Pass = "forward",
+    partition_size: tuple[int, int] | None = None,
+) -> Any:
+    """FLOPs of one map's attention matmuls, 2 to a multiply-add: 2 (K + V) HW keys; dense without a partition size.
+
+    A training pass is three times that (each matmul has two gradients); what a backward recomputes is not in it.
+    """
+    forward = 2 * (key_channels + value_channels) * pixels * keys_per_query(pixels, partition_size)
+    return 3 * forward if pass_ == "training" else forward
+
+
+def closed_form_score_bytes(pixels: Any, itemsize: int, partition_size: tuple[int, int] | None = None) -> Any:
+    """Bytes of one copy of every score of one map: what a version that materialises them cannot go below."""
+    return itemsize * pixels * keys_per_query(pixels, partition_size)

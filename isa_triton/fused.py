@@ -1,0 +1,112 @@
+"""Attention over a partition by the Triton kernels: allocate, choose tiles, launch on the tensors' device.
+
+The counterpart of `eager`, with the same shapes. Where a group fits in one block, backward needs q, k, v and bias
+alone; longer groups want out and lse too (`keeps_output`).
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from . import tiles
+from .eager import empty_gradients, empty_outputs
+from .partition import Partition
+
+try:
+    from .kernels import launch
+except ModuleNotFoundError as missing:
+    if missing.name != "triton":
+        raise
+    launch = None  # type: ignore[assignment]
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+DEVICES = ("cuda", "xpu")  # ROCm calls itself cuda
+INTERPRETED_TARGET = "sm_80"  # whose tiles Triton's interpreter runs with
+
+
+def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the kernels cannot take tensors of this device and dtype, or None if they can."""
+    if launch is None:
+        return "triton is not installed (pip install triton)"
+    if dtype not in DTYPES:
+        return f"the kernels take {', '.join(map(str, DTYPES))}, not {dtype}"
+    if device.type in DEVICES or (device.type in ("cpu", "meta") and os.environ.get("TRITON_INTERPRET") == "1"):
+        return None
+    return f"the kernels run on {' and '.join(DEVICES)} devices, or interpreted (TRITON_INTERPRET=1), not on {device}"
+
+
+def keeps_output(q: Tensor, v: Tensor, partition: Partition) -> bool:
+    """Whether backward needs out and lse."""
+    return not launch.in_one_kernel(_backward_tiles(q, v, partition), partition)
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, partition: Partition, with_lse: bool
+) -> tuple[Tensor, Tensor]:
+    """As `eager.forward`."""
+    out, lse = empty_outputs(q, v, with_lse)
+    tile = tiles.lookup(_target(q.device), "forward", q.shape[-1], v.shape[-1], _arithmetic(q), partition.tokens)
+    with _on(q.device):
+        launch.forward(q, k, v, bias, out, lse if with_lse else None, scale, partition, tile, _precision(q))
+    return out, lse
+
+
+def backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    out: Tensor | None,
+    lse: Tensor | None,
+    do: Tensor,
+    dlse: Tensor | None,
+    scale: float,
+    partition: Partition,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `eager.backward`; out and lse are what forward returned, needed where `keeps_output` says so."""
+    dq, dk, dv, dbias = empty_gradients(q, k, v, bias)
+    chosen = _backward_tiles(q, v, partition)
+    delta = None if lse is None else torch.empty_like(lse)
+    partials = None
+    if bias is not None:
+        shape = launch.bias_partials_shape(q.shape[0], q.shape[3], partition, chosen)
+        partials = q.new_empty(shape, dtype=torch.float32)
+    with _on(q.device):
+        launch.backward(
+            q, k, v, bias, out, lse, do, dlse, dq, dk, dv, delta, partials, scale, partition, chosen, _precision(q)
+        )  # fmt: skip
+    if partials is not None:
+        dbias.copy_(partials.sum(0))
+    return dq, dk, dv, dbias
+
+
+def _backward_tiles(q: Tensor, v: Tensor, partition: Partition) -> tiles.BackwardTiles:
+    return tiles.backward(_target(q.device), q.shape[-1], v.shape[-1], _arithmetic(q), partition.tokens)
+
+
+def _arithmetic(q: Tensor) -> str:
+    return "tf32" if _precision(q) == "tf32" else str(q.dtype).removeprefix("torch.")
+
+
+def _precision(q: Tensor) -> str:
+    """How products of fp32 are multiplied: as torch's own matmul precision says, where the device has tf32."""
+    allowed = q.dtype == torch.float32 and q.device.type == "cuda" and torch.version.hip is None
+    return "tf32" if allowed and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+@torch.compiler.assume_constant_result
+def _target(device: torch.device) -> str:
+    """The architecture, as `tiles` names it."""
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        return properties.gcnArchName.split(":")[0] if torch.version.hip else f"sm_{properties.major}{properties.minor}"
+    return "xpu" if device.type == "xpu" else INTERPRETED_TARGET
+
+
+def _on(device: torch.device) -> AbstractContextManager[object]:
+    """Triton launches on the current device: make it the tensors'."""
+    return torch.accelerator.device_index(device.index) if device.type in DEVICES else nullcontext()

@@ -1,0 +1,114 @@
+"""Which tile each kernel runs with: data, one file a GPU architecture, written by the tuner and looked up here.
+
+An entry is made for one step and arithmetic, and serves up to so many channels and tokens. A look-up takes the smallest
+entry that is large enough; nobody tunes anything on a user's first call. To run with a tile that is not in the files,
+build a `Tile` and hand it to the launcher.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from functools import lru_cache
+from math import inf
+from pathlib import Path
+from typing import Any, NamedTuple
+
+STEPS = ("forward", "group", "queries", "keys", "values", "pairs")
+ARITHMETIC = {"float16": "16-bit", "bfloat16": "16-bit", "float32": "ieee", "tf32": "tf32"}
+FOLDER = Path(__file__).parent / "tiles"
+RELATIVES = {  # architectures with the same matrix instructions and at least the memory of one that has a file
+    "sm_87": "sm_80", "sm_89": "sm_86", "sm_103": "sm_100", "sm_120": "sm_86", "sm_121": "sm_86", "gfx950": "gfx942",
+}  # fmt: skip
+
+
+class Tile(NamedTuple):
+    """What one program of a kernel takes at a time, and how many warps and pipeline stages it does it with.
+
+    Blocks are powers of two of at least 16; chunks of the widths likewise, and need not divide them.
+    """
+
+    block_m: int  # queries
+    block_n: int  # keys
+    block_k: int  # channels of q and k
+    block_v: int  # channels of v and do
+    num_warps: int = 4
+    num_stages: int = 2
+
+
+class BackwardTiles(NamedTuple):
+    """The tiles of the backward kernels; `group` serves groups of up to `group.block_m` tokens, the others the rest."""
+
+    group: Tile | None  # every gradient at once
+    queries: Tile  # dq
+    keys: Tile  # dk and dv, or dk alone where `values` has a tile
+    values: Tile | None  # dv
+    pairs: Tile  # dbias
+
+
+def lookup(target: str, step: str, key_width: int, value_width: int, dtype: str, tokens: int) -> Tile:
+    """The tile for one kernel.
+
+    Args:
+        target: the architecture, such as "sm_90" or "gfx942".
+        step: one of `STEPS`: the forward kernel, or a field of `BackwardTiles`.
+        key_width: channels of q and k.
+        value_width: channels of v.
+        dtype: "float16", "bfloat16", "float32" or, for fp32 tensors multiplied as tf32, "tf32".
+        tokens: of a group, those outside the map counted.
+
+    Raises:
+        ValueError: an unknown step or dtype.
+        LookupError: the step does not serve such groups; of "group" and "values" only.
+
+    >>> lookup("sm_90", "forward", 256, 512, "bfloat16", tokens=64).block_m
+    64
+    """
+    if step not in STEPS:
+        raise ValueError(f"step must be one of {STEPS}, got {step!r}")
+    if dtype not in ARITHMETIC:
+        raise ValueError(f"dtype must be one of {tuple(ARITHMETIC)}, got {dtype!r}")
+    return _lookup(target, step, key_width, value_width, ARITHMETIC[dtype], tokens)
+
+
+def backward(target: str, key_width: int, value_width: int, dtype: str, tokens: int) -> BackwardTiles:
+    """The tiles of all backward kernels. Arguments and errors as of `lookup`.
+
+    >>> backward("sm_90", 256, 512, "bfloat16", tokens=64).group is not None
+    True
+    """
+
+    def find(step: str) -> Tile | None:
+        try:
+            return lookup(target, step, key_width, value_width, dtype, tokens)
+        except LookupError:
+            return None
+
+    tiles = {step: find(step) for step in STEPS if step != "forward"}
+    return BackwardTiles(**tiles)  # type: ignore[arg-type]  # only group and values may be None
+
+
+@lru_cache(maxsize=4096)
+def _lookup(target: str, step: str, key_width: int, value_width: int, arithmetic: str, tokens: int) -> Tile:
+    def limits(entry: dict[str, Any]) -> tuple[float, float, float]:
+        return entry["key_width"] or inf, entry["value_width"] or inf, entry["tokens"] or inf  # null: any number
+
+    def serves(entry: dict[str, Any]) -> bool:
+        wanted = zip((key_width, value_width, tokens), limits(entry), strict=True)
+        return entry["step"] == step and entry["arithmetic"] == arithmetic and all(n <= limit for n, limit in wanted)
+
+    entries = sorted(filter(serves, _entries(target)), key=limits)
+    if not entries or entries[0]["tile"] is None:
+        raise LookupError(f"no tile of {step!r} for groups of {tokens} tokens, widths {key_width} and {value_width}")
+    return Tile(*entries[0]["tile"])
+
+
+@lru_cache(maxsize=64)
+def _entries(target: str) -> tuple[dict[str, Any], ...]:
+    """The entries of a target's own file, of a relative's, or else of the most modest target of its vendor."""
+    file = FOLDER / f"{RELATIVES.get(target, target)}.json"
+    if not file.exists():
+        nearest = "gfx942" if target.startswith("gfx") else "sm_86"
+        warnings.warn(f"no tiles were made for {target}, those of {nearest} are taken", stacklevel=5)
+        file = FOLDER / f"{nearest}.json"
+    return tuple(json.loads(file.read_text()))

@@ -1,0 +1,235 @@
+"""The bench: its instruments against closed forms and real allocations, its providers against each other, its files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench.__main__ import main
+from bench.commands.scaling import size
+from bench.measure import Counter, count, seconds, step
+from bench.providers import PROVIDERS
+from bench.results import Row, read_rows, write_rows
+from bench.workload import LEVELS, PASSES, Level, Pass, Workload, closed_form_flops
+
+PAPER: dict[str, Any] = {"key_channels": 256, "value_channels": 512, "partition_size": (8, 8)}
+SMALL: dict[str, Any] = {"channels": 24, "key_channels": 8, "value_channels": 20, "partition_size": (2, 3)}
+MAPS = [(32, 32), (64, 128), (128, 128), (128, 256)]
+
+
+def counted(name: str, level: Level, pass_: Pass, height: int, width: int, **widths: Any) -> tuple[int, int]:
+    return count(partial(step, PROVIDERS[name], Workload(level, pass_, height, width, **widths)))
+
+
+# -- FLOPs -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("map_", MAPS)
+@pytest.mark.parametrize(("name", "partition_size"), [("dense", None), ("unfused", (8, 8)), ("isa", (8, 8))])
+def test_forward_flops_are_the_closed_form(
+    name: str, partition_size: tuple[int, int] | None, map_: tuple[int, int]
+) -> None:
+    flops, _ = counted(name, "attention", "forward", *map_, **PAPER)
+    assert flops == pytest.approx(closed_form_flops(map_[0] * map_[1], 256, 512, "forward", partition_size), rel=1e-3)
+
+
+def test_the_flops_ratio_at_128x128_is_the_papers() -> None:
+    dense, isa = (counted(name, "attention", "forward", 128, 128, **PAPER)[0] for name in ("dense", "isa"))
+    assert dense / isa == pytest.approx(51.2, rel=1e-3)
+
+
+def test_training_flops_are_three_forward_passes_and_what_is_computed_again() -> None:
+    pixels, k, v = 64 * 64, 256, 512
+    flops = {name: counted(name, "attention", "training", 64, 64, **PAPER)[0] for name in PROVIDERS}
+    assert flops["dense"] == closed_form_flops(pixels, k, v, "training")
+    assert flops["unfused"] == closed_form_flops(pixels, k, v, "training", (8, 8))
+    scores_again = closed_form_flops(pixels, k, 0, "forward", (8, 8))
+    assert flops["isa"] == closed_form_flops(pixels, k, v, "training", (8, 8)) + scores_again
+    # value width 512 is two chunks of 256, each of them 2 matmuls forward and 5 backward
+    assert flops["dense-sdpa"] == 2 * 7 * closed_form_flops(pixels, k, 0)
+
+
+@pytest.mark.parametrize("name", PROVIDERS)
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("pass_", PASSES)
+def test_counts_are_torchs_and_fake_tensors_count_as_real_ones(name: str, level: Level, pass_: Pass) -> None:
+    for map_ in ((12, 18), (7, 11)):
+        make = partial(step, PROVIDERS[name], Workload(level, pass_, *map_, **SMALL))
+        with Counter() as real:
+            make()()
+        with FlopCounterMode(display=False) as torchs:
+            make()()
+        assert count(make) == (real.flops, real.peak_bytes)
+        assert real.flops == torchs.get_total_flops()
+
+
+# -- bytes -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("pass_", "side", "least"), [("forward", 128, 10), ("forward", 256, 40), ("training", 128, 7)])
+def test_dense_attention_needs_many_times_the_memory(pass_: Pass, side: int, least: float) -> None:
+    dense, isa = (counted(name, "attention", pass_, side, side, **PAPER)[1] for name in ("dense", "isa"))
+    assert dense >= least * isa
+
+
+@pytest.mark.parametrize("name", PROVIDERS)
+def test_memory_grows_with_the_pixels_or_with_their_square(name: str) -> None:
+    small, large = (counted(name, "attention", "training", side, side, **PAPER)[1] for side in (64, 128))
+    growth = large / small  # for 4 times the pixels
+    assert growth > 12 if name == "dense" else growth < 6
+
+
+@pytest.mark.parametrize("name", PROVIDERS)
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("pass_", PASSES)
+def test_peak_bytes_are_those_really_allocated(name: str, level: Level, pass_: Pass) -> None:
+    make = partial(step, PROVIDERS[name], Workload(level, pass_, 24, 40, 64, 32, 64))
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        make()()
+    events = profiler.profiler.kineto_results.events()
+    live = peak = 0
+    for _, change in sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"):
+        live += change
+        peak = max(peak, live)
+    # what kernels of torch allocate for themselves: fused attention, a convolution's gradient
+    scratch = 3 << 20 if name == "dense-sdpa" or (level, pass_) == ("module", "training") else 1 << 12
+    assert 0 <= peak - count(make)[1] <= scratch
+
+
+# -- seconds -----------------------------------------------------------------------------------------------------------
+
+
+def test_rounds_are_interleaved_and_a_slow_step_is_not_repeated() -> None:
+    calls: list[str] = []
+    steps = {name: partial(_noted, calls, name) for name in "ab"}
+    assert seconds(steps, rounds=2).keys() == {"a", "b"}
+    assert calls == list("ababab")  # the first is a warm-up
+    calls.clear()
+    seconds(steps, rounds=2, budget=1e-9)
+    assert calls == list("ab")
+
+
+def _noted(calls: list[str], name: str) -> tuple[torch.Tensor, ...]:
+    calls.append(name)
+    return ()
+
+
+# -- providers ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("one", "other", "map_"), [("dense", "dense-sdpa", (7, 11)), ("unfused", "isa", (8, 18))])
+@pytest.mark.parametrize("pass_", PASSES)
+def test_providers_of_one_function_agree(one: str, other: str, map_: tuple[int, int], pass_: Pass) -> None:
+    workload = Workload("attention", pass_, *map_, dtype=torch.float64, **SMALL)
+    for ours, theirs in zip(*(step(PROVIDERS[name], workload)() for name in (one, other)), strict=True):
+        assert ours.shape == theirs.shape
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", PROVIDERS)
+def test_modules_keep_the_map_and_have_the_papers_parameters(name: str) -> None:
+    workload = Workload("module", "forward", 7, 11, **SMALL)
+    (output,) = step(PROVIDERS[name], workload)()
+    assert output.shape == (1, 24, 7, 11)
+    module = PROVIDERS[name].module(Workload("module", "forward", 8, 8))
+    stages = 1 if name.startswith("dense") else 2
+    assert sum(parameter.numel() for parameter in module.parameters()) == stages * 920_576
+
+
+# -- files and the command line ----------------------------------------------------------------------------------------
+
+
+ROW = Row("isa", "module", "training", 97, 98, 512, 256, 512, "float32", "cpu", 10**12, 2**33, 0.25, "counted+measured")
+
+
+def test_the_csv_has_its_columns_and_reads_back(tmp_path: Path) -> None:
+    rows = [ROW, Row(*(*list(vars(ROW).values())[:-2], None, "counted"))]
+    write_rows(tmp_path / "new" / "scaling.csv", rows)
+    assert (tmp_path / "new" / "scaling.csv").read_text().splitlines()[0] == (
+        "provider,level,pass,height,width,channels,key_channels,value_channels,"
+        "dtype,device,flops,peak_bytes,seconds,source"
+    )
+    assert read_rows(tmp_path / "new" / "scaling.csv") == rows
+
+
+def test_the_csv_is_whole_or_as_it_was(tmp_path: Path) -> None:
+    def broken() -> Iterator[Row]:
+        yield ROW
+        raise KeyboardInterrupt
+
+    write_rows(tmp_path / "scaling.csv", [ROW])
+    with pytest.raises(KeyboardInterrupt):
+        write_rows(tmp_path / "scaling.csv", broken())
+    assert read_rows(tmp_path / "scaling.csv") == [ROW]
+    assert [path.name for path in tmp_path.iterdir()] == ["scaling.csv"]
+
+
+def test_a_csv_with_other_columns_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "other.csv").write_text("provider,flops\nisa,1\n")
+    with pytest.raises(ValueError, match="must have the columns provider,level,pass"):
+        read_rows(tmp_path / "other.csv")
+
+
+TINY = ["--channels=8", "--key-channels=4", "--value-channels=6", "--partition-size=2x3", "--rounds=1"]
+
+
+def test_scaling_writes_its_csv_and_plots(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["scaling", "--out", str(tmp_path), "--sizes", "6", "7x11", "12x9", *TINY])
+    rows = read_rows(tmp_path / "scaling.csv")
+    assert len(rows) == len(PROVIDERS) * len(LEVELS) * len(PASSES) * 3
+    assert {row.map for row in rows} == {(6, 6), (7, 11), (12, 9)}
+    assert all(row.flops > 0 and row.peak_bytes > 0 and row.seconds for row in rows)
+    assert {row.source for row in rows} == {"counted+measured"}
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == ["flops.png", "memory.png", "time.png"]
+    assert "attention level, forward" in capsys.readouterr().out
+
+
+def test_scaling_does_not_run_what_does_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    only = ["--providers", "dense", "isa", "--level", "attention", "--passes", "forward"]
+    main(["scaling", "--out", str(tmp_path), "--sizes", "128", *only, *TINY, "--memory-limit", "0.001"])
+    dense, isa = read_rows(tmp_path / "scaling.csv")
+    assert (dense.seconds, dense.source) == (None, "counted")
+    assert dense.peak_bytes > 2 * 4 * 128**4  # two copies of the scores, which no one ever made
+    assert (isa.seconds, isa.source) == (None, "counted")
+    assert "dense, attention forward 128x128: would need" in capsys.readouterr().out
+
+
+def test_pictures_are_drawn(tmp_path: Path) -> None:
+    main(["pictures", "--out", str(tmp_path)])
+    assert {path.name for path in tmp_path.iterdir()} == {"partitions.png", "supports.png", "photo.png"}
+
+
+@pytest.mark.parametrize(("text", "expected"), [("64", (64, 64)), ("64x128", (64, 128)), ("7X5", (7, 5))])
+def test_sizes_are_a_side_or_height_and_width(text: str, expected: tuple[int, int]) -> None:
+    assert size(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "required: COMMAND"),
+        (["fly"], "invalid choice: 'fly'"),
+        (
+            ["scaling", "--sizes", "64x"],
+            "--sizes: must be a side or HEIGHTxWIDTH in pixels, as 64 or 64x128, got '64x'",
+        ),
+        (["scaling", "--sizes", "1x2x3"], "must be a side or HEIGHTxWIDTH"),
+        (["scaling", "--sizes", "0"], "must be a side or HEIGHTxWIDTH"),
+        (["scaling", "--providers", "densest"], "invalid choice: 'densest'"),
+        (["scaling", "--rounds", "0"], "--rounds: must be a whole number from 1, got '0'"),
+        (["scaling", "--device", "abacus"], "--device: must be a device of this machine, got 'abacus'"),
+        (["scaling", "--passes", "backward"], "invalid choice: 'backward'"),
+        (["scaling", "--sizes", "6", "--partition-size", "8"], "--partition-size 8x8 is larger than the map 6x6"),
+    ],
+)
+def test_bad_arguments_are_named(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert message in capsys.readouterr().err
