@@ -40,8 +40,9 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def keeps_output(q: Tensor, v: Tensor, partition: Partition) -> bool:
-    """Whether backward needs out and lse."""
-    return not launch.in_one_kernel(_backward_tiles(q, v, partition), partition)
+    """Whether backward needs out and lse: a group does not fit in one block."""
+    widths = int(q.shape[-1]), int(v.shape[-1])  # constants of every kernel, so a symbolic width becomes one here
+    return partition.tokens > _longest_group(q.device, q.dtype, *widths)
 
 
 def forward(
@@ -49,9 +50,13 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """As `eager.forward`."""
     out, lse = empty_outputs(q, v, with_lse)
-    tile = tiles.lookup(_target(q.device), "forward", q.shape[-1], v.shape[-1], _arithmetic(q), partition.tokens)
+    tile = tiles.lookup(
+        _target(q.device), "forward", q.shape[-1], v.shape[-1], _arithmetic(q.dtype, q.device), partition.tokens
+    )
     with _on(q.device):
-        launch.forward(q, k, v, bias, out, lse if with_lse else None, scale, partition, tile, _precision(q))
+        launch.forward(
+            q, k, v, bias, out, lse if with_lse else None, scale, partition, tile, _precision(q.dtype, q.device)
+        )
     return out, lse
 
 
@@ -75,9 +80,10 @@ def backward(
     if bias is not None:
         shape = launch.bias_partials_shape(q.shape[0], q.shape[3], partition, chosen)
         partials = q.new_empty(shape, dtype=torch.float32)
+    precision = _precision(q.dtype, q.device)
     with _on(q.device):
         launch.backward(
-            q, k, v, bias, out, lse, do, dlse, dq, dk, dv, delta, partials, scale, partition, chosen, _precision(q)
+            q, k, v, bias, out, lse, do, dlse, dq, dk, dv, delta, partials, scale, partition, chosen, precision
         )  # fmt: skip
     if partials is not None:
         dbias.copy_(partials.sum(0))
@@ -85,20 +91,31 @@ def backward(
 
 
 def _backward_tiles(q: Tensor, v: Tensor, partition: Partition) -> tiles.BackwardTiles:
-    return tiles.backward(_target(q.device), q.shape[-1], v.shape[-1], _arithmetic(q), partition.tokens)
+    return tiles.backward(_target(q.device), q.shape[-1], v.shape[-1], _arithmetic(q.dtype, q.device), partition.tokens)
 
 
-def _arithmetic(q: Tensor) -> str:
-    return "tf32" if _precision(q) == "tf32" else str(q.dtype).removeprefix("torch.")
+@torch.compiler.assume_constant_result  # device, dtype and widths are constants of a graph; the tokens need not be
+def _longest_group(device: torch.device, dtype: torch.dtype, key_width: int, value_width: int) -> int:
+    """The most tokens of a group whose gradients one kernel computes."""
+    arithmetic = _arithmetic(dtype, device)
+    longest = 0
+    for tokens in (1 << i for i in range(12)):
+        group = tiles.backward(_target(device), key_width, value_width, arithmetic, tokens).group
+        longest = tokens if group is not None and tokens <= group.block_m else longest
+    return longest
 
 
-def _precision(q: Tensor) -> str:
+def _arithmetic(dtype: torch.dtype, device: torch.device) -> str:
+    """The dtype as `tiles` names it."""
+    return "tf32" if _precision(dtype, device) == "tf32" else str(dtype).removeprefix("torch.")
+
+
+def _precision(dtype: torch.dtype, device: torch.device) -> str:
     """How products of fp32 are multiplied: as torch's own matmul precision says, where the device has tf32."""
-    allowed = q.dtype == torch.float32 and q.device.type == "cuda" and torch.version.hip is None
+    allowed = dtype == torch.float32 and device.type == "cuda" and torch.version.hip is None
     return "tf32" if allowed and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
-@torch.compiler.assume_constant_result
 def _target(device: torch.device) -> str:
     """The architecture, as `tiles` names it."""
     if device.type == "cuda":

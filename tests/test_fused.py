@@ -1,0 +1,175 @@
+"""The Triton backend as PyTorch sees it, its kernels interpreted: derivatives, operators, compilers, what is kept."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from isa_triton import InterlacedSparseSelfAttention, Partition, fused, modules, partitioned_attention
+from isa_triton import partitioned_attention_with_lse as with_lse
+from tests.cases import PARTITIONS, qkv, relative_error
+
+ONE_KERNEL = PARTITIONS["interlaced-ragged"]
+TWO_PASSES = Partition.dense((13, 5))  # 65 tokens: one more than the interpreter's tiles take whole
+
+
+def inputs(partition: Partition, bias: bool = True, width: int = 16) -> list[Tensor]:
+    heads = 2 if partition is ONE_KERNEL else 1
+    tensors = list(qkv(partition, 1, heads, key_width=width, value_width=width, dtype=torch.float32))
+    if bias:
+        tensors.append(torch.randn(heads, partition.tokens, partition.tokens))
+    return [x.requires_grad_() for x in tensors]
+
+
+def call(tensors: list[Tensor], partition: Partition, backend: str) -> tuple[Tensor, Tensor]:
+    q, k, v, *bias = tensors
+    return with_lse(q, k, v, partition, bias=bias[0] if bias else None, backend=backend)
+
+
+@pytest.mark.parametrize("partition", [ONE_KERNEL, TWO_PASSES], ids=["one kernel", "two passes"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_backends_agree_in_outputs_and_gradients(partition: Partition, bias: bool) -> None:
+    tensors = inputs(partition, bias)
+    upstream = (torch.randn_like(tensors[2]), torch.randn(tensors[0].shape[:-1]))
+    results = []
+    for backend in ("triton", "eager"):
+        outputs = call(tensors, partition, backend)
+        results.append((*outputs, *torch.autograd.grad(outputs, tensors, upstream)))
+    for a, e in zip(*results, strict=True):
+        assert relative_error(a, e) < 1e-5
+
+
+@pytest.mark.parametrize("partition", [ONE_KERNEL, TWO_PASSES], ids=["one kernel", "two passes"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_backward_is_kept_no_more_than_it_needs(partition: Partition, bias: bool) -> None:
+    """The inputs, and out and lse only where groups do not fit in one block."""
+    tensors = inputs(partition, bias)
+    kept: list[Tensor] = []
+
+    def pack(x: Tensor) -> Tensor:
+        kept.append(x)
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        out = call(tensors, partition, "triton")[0]
+    extra = [x.shape for x in kept if not any(x.data_ptr() == y.data_ptr() for y in tensors)]
+    two_passes = fused.keeps_output(tensors[0], tensors[2], partition)
+    assert two_passes == (partition is TWO_PASSES)
+    assert extra == ([out.shape, out.shape[:-1]] if two_passes else [])
+
+
+@pytest.mark.parametrize("partition", [ONE_KERNEL, TWO_PASSES], ids=["one kernel", "two passes"])
+def test_backward_is_deterministic_to_the_bit(partition: Partition) -> None:
+    tensors = inputs(partition)
+    upstream = torch.randn_like(tensors[2])
+    first, second = (torch.autograd.grad(call(tensors, partition, "triton")[0], tensors, upstream) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck's own look at copies
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_operators_pass_opcheck(bias: bool, transposed: bool) -> None:
+    q, k, v, *rest = inputs(ONE_KERNEL, bias)
+    if transposed:
+        q, k, v = (x.detach().transpose(1, 4).contiguous().transpose(1, 4).requires_grad_() for x in (q, k, v))
+    b, axes = (rest[0] if rest else None), (list(ONE_KERNEL.h), list(ONE_KERNEL.w))
+    torch.library.opcheck(torch.ops.isa_triton.forward.default, (q, k, v, b, 0.5, *axes, True, "triton"))
+    plain = [None if x is None else x.detach() for x in (q, k, v, b)]
+    arguments = (*plain, None, None, torch.randn_like(v), None, 0.5, *axes, "triton")
+    torch.library.opcheck(torch.ops.isa_triton.backward.default, arguments)
+
+
+def test_compiles_through_the_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole layer in training mode, in one graph, with the kernels as its attention."""
+
+    def triton_attention(q: Tensor, k: Tensor, v: Tensor, partition: Partition) -> Tensor:
+        return partitioned_attention(q, k, v, partition, backend="triton")
+
+    layer = InterlacedSparseSelfAttention(4, 16, 16, partition_size=(3, 2))
+    x = torch.randn(1, 4, 5, 7)
+    expected = layer(x)
+    expected.sum().backward()
+    gradients = [p.grad.clone() for p in layer.parameters() if p.grad is not None]
+    layer.zero_grad()
+    monkeypatch.setattr(modules, "partitioned_attention", triton_attention)
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> object:
+        graphs.append(graph.code)
+        return graph.forward
+
+    actual = torch.compile(layer, fullgraph=True, backend=backend)(x)
+    assert relative_error(actual, expected) < 1e-4
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    compiled(x).sum().backward()
+    for p, gradient in zip(layer.parameters(), gradients, strict=True):
+        assert p.grad is not None
+        assert relative_error(p.grad, gradient) < 1e-3
+
+
+def test_second_derivatives_and_transforms_work_through_the_plain_formula() -> None:
+    partition = Partition.local((3, 2), window=(2, 2))
+    tensors = inputs(partition, bias=False, width=3)
+
+    def loss(backend: str, q: Tensor) -> Tensor:
+        return call([q, *tensors[1:]], partition, backend)[0].sin().sum()
+
+    q = tensors[0].detach()
+    for transform in (torch.func.grad, torch.func.hessian, torch.func.jacfwd):
+        triton, eager = (transform(lambda q, backend=b: loss(backend, q))(q) for b in ("triton", "eager"))
+        assert relative_error(triton, eager) < 1e-4
+    batched = torch.func.vmap(lambda q: loss("triton", q))(torch.stack([q, 2 * q]))
+    assert relative_error(batched, torch.stack([loss("eager", q), loss("eager", 2 * q)])) < 1e-5
+
+
+def test_exported_graphs_hold_the_operator() -> None:
+    class Layer(torch.nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return partitioned_attention(q, k, v, ONE_KERNEL, backend="triton")
+
+    tensors = tuple(x.detach() for x in inputs(ONE_KERNEL, bias=False))
+    exported = torch.export.export(Layer(), tensors)
+    assert any(node.target is torch.ops.isa_triton.forward.default for node in exported.graph.nodes)
+    assert torch.equal(exported.module()(*tensors), Layer()(*tensors))
+
+
+def test_what_the_kernels_cannot_take_is_said() -> None:
+    q, k, v = qkv(ONE_KERNEL)
+    with pytest.raises(ValueError, match=r"backend='triton' cannot be had: the kernels take .* not torch.float64"):
+        partitioned_attention(q, k, v, ONE_KERNEL, backend="triton")
+
+
+def test_without_the_interpreter_a_cpu_tensor_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET")
+    q, k, v = qkv(ONE_KERNEL, dtype=torch.float32)
+    with pytest.raises(ValueError, match="run on cuda and xpu devices, or interpreted"):
+        partitioned_attention(q, k, v, ONE_KERNEL, backend="triton")
+    assert torch.equal(
+        partitioned_attention(q, k, v, ONE_KERNEL), partitioned_attention(q, k, v, ONE_KERNEL, backend="eager")
+    )
+
+
+def test_fp32_products_follow_torchs_matmul_precision() -> None:
+    cuda = torch.device("cuda")
+    try:
+        torch.set_float32_matmul_precision("high")
+        assert fused._precision(torch.float32, cuda) == "tf32"
+        assert fused._arithmetic(torch.float32, cuda) == "tf32"
+        assert fused._precision(torch.bfloat16, cuda) == fused._precision(torch.float32, torch.device("cpu")) == "ieee"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert fused._arithmetic(torch.float32, cuda) == "float32"
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+@pytest.mark.parametrize("width", [8, 32, 39, 64, 256, 512])
+def test_what_is_kept_is_what_the_tiles_need(target: str, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`keeps_output` knows one number, the longest group; the launcher asks the tiles themselves."""
+    monkeypatch.setattr(fused, "_target", lambda device: target)
+    for tokens in (1, 15, 16, 17, 32, 33, 49, 63, 64, 65, 100, 128, 129, 256, 257, 1024):
+        partition = Partition.rows((1, tokens))
+        q = torch.empty(1, 1, tokens, 1, width, dtype=torch.bfloat16, device="meta")
+        chosen = fused._backward_tiles(q, q, partition)
+        assert fused.keeps_output(q, q, partition) == (not fused.launch.in_one_kernel(chosen, partition))
