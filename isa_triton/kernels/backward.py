@@ -1,0 +1,195 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, no-check-untyped-defs
+"""The backward kernels, from one derivation.
+
+For a query i and a key j of one group, with the gradients do of out and dlse of lse:
+
+    s_ij  = scale * q_i . k_j + bias_ij       p_ij = exp(s_ij - lse_i)        out_i = sum_j p_ij v_j
+    dv_j  = sum_i p_ij do_i                   dp_ij = do_i . v_j
+    ds_ij = p_ij (dp_ij - delta_i)            delta_i = sum_j p_ij dp_ij - dlse_i = do_i . out_i - dlse_i
+    dq_i  = scale * sum_j ds_ij k_j           dk_j = scale * sum_i ds_ij q_i
+    dbias_ij = sum of ds_ij over maps and groups
+
+dlse enters through delta, for d lse_i / d s_ij = p_ij. A group that fits in one block has all its p and dp on chip: one
+kernel forms the five products, takes delta from the first form, and needs neither out nor lse. Longer groups take delta
+from the second form, in passes that each own the rows they write: queries (dq, delta), keys (dk, dv) and pairs (dbias).
+Nothing is added atomically: dbias is summed in registers by a fixed number of programs, and the caller adds their sums.
+"""
+
+import triton
+import triton.language as tl
+
+from isa_triton.kernels.common import (
+    LOG2_E,
+    across,
+    down,
+    inner_products,
+    load,
+    locate,
+    pairs,
+    rows,
+    scores,
+    store,
+    unravel,
+)
+
+
+@triton.jit
+def probabilities(product, scale, bias, lse, query, key, h, w):
+    """p, or p^T, from q k^T and the saved lse; zero for tokens outside the map (a query there has lse = infinity)."""
+    return tl.exp2(scores(product, scale, bias, query, key, h, w) - lse * LOG2_E)
+
+
+@triton.jit
+def one_each(pixels, tokens, OUTSIDE: tl.constexpr):
+    """One number a token, from lse, dlse or delta."""
+    return tl.load(rows(pixels, tokens).pointer, tokens.inside, other=OUTSIDE)
+
+
+@triton.jit
+def store_sum(partials, slot, heads, query, key, h, w, values):
+    """A program's share of dbias, into its slot of partials [slots * heads, tokens, tokens]."""
+    pointer, exists = pairs(partials, slot * heads + query.head, query, key, h, w)
+    tl.store(pointer, values, exists)
+
+
+@triton.jit(do_not_specialize=["items", "slots"])
+def backward_group_kernel(
+    q, k, v, bias, do, dlse, dq, dk, dv, partials, scale, heads, items, slots, h, w,
+    K: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Every gradient of groups that fit in one block, from q, k, v and bias alone.
+
+    A program takes one head of every `slots`-th of the items, the groups of all maps: grid (slots * heads,).
+    """
+    _, head, slot = unravel(tl.program_id(0), 1, heads)
+    ds_sum = tl.zeros([BLOCK, BLOCK], tl.float32)
+    # Item after item: to prefetch the next, or to hoist what items share, takes more registers than there are.
+    for item in tl.range(slot, items, slots, num_stages=1, disable_licm=True):
+        token = locate(item, head, 0, h, w, BLOCK)
+        q_rows, k_rows, v_rows, do_rows = rows(q, token), rows(k, token), rows(v, token), rows(do, token)
+
+        product = inner_products(q_rows, k_rows, K, BLOCK_K, PRECISION)
+        score = scores(product, scale, bias, down(token), across(token), h, w)  # [BLOCK, BLOCK]
+        weight = tl.exp2(score - tl.max(score, 1)[:, None])
+        p = weight / tl.sum(weight, 1)[:, None]  # a query outside the map has one too, but its do is zero
+
+        dp = tl.zeros([BLOCK, BLOCK], tl.float32)
+        for chunk in range(0, V, BLOCK_V):
+            do_chunk, v_chunk = load(do_rows, chunk, V, BLOCK_V), load(v_rows, chunk, V, BLOCK_V)
+            dp = tl.dot(do_chunk, v_chunk.T, dp, input_precision=PRECISION)
+            dv_chunk = tl.dot(p.to(do_chunk.dtype).T, do_chunk, input_precision=PRECISION)
+            store(rows(dv, token), chunk, dv_chunk, V, BLOCK_V)
+
+        delta = tl.sum(p * dp, 1)
+        if dlse is not None:
+            delta -= one_each(dlse, token, 0.0)
+        ds = p * (dp - delta[:, None])
+        if partials is not None:
+            ds_sum += ds
+        for chunk in range(0, K, BLOCK_K):
+            q_chunk, k_chunk = load(q_rows, chunk, K, BLOCK_K), load(k_rows, chunk, K, BLOCK_K)
+            dq_chunk = tl.dot(ds.to(k_chunk.dtype), k_chunk, input_precision=PRECISION)
+            dk_chunk = tl.dot(ds.to(q_chunk.dtype).T, q_chunk, input_precision=PRECISION)
+            store(rows(dq, token), chunk, dq_chunk * scale, K, BLOCK_K)
+            store(rows(dk, token), chunk, dk_chunk * scale, K, BLOCK_K)
+
+    if partials is not None:
+        token = locate(slot, head, 0, h, w, BLOCK)
+        store_sum(partials, slot, heads, down(token), across(token), h, w, ds_sum)
+
+
+@triton.jit
+def backward_queries_kernel(
+    q, k, v, bias, out, lse, do, dlse, dq, delta, scale, heads, h, w,
+    K: tl.constexpr, V: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    WIDTH_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dq, and delta for the passes that follow. A program takes BLOCK_M queries, as in forward."""
+    tokens = h.tokens * w.tokens
+    block, head, item = unravel(tl.program_id(0), tl.cdiv(tokens, BLOCK_M), heads)
+    query = locate(item, head, block * BLOCK_M, h, w, BLOCK_M)
+    q_rows, do_rows, out_rows = rows(q, query), rows(do, query), rows(out, query)
+
+    delta_m = tl.zeros([BLOCK_M], tl.float32)
+    for chunk in range(0, V, BLOCK_V):
+        do_chunk, out_chunk = load(do_rows, chunk, V, BLOCK_V), load(out_rows, chunk, V, BLOCK_V)
+        delta_m += tl.sum(do_chunk.to(tl.float32) * out_chunk.to(tl.float32), 1)
+    if dlse is not None:
+        delta_m -= one_each(dlse, query, 0.0)
+    tl.store(rows(delta, query).pointer, delta_m, query.inside)
+
+    lse_m = one_each(lse, query, float("inf"))
+    acc = tl.zeros([BLOCK_M, WIDTH_K], tl.float32)
+    for start in range(0, tokens, BLOCK_N):
+        key = locate(item, head, start, h, w, BLOCK_N)
+        k_rows, v_rows = rows(k, key), rows(v, key)
+        product = inner_products(q_rows, k_rows, K, BLOCK_K, PRECISION)
+        p = probabilities(product, scale, bias, lse_m[:, None], down(query), across(key), h, w)  # [BLOCK_M, BLOCK_N]
+        ds = p * (inner_products(do_rows, v_rows, V, BLOCK_V, PRECISION) - delta_m[:, None])
+        keys = load(k_rows, 0, K, WIDTH_K)
+        acc = tl.dot(ds.to(keys.dtype), keys, acc, input_precision=PRECISION)
+    store(rows(dq, query), 0, acc * scale, K, WIDTH_K)
+
+
+@triton.jit
+def backward_keys_kernel(
+    q, k, v, bias, lse, delta, do, dk, dv, scale, heads, h, w,
+    K: tl.constexpr, V: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    WIDTH_K: tl.constexpr, WIDTH_V: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dk and dv, or the one of them that is not None. A program takes BLOCK_N keys; its p and ds are transposed."""
+    tokens = h.tokens * w.tokens
+    block, head, item = unravel(tl.program_id(0), tl.cdiv(tokens, BLOCK_N), heads)
+    key = locate(item, head, block * BLOCK_N, h, w, BLOCK_N)
+    k_rows, v_rows = rows(k, key), rows(v, key)
+
+    if dk is not None:
+        dk_acc = tl.zeros([BLOCK_N, WIDTH_K], tl.float32)
+    if dv is not None:
+        dv_acc = tl.zeros([BLOCK_N, WIDTH_V], tl.float32)
+    for start in range(0, tokens, BLOCK_M):
+        query = locate(item, head, start, h, w, BLOCK_M)
+        q_rows, do_rows = rows(q, query), rows(do, query)
+        lse_m = one_each(lse, query, float("inf"))
+        product = inner_products(k_rows, q_rows, K, BLOCK_K, PRECISION)
+        p = probabilities(product, scale, bias, lse_m[None, :], across(query), down(key), h, w)  # [BLOCK_N, BLOCK_M]
+        if dv is not None:
+            gradients = load(do_rows, 0, V, WIDTH_V)
+            dv_acc = tl.dot(p.to(gradients.dtype), gradients, dv_acc, input_precision=PRECISION)
+        if dk is not None:
+            dp = inner_products(v_rows, do_rows, V, BLOCK_V, PRECISION)
+            ds = p * (dp - one_each(delta, query, 0.0)[None, :])
+            queries = load(q_rows, 0, K, WIDTH_K)
+            dk_acc = tl.dot(ds.to(queries.dtype), queries, dk_acc, input_precision=PRECISION)
+    if dk is not None:
+        store(rows(dk, key), 0, dk_acc * scale, K, WIDTH_K)
+    if dv is not None:
+        store(rows(dv, key), 0, dv_acc, V, WIDTH_V)
+
+
+@triton.jit(do_not_specialize=["items", "slots"])
+def backward_pairs_kernel(
+    q, k, v, bias, lse, delta, do, partials, scale, heads, items, slots, h, w,
+    K: tl.constexpr, V: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Partial sums of dbias. A program takes BLOCK_M x BLOCK_N pairs in one head of every `slots`-th of the items."""
+    tokens = h.tokens * w.tokens
+    across_keys = tl.cdiv(tokens, BLOCK_N)
+    block, head, slot = unravel(tl.program_id(0), tl.cdiv(tokens, BLOCK_M) * across_keys, heads)
+    query_start, key_start = block // across_keys * BLOCK_M, block % across_keys * BLOCK_N
+
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for item in tl.range(slot, items, slots, num_stages=1, disable_licm=True):
+        query = locate(item, head, query_start, h, w, BLOCK_M)
+        key = locate(item, head, key_start, h, w, BLOCK_N)
+        lse_m, delta_m = one_each(lse, query, float("inf")), one_each(delta, query, 0.0)
+        product = inner_products(rows(q, query), rows(k, key), K, BLOCK_K, PRECISION)
+        p = probabilities(product, scale, bias, lse_m[:, None], down(query), across(key), h, w)
+        acc += p * (inner_products(rows(do, query), rows(v, key), V, BLOCK_V, PRECISION) - delta_m[:, None])
+    query, key = locate(slot, head, query_start, h, w, BLOCK_M), locate(slot, head, key_start, h, w, BLOCK_N)
+    store_sum(partials, slot, heads, down(query), across(key), h, w, acc)

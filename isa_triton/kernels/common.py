@@ -1,0 +1,150 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, no-check-untyped-defs
+"""What forward and backward share: which pixels a program owns, their rows in memory, scores, the online softmax.
+
+Pixels are found by `device_coordinates` and by nothing else, so no kernel knows which partition it serves. A block of
+tokens in one tensor is a `Rows`: a pointer to each, from which chunks of the width are loaded where they are needed.
+"""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from isa_triton.partition import device_coordinates
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+class Pixels(NamedTuple):
+    """A [B, H, W, heads, width] tensor as kernels take it: its first element and its strides."""
+
+    data: Any
+    batch: int
+    y: int
+    x: int
+    head: int
+    channel: int = 0  # of lse, dlse and delta, [B, H, W, heads]
+
+
+class Pairs(NamedTuple):
+    """A [heads, tokens, tokens] tensor, a number for each pair of query and key."""
+
+    data: Any
+    head: int
+    query: int
+    key: int
+
+
+class Tokens(NamedTuple):
+    """A block of one group's tokens, in one head of one map; `inside` says which of them exist in the map."""
+
+    batch: Any
+    head: Any
+    number: Any
+    y: Any
+    x: Any
+    inside: Any
+
+
+class Rows(NamedTuple):
+    """A block of tokens in one tensor: a pointer to channel 0 of each, and how far apart the channels lie."""
+
+    pointer: Any
+    inside: Any
+    channel: Any
+
+
+@triton.jit
+def unravel(program, blocks, heads):
+    """Block, head and item of a program: neighbours share a group's keys first, then its pixels' cache lines."""
+    return program % blocks, program // blocks % heads, program // blocks // heads
+
+
+@triton.jit
+def locate(item, head, start, h, w, BLOCK: tl.constexpr):
+    """The `BLOCK` tokens from number `start` on of an item, one of the groups of all maps."""
+    groups = h.groups * w.groups
+    number = start + tl.arange(0, BLOCK)
+    y, x, inside = device_coordinates(item % groups, number, h, w)  # type: ignore[misc]  # None where triton is missing
+    return Tokens(item // groups, head, number, y, x, inside & (number < h.tokens * w.tokens))
+
+
+@triton.jit
+def down(tokens):
+    """Tokens that number the rows of a matrix."""
+    return Tokens(tokens.batch, tokens.head, tokens.number[:, None], tokens.y, tokens.x, tokens.inside[:, None])
+
+
+@triton.jit
+def across(tokens):
+    """Tokens that number the columns of a matrix."""
+    return Tokens(tokens.batch, tokens.head, tokens.number[None, :], tokens.y, tokens.x, tokens.inside[None, :])
+
+
+@triton.jit
+def rows(pixels, tokens):
+    """Where the tokens lie in a tensor. Offsets are 64-bit: even one map may exceed 2^31 elements."""
+    start = pixels.data + tokens.batch.to(tl.int64) * pixels.batch + tokens.head.to(tl.int64) * pixels.head
+    offset = tokens.y.to(tl.int64) * pixels.y + tokens.x.to(tl.int64) * pixels.x
+    return Rows(start + offset, tokens.inside, pixels.channel)
+
+
+@triton.jit
+def cells(rows, start, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Pointers to `BLOCK` channels of every row from `start` on, and which of them exist."""
+    channel = start + tl.arange(0, BLOCK)
+    pointer = rows.pointer[:, None] + channel.to(tl.int64)[None, :] * rows.channel
+    return pointer, rows.inside[:, None] & (channel < WIDTH)[None, :]  # [rows, BLOCK]
+
+
+@triton.jit
+def load(rows, start, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    pointer, exists = cells(rows, start, WIDTH, BLOCK)
+    return tl.load(pointer, exists, other=0.0)
+
+
+@triton.jit
+def store(rows, start, values, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    pointer, exists = cells(rows, start, WIDTH, BLOCK)
+    tl.store(pointer, values.to(rows.pointer.dtype.element_ty), exists)
+
+
+@triton.jit
+def inner_products(a, b, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr):
+    """a b^T, a chunk of the width at a time."""
+    product = tl.zeros([a.inside.shape[0], b.inside.shape[0]], tl.float32)
+    for start in range(0, WIDTH, BLOCK):
+        a_chunk, b_chunk = load(a, start, WIDTH, BLOCK), load(b, start, WIDTH, BLOCK)
+        product = tl.dot(a_chunk, b_chunk.T, product, input_precision=PRECISION)
+    return product  # [rows of a, rows of b]
+
+
+@triton.jit
+def pairs(numbers, index, query, key, h, w):
+    """Pointers to numbers[index, query, key], and which of them exist."""
+    tokens = h.tokens * w.tokens
+    offset = query.number.to(tl.int64) * numbers.query + key.number.to(tl.int64) * numbers.key
+    return numbers.data + index.to(tl.int64) * numbers.head + offset, (query.number < tokens) & (key.number < tokens)
+
+
+@triton.jit
+def scores(product, scale, bias, query, key, h, w):
+    """log2(e) * (scale * q k^T + bias), and minus infinity for keys outside the map."""
+    score = product * (scale * LOG2_E)
+    if bias is not None:
+        pointer, exists = pairs(bias, query.head, query, key, h, w)
+        score += tl.load(pointer, exists, other=0.0).to(tl.float32) * LOG2_E
+    return tl.where(key.inside, score, float("-inf"))
+
+
+@triton.jit
+def fold_softmax(score, row_max, row_sum):
+    """Fold a block of keys into each row's maximum and sum; `shrink` adapts what was summed under the old maximum.
+
+    Token 0 of every group lies inside the map, so the maximum is finite from the first block on.
+    """
+    new_max = tl.maximum(row_max, tl.max(score, 1))
+    weight = tl.exp2(score - new_max[:, None])
+    shrink = tl.exp2(row_max - new_max)
+    return weight, shrink, new_max, row_sum * shrink + tl.sum(weight, 1)

@@ -1,0 +1,57 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, no-check-untyped-defs
+"""The forward kernel."""
+
+import triton
+import triton.language as tl
+
+from isa_triton.kernels.common import (
+    LN_2,
+    across,
+    down,
+    fold_softmax,
+    inner_products,
+    load,
+    locate,
+    rows,
+    scores,
+    store,
+    unravel,
+)
+
+
+@triton.jit
+def forward_kernel(
+    q, k, v, bias, out, lse, scale, heads, h, w,
+    K: tl.constexpr, V: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    ONE_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """out = softmax(scale * q k^T + bias) v and lse = log sum exp, within every group.
+
+    A program takes BLOCK_M queries of a group: grid (maps * groups * heads * query blocks,).
+    A group that fits in one block of keys is scored once and its softmax is exact, however many chunks the value
+    width has. A longer one goes through the same loops block by block, online, and is scored once a chunk.
+    """
+    tokens = h.tokens * w.tokens
+    block, head, item = unravel(tl.program_id(0), tl.cdiv(tokens, BLOCK_M), heads)
+    query = locate(item, head, block * BLOCK_M, h, w, BLOCK_M)
+    q_rows = rows(q, query)
+    row_max, row_sum = tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M], tl.float32)  # the last chunk's, for lse
+
+    if ONE_BLOCK:
+        product = inner_products(q_rows, rows(k, locate(item, head, 0, h, w, BLOCK_N)), K, BLOCK_K, PRECISION)
+    for chunk in range(0, V, BLOCK_V):
+        row_max, row_sum = tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)
+        acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+        for start in range(0, BLOCK_N if ONE_BLOCK else tokens, BLOCK_N):
+            key = locate(item, head, start, h, w, BLOCK_N)
+            if not ONE_BLOCK:
+                product = inner_products(q_rows, rows(k, key), K, BLOCK_K, PRECISION)  # [BLOCK_M, BLOCK_N]
+            score = scores(product, scale, bias, down(query), across(key), h, w)
+            weight, shrink, row_max, row_sum = fold_softmax(score, row_max, row_sum)
+            values = load(rows(v, key), chunk, V, BLOCK_V)  # [BLOCK_N, BLOCK_V]
+            acc = tl.dot(weight.to(values.dtype), values, acc * shrink[:, None], input_precision=PRECISION)
+        store(rows(out, query), chunk, acc / row_sum[:, None], V, BLOCK_V)
+
+    if lse is not None:
+        tl.store(rows(lse, query).pointer, row_max * LN_2 + tl.log(row_sum), query.inside)

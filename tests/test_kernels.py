@@ -1,0 +1,421 @@
+"""The kernels, interpreted, against the formula in fp64: over generated cases, and one by one where a limit bites."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import count, product
+from math import ceil, prod
+
+import pytest
+import torch
+from torch import Tensor
+
+from isa_triton.kernels import launch
+from isa_triton.partition import Partition
+from isa_triton.tiles import BackwardTiles, Tile
+from tests import guard
+
+Pair = tuple[int, int]
+Pixels = list[range]  # of one axis: the pixels of each group
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _interpreter() -> None:
+    guard.install()
+
+
+# ------------------------------------------------------------------------------------------------------------- cases
+@dataclass(frozen=True)
+class Case:
+    """A partition of a map into `groups` groups of `tokens` tokens, and what lies on it."""
+
+    pattern: str
+    tokens: Pair
+    groups: Pair
+    short: Pair = (0, 0)  # pixels that the map lacks at its far ends
+    widths: Pair = (32, 32)
+    heads: int = 1
+    maps: int = 1
+    bias: bool = False
+    dtype: torch.dtype = torch.float32
+    layout: str = "contiguous"
+    form: str = "one"  # "one" block a group, "many", or many with dk and dv in passes of their own
+    logits: float = 3.0
+
+    def __str__(self) -> str:
+        named = f"{self.pattern}-{self.tokens}-{self.groups}-{self.short}-{self.widths}-{self.heads}x{self.maps}"
+        return f"{named}-{'bias-' * self.bias}{str(self.dtype)[6:]}-{self.layout}-{self.form}".replace(", ", ".")
+
+    @property
+    def size(self) -> Pair:
+        (t_h, t_w), (g_h, g_w), (r_h, r_w) = self.tokens, self.groups, self.short
+        return t_h * g_h - r_h, t_w * g_w - r_w
+
+    @property
+    def scale(self) -> float:
+        """Makes the scores of standard normal q and k about `logits` large."""
+        return self.logits / self.widths[0] ** 0.5
+
+    @property
+    def partition(self) -> Partition:
+        match self.pattern:
+            case "local":
+                return Partition.local(self.size, self.tokens)
+            case "interlaced":
+                return Partition.interlaced(self.size, stride=self.groups)
+            case "grid":
+                return Partition.interlaced(self.size, grid=self.tokens)
+            case name:
+                return getattr(Partition, name)(self.size)
+
+    def axes(self) -> Iterator[Pixels]:
+        """The pixels of every group, for each axis, written without the library."""
+        for size, tokens, groups in zip(self.size, self.tokens, self.groups, strict=True):
+            if self.pattern in ("interlaced", "grid"):
+                yield [range(a, size, groups) for a in range(groups)]
+            else:
+                yield [range(a * tokens, min((a + 1) * tokens, size)) for a in range(groups)]
+
+    def tiles(self) -> tuple[Tile, BackwardTiles]:
+        block = max(16, 1 << (prod(self.tokens) - 1).bit_length())
+        if self.form == "one":
+            tile = Tile(block, block, 64, 32)
+            return tile, BackwardTiles(tile, tile, tile, None, tile)
+        large = max(16, min(block // 2, 128))
+        small = large if large <= 32 else large // 2
+        queries, keys = Tile(large, small, 128, 64), Tile(small, large, 64, 512)
+        return Tile(large, small, 64, 512), BackwardTiles(
+            None, queries, keys, keys if self.form == "split" else None, Tile(large, large, 64, 64)
+        )
+
+
+FACTORS: dict[int, list[Pair]] = {
+    1: [(1, 1)], 15: [(3, 5), (5, 3)], 16: [(2, 8), (4, 4)], 17: [(1, 17), (17, 1)], 49: [(7, 7)], 50: [(5, 10)],
+    63: [(7, 9)], 64: [(8, 8), (4, 16)], 65: [(5, 13)], 144: [(12, 12), (9, 16)], 256: [(16, 16)], 300: [(15, 20)],
+}  # fmt: skip
+WIDTHS: list[Pair] = [(32, 32), (24, 39), (64, 64), (1, 24), (39, 39), (80, 64), (32, 80), (64, 1)]
+LAYOUTS = ["contiguous", "nchw", "sliced", "heads_first", "expanded"]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def generated() -> Iterator[Case]:
+    """Every number of tokens in every pattern and form; the rest goes round in turns of different length."""
+    turn = count()
+    for tokens, pattern, form in product(FACTORS, ("local", "interlaced", "grid", "lines", "dense"), ("one", "many")):
+        for uneven in (False, True):
+            i = next(turn)
+            factors = FACTORS[tokens][i % len(FACTORS[tokens])]
+            groups = (1, 2) if tokens > 100 or form == "many" else [(2, 3), (3, 2), (1, 4)][i % 3]
+            short = (0, 0)
+            if pattern == "lines":
+                pattern_, (factors, groups) = [("rows", ((1, tokens), (2, 1))), ("columns", ((tokens, 1), (1, 2)))][
+                    i % 2
+                ]
+            elif pattern == "dense":
+                pattern_, groups = "dense", (1, 1)
+            else:
+                pattern_ = pattern
+                if uneven:  # fewer pixels than a token of every group, and than a group of every token
+                    short = min(factors[0], groups[0], 3) - 1, min(factors[1], groups[1], 3) - 1
+            yield Case(
+                pattern_, factors, groups, short, WIDTHS[(i + i // 4) % 8],
+                heads=3 if tokens < 60 and i % 5 == 0 else 1, maps=2 if tokens <= 17 and i % 3 == 0 else 1,
+                bias=i % 7 in (1, 4, 5), dtype=DTYPES[i % 3], layout=LAYOUTS[i // 3 % 5],
+                form="split" if form == "many" and i % 4 == 3 else form, logits=(3.0, 30.0)[i % 11 < 4],
+            )  # fmt: skip
+
+
+CASES = list(dict.fromkeys(generated()))
+WIDE = [
+    Case("interlaced", (8, 8), (2, 1), (1, 0), (256, 512), dtype=dtype, form=form, layout=layout)
+    for dtype, form, layout in product(DTYPES, ("one", "many", "split"), ("contiguous", "nchw"))
+]
+STEEP = [
+    Case("interlaced", (5, 10), (2, 1), short, (64, 32), bias=bias, dtype=dtype, form=form, logits=logits)
+    for short, bias, dtype, form, logits in product(
+        ((0, 0), (1, 0)), (False, True), DTYPES, ("one", "many"), (300.0, 3000.0)
+    )
+]
+
+
+# ------------------------------------------------------------------------------------------------------------ oracle
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, case: Case, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """out and lse in the precision of the arguments, group by group."""
+    (groups_h, groups_w), columns = case.axes(), case.tokens[1]
+    out, lse = torch.zeros(*q.shape[:4], v.shape[4], dtype=v.dtype), torch.zeros(q.shape[:4], dtype=q.dtype)
+    for ys, xs in product(groups_h, groups_w):
+        y, x = torch.tensor(ys)[:, None], torch.tensor(xs)[None, :]
+        tokens = (torch.arange(len(ys))[:, None] * columns + torch.arange(len(xs))).flatten()
+        queries, keys, values = (t[:, y, x].flatten(1, 2).transpose(1, 2) for t in (q, k, v))
+        scores = queries @ keys.mT * (case.scale if scale is None else scale)
+        if bias is not None:
+            scores = scores + bias[:, tokens][:, :, tokens]
+        context = (scores.softmax(-1) @ values).transpose(1, 2).unflatten(1, (len(ys), len(xs)))
+        every = torch.arange(q.shape[0])[:, None, None]
+        out = out.index_put((every, y, x), context)
+        lse = lse.index_put((every, y, x), scores.logsumexp(-1).transpose(1, 2).unflatten(1, (len(ys), len(xs))))
+    return out, lse
+
+
+def derivatives(inputs: dict[str, Tensor], case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Outputs and gradients in one precision, in fp64's clothes."""
+    q, k, v, do, dlse = (inputs[name].to(dtype) for name in ("q", "k", "v", "do", "dlse"))
+    leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+    if case.bias:
+        leaves.append(inputs["bias"].to(dtype).clone().requires_grad_())
+    out, lse = attend(*leaves[:3], leaves[3] if case.bias else None, case)
+    gradients = torch.autograd.grad([out, lse], leaves, [do, dlse])
+    names = ["out", "lse", "dq", "dk", "dv", "dbias"]
+    return dict(zip(names, (t.detach().double() for t in (out, lse, *gradients)), strict=False))
+
+
+# ----------------------------------------------------------------------------------------------------------- tensors
+def laid_out(layout: str, shape: tuple[int, ...], dtype: torch.dtype, fill: float | None = None) -> Tensor:
+    """A [B, H, W, heads, width] tensor that lies in memory as `layout` says: normal, or filled with a number."""
+    b, h, w, heads, width = shape
+
+    def make(*sizes: int) -> Tensor:
+        return torch.randn(sizes).to(dtype) if fill is None else torch.full(sizes, fill, dtype=dtype)
+
+    match layout:
+        case "nchw":
+            return make(b, heads, width, h, w).permute(0, 3, 4, 1, 2)
+        case "sliced":  # a piece of a wider tensor on a larger map
+            return make(b, h + 3, w + 2, heads, 2 * width + 3)[:, 1:-2, 1:-1, :, 3 : width + 3]
+        case "heads_first":
+            return make(b, heads, h, w, width).permute(0, 2, 3, 1, 4)
+        case "expanded" if fill is None:  # stride 0 along maps, rows and heads
+            return make(1, 1, w, 1, width).expand(shape)
+        case "scalar" if fill is None:
+            return make(1).expand(shape)
+        case _:
+            return make(*shape)
+
+
+def arguments(case: Case) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    pixels, (key, value) = (case.maps, *case.size, case.heads), case.widths
+    of_gradient = "scalar" if case.layout == "expanded" else case.layout
+    made = {
+        "q": laid_out(case.layout, (*pixels, key), case.dtype),
+        "k": laid_out(case.layout, (*pixels, key), case.dtype),
+        "v": laid_out(case.layout, (*pixels, value), case.dtype),
+        "do": laid_out(of_gradient, (*pixels, value), case.dtype),
+        "dlse": laid_out(of_gradient, (*pixels, 1), torch.float32)[..., 0],
+    }
+    if case.bias:
+        tokens = case.partition.tokens
+        made["bias"] = torch.randn(tokens, tokens, case.heads).to(case.dtype).permute(2, 0, 1)
+    return made
+
+
+def run(case: Case, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Forward and backward on poisoned outputs; all of them must come back written."""
+    q, k, v, do, dlse, bias = (inputs.get(name) for name in ("q", "k", "v", "do", "dlse", "bias"))
+    assert q is not None
+    assert k is not None
+    assert v is not None
+    partition, (tile, tiles), nan = case.partition, case.tiles(), float("nan")
+    out, dv = (laid_out(case.layout, tuple(v.shape), case.dtype, nan) for _ in range(2))
+    dq, dk = (laid_out(case.layout, tuple(q.shape), case.dtype, nan) for _ in range(2))
+    lse, delta = (torch.full(q.shape[:4], nan) for _ in range(2))
+    partials = None
+    if bias is not None:
+        partials = torch.full(launch.bias_partials_shape(case.maps, case.heads, partition, tiles), nan)
+    one = launch.in_one_kernel(tiles, partition)
+    assert one == (case.form == "one")
+
+    with guard.watch() as memory:
+        launch.forward(q, k, v, bias, out, lse, case.scale, partition, tile)
+        saved = (None, None) if one else (out, lse)
+        launch.backward(q, k, v, bias, *saved, do, dlse, dq, dk, dv, None if one else delta, partials,
+                        case.scale, partition, tiles)  # fmt: skip
+    results = {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
+    if partials is not None:
+        results["dbias"] = partials.sum(0)
+    for name, result in results.items():
+        if name != "dbias":
+            assert memory.unwritten(result) == 0, name
+        assert not result.isnan().any(), name
+    return results
+
+
+def natural_scales(inputs: dict[str, Tensor], case: Case) -> dict[str, float]:
+    """How large the terms are whose sum each gradient through the softmax is."""
+    dp = float(inputs["do"].double().norm(dim=-1).max() * inputs["v"].double().norm(dim=-1).max())
+    dp += float(inputs["dlse"].double().abs().max())
+    largest = {name: float(inputs[name].double().abs().max()) for name in ("q", "k")}
+    groups = case.maps * prod(case.groups)
+    return {"dq": case.scale * dp * largest["k"], "dk": case.scale * dp * largest["q"], "dbias": dp * groups**0.5}
+
+
+def check(case: Case) -> None:
+    """Error at most twice that of the same formula in the same precision (three times for gradients), plus rounding.
+
+    Scores are fp32, known to eps times their size. A peaked softmax amplifies that, by luck more in one version than in
+    the other; and where backward recomputes p from the saved lse, p is known to eps * |lse| only.
+    """
+    inputs = arguments(case)
+    got = run(case, inputs)
+    exact, eager = derivatives(inputs, case, torch.float64), derivatives(inputs, case, case.dtype)
+    natural, eps = natural_scales(inputs, case), torch.finfo(case.dtype).eps
+    uncertain = torch.finfo(torch.float32).eps * float(exact["lse"].abs().max())
+    for name, result in got.items():
+        error = float((result.double() - exact[name]).abs().max())
+        allowed = (3 if name.startswith("d") else 2) * float((eager[name] - exact[name]).abs().max())
+        largest = float(exact[name].abs().max())
+        allowed += 4 * eps * largest + eps * natural.get(name, 0.0)
+        if case.logits > 100 or (name.startswith("d") and case.form != "one"):
+            allowed += 2 * uncertain * max(largest, natural.get(name, 0.0))
+        assert error <= allowed, f"{name}: {error:.3g} > {allowed:.3g}"
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_generated_case(case: Case) -> None:
+    check(case)
+
+
+@pytest.mark.parametrize("case", WIDE, ids=str)
+def test_wide_heads(case: Case) -> None:
+    check(case)
+
+
+@pytest.mark.parametrize("case", STEEP, ids=str)
+def test_large_logits(case: Case) -> None:
+    check(case)
+
+
+def test_the_cases_are_many_and_cover_what_they_promise() -> None:
+    assert len(CASES) + len(WIDE) + len(STEEP) >= 300
+    assert {c.partition.tokens for c in CASES} == set(FACTORS)
+    for field, values in {"widths": WIDTHS, "dtype": DTYPES, "layout": LAYOUTS, "heads": [1, 3]}.items():
+        for form in ("one", "many"):
+            assert {getattr(c, field) for c in CASES if c.form == form} == set(values), (field, form)
+    assert {c.pattern for c in CASES} == {"local", "interlaced", "grid", "rows", "columns", "dense"}
+    assert any(
+        not c.partition.divides and c.bias and c.form == form for c in CASES for form in ("one", "many", "split")
+    )
+    assert ceil(sum(c.size[0] != c.size[1] for c in CASES)) > len(CASES) // 2
+
+
+# ------------------------------------------------------------------------------------------------------------ limits
+SMALL = Case("interlaced", (3, 5), (2, 3), (1, 1), (24, 39), heads=2, bias=True, dtype=torch.float16)
+
+
+@pytest.mark.parametrize("form", ["one", "many", "split"])
+def test_two_runs_agree_to_the_bit(form: str) -> None:
+    case = Case(**{**SMALL.__dict__, "form": form})
+    inputs = arguments(case)
+    first, second = run(case, inputs), run(case, inputs)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("widths", [(256, 512), (64, 64), (39, 39)])
+def test_traffic_of_a_group_that_fits_is_compulsory(widths: Pair) -> None:
+    case = Case("interlaced", (8, 8), (2, 3), widths=widths, dtype=torch.float16)
+    inputs, (tile, tiles) = arguments(case), case.tiles()
+    q, k, v, do = (inputs[name] for name in ("q", "k", "v", "do"))
+    with guard.watch() as memory:
+        launch.forward(q, k, v, None, torch.empty_like(v), None, case.scale, case.partition, tile)
+    assert memory.traffic() <= 1.02 * sum(t.nbytes for t in (q, k, v, v))
+    with guard.watch() as memory:
+        launch.backward(q, k, v, None, None, None, do, None, torch.empty_like(q), torch.empty_like(k),
+                        torch.empty_like(v), None, None, case.scale, case.partition, tiles)  # fmt: skip
+    assert len(memory.launches) == 1
+    assert memory.traffic() <= 1.02 * sum(t.nbytes for t in (q, k, v, do, q, k, v))
+
+
+def test_forward_without_lse_and_backward_without_dlse() -> None:
+    for form in ("one", "many"):
+        case = Case("local", (4, 4), (2, 1), form=form)
+        inputs, partition, (tile, tiles) = arguments(case), case.partition, case.tiles()
+        q, k, v, do = (inputs[name] for name in ("q", "k", "v", "do"))
+        out, lse, delta = torch.empty_like(v), torch.empty(q.shape[:4]), torch.empty(q.shape[:4])
+        launch.forward(q, k, v, None, out, None, case.scale, partition, tile)
+        launch.forward(q, k, v, None, torch.empty_like(v), lse, case.scale, partition, tile)
+        got = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        launch.backward(q, k, v, None, out, lse, do, None, *got, delta, None, case.scale, partition, tiles)
+        exact = derivatives(inputs | {"dlse": torch.zeros(q.shape[:4])}, case, torch.float64)
+        for name, result in zip(("out", "dq", "dk", "dv"), (out, *got), strict=True):
+            torch.testing.assert_close(result.double(), exact[name], atol=1e-4, rtol=1e-4)
+
+
+def test_empty_batch_launches_nothing() -> None:
+    case = Case("local", (4, 4), (2, 1), maps=0, bias=True)
+    inputs, (tile, tiles) = arguments(case), case.tiles()
+    q, k, v, do, bias = (inputs[name] for name in ("q", "k", "v", "do", "bias"))
+    partials = torch.empty(launch.bias_partials_shape(0, 1, case.partition, tiles))
+    with guard.watch() as memory:
+        launch.forward(q, k, v, bias, v.clone(), None, 1.0, case.partition, tile)
+        launch.backward(q, k, v, bias, None, None, do, None, q.clone(), k.clone(), v.clone(), None, partials,
+                        1.0, case.partition, tiles)  # fmt: skip
+    assert not memory.launches
+    assert torch.equal(partials.sum(0), torch.zeros(1, 16, 16))
+
+
+@pytest.mark.parametrize("form", ["one", "split"])
+@pytest.mark.parametrize("far", ["batch", "row", "column", "head", "channel"])
+def test_offsets_beyond_31_bits(far: str, form: str) -> None:
+    case = Case("local", (3, 4), (2, 2), (1, 1), (2, 2), heads=2, maps=2, form=form)
+    shape = (case.maps, *case.size, case.heads, 2)
+    dim = ["batch", "row", "column", "head", "channel"].index(far)
+    strides = torch.empty(shape).stride()
+    distant = tuple((3 << 30) // (shape[dim] - 1) if i == dim else 2 * s for i, s in enumerate(strides))
+
+    def spread(tensor: Tensor) -> Tensor:
+        memory = torch.empty((3 << 30) + 4096, dtype=torch.float16)  # virtual: only touched pages exist
+        return memory.as_strided(shape, distant).copy_(tensor)
+
+    inputs = {name: t.half() if name != "dlse" else t for name, t in arguments(case).items()}
+    exact = derivatives(inputs, case, torch.float64)
+    q, k, v, do = (spread(inputs[name]) for name in ("q", "k", "v", "do"))
+    out, dq, dk, dv = (spread(torch.full(shape, float("nan"))) for _ in range(4))
+    lse, delta = torch.empty(shape[:4]), torch.empty(shape[:4])
+    tile, tiles = case.tiles()
+    with guard.watch(overflow=True):
+        launch.forward(q, k, v, None, out, lse, case.scale, case.partition, tile)
+        launch.backward(q, k, v, None, out, lse, do, inputs["dlse"], dq, dk, dv, delta, None,
+                        case.scale, case.partition, tiles)  # fmt: skip
+    for name, result in {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}.items():
+        torch.testing.assert_close(result.double(), exact[name], atol=2e-2, rtol=2e-2)
+
+
+def test_partial_sums_of_dbias_stay_bounded() -> None:
+    tile = Tile(64, 64, 32, 32)
+    tiles = BackwardTiles(tile, tile, tile, None, tile)
+    for size, window in (((56, 56), (7, 7)), ((512, 512), (8, 8)), ((96, 96), (12, 12)), ((64, 64), (64, 64))):
+        partition = Partition.local(size, window)
+        slots, heads, *pairs = launch.bias_partials_shape(64, 8, partition, tiles)
+        programs = slots * heads * prod(ceil(n / 64) for n in pairs)
+        assert slots == 1 or programs <= launch.PARTIAL_SUMS
+
+
+# ------------------------------------------------------------------------------------------------- the guard itself
+def test_bf16_rounds_to_nearest_even_as_torch_does() -> None:
+    values = torch.randn(4096) * 1e3
+    values[:3] = torch.tensor([float("inf"), float("nan"), 1.00390625])
+    ours = torch.from_numpy(guard.bf16_to_fp32(guard.fp32_to_bf16(values.numpy())))
+    torch.testing.assert_close(ours, values.bfloat16().float(), rtol=0, atol=0, equal_nan=True)
+
+
+def test_guard_sees_planted_bugs() -> None:
+    case = Case("local", (4, 4), (2, 1))
+    q = torch.zeros(1, *case.size, 1, 32)
+    tile = case.tiles()[0]
+    beyond = Partition.local((9, 4), (3, 4))  # a map one row higher than the tensor
+    with guard.watch(), pytest.raises(Exception, match="elements of no tensor"):
+        launch.forward(q, q, q, None, q.clone(), None, 1.0, beyond, tile)
+    with guard.watch(), pytest.raises(Exception, match="at once"):
+        launch.forward(q, q, q, None, q[:, :, :, :, :1].clone().expand_as(q), None, 1.0, case.partition, tile)
+    with guard.watch(), pytest.raises(Exception, match="another wrote"):
+        launch.forward(q, q, q, None, q, None, 1.0, case.partition, Tile(16, 16, 32, 32)._replace(block_m=8))
+    with guard.watch() as memory:
+        launch.forward(q, q, q, None, torch.empty_like(q), None, 1.0, case.partition, tile)
+    assert memory.unwritten(q) == q.numel()

@@ -1,0 +1,122 @@
+"""The tile files say something about every problem, and the look-up finds it."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+
+import pytest
+
+from isa_triton import tiles
+from isa_triton.tiles import BackwardTiles, Tile
+
+TARGETS = sorted(path.stem for path in tiles.FOLDER.glob("*.json"))
+ALWAYS = ("forward", "queries", "keys", "pairs")  # steps that every group may need
+
+
+@pytest.fixture
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder of tile files to look up in, instead of the shipped one."""
+    monkeypatch.setattr(tiles, "FOLDER", tmp_path)
+    for cached in (tiles._lookup, tiles._entries):
+        cached.cache_clear()
+    yield tmp_path
+    for cached in (tiles._lookup, tiles._entries):
+        cached.cache_clear()
+
+
+def entry(step: str, key: int | None, value: int | None, tokens: int | None, tile: Tile) -> dict[str, object]:
+    widths = {"key_width": key, "value_width": value, "tokens": tokens}
+    return {"step": step, "arithmetic": "16-bit", **widths, "tile": list(tile)}
+
+
+def test_the_issue_s_targets_have_files() -> None:
+    assert {"sm_80", "sm_90", "sm_100", "gfx942"} <= set(TARGETS)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_entries_are_well_formed(target: str) -> None:
+    for e in tiles._entries(target):
+        assert e["step"] in tiles.STEPS
+        assert e["arithmetic"] in tiles.ARITHMETIC.values()
+        if e["tile"] is None:
+            assert e["step"] == "values"
+            continue
+        tile = Tile(*e["tile"])
+        assert all(n >= 16 and n & (n - 1) == 0 for n in tile[:4]), e
+        assert tile.num_warps in (1, 2, 4, 8, 16)
+        assert 1 <= tile.num_stages <= 5
+        if e["step"] == "group":
+            assert e["tokens"] <= tile.block_m == tile.block_n
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_problem_is_served(target: str) -> None:
+    widths = (1, 24, 32, 39, 64, 80, 256, 512, 1000)
+    for dtype, key, value, tokens in product(tiles.ARITHMETIC, widths, widths, (1, 49, 64, 144, 256, 300, 16384)):
+        for step in ALWAYS:
+            assert isinstance(tiles.lookup(target, step, key, value, dtype, tokens), Tile)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_small_groups_have_a_kernel_of_their_own(target: str) -> None:
+    for dtype, (key, value), tokens in product(
+        tiles.ARITHMETIC, [(32, 32), (39, 39), (64, 64), (256, 512)], (1, 49, 64)
+    ):
+        group = tiles.backward(target, key, value, dtype, tokens).group
+        assert group is not None
+        assert group.block_m >= tokens
+    assert tiles.backward(target, 256, 512, "bfloat16", 4096).group is None
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_sixty_four_tokens_are_one_block_of_keys(target: str) -> None:
+    for key, value in [(32, 32), (39, 39), (64, 64), (256, 512)]:
+        assert tiles.lookup(target, "forward", key, value, "bfloat16", 64).block_n >= 64
+
+
+def test_the_smallest_entry_that_is_large_enough_is_taken(files: Path) -> None:
+    small, wide, long, any_ = (Tile(16, 16, 16, 16, warps, 1) for warps in (1, 2, 4, 8))
+    (files / "sm_90.json").write_text(
+        json.dumps([
+            entry("forward", None, None, None, any_),
+            entry("forward", 32, 32, None, long),
+            entry("forward", 64, 64, 64, wide),
+            entry("forward", 32, 32, 64, small),
+        ])
+    )  # fmt: skip
+    found = [tiles.lookup("sm_90", "forward", *n[:2], "float16", n[2]) for n in
+             [(32, 32, 64), (33, 1, 64), (32, 32, 65), (64, 64, 65), (1, 65, 1)]]  # fmt: skip
+    assert found == [small, wide, long, any_, any_]
+
+
+def test_backward_leaves_out_what_does_not_serve(files: Path) -> None:
+    tile = Tile(64, 64, 32, 32)
+    steps = [(step, 64 if step == "group" else None) for step in ("group", "queries", "keys", "pairs")]
+    (files / "sm_90.json").write_text(json.dumps([entry(step, 64, 64, tokens, tile) for step, tokens in steps]))
+    assert tiles.backward("sm_90", 64, 64, "bfloat16", 64) == BackwardTiles(tile, tile, tile, None, tile)
+    assert tiles.backward("sm_90", 64, 64, "bfloat16", 65) == BackwardTiles(None, tile, tile, None, tile)
+    with pytest.raises(LookupError, match="'group'"):
+        tiles.lookup("sm_90", "group", 64, 64, "bfloat16", 65)
+
+
+def test_an_unknown_target_warns_once(files: Path) -> None:
+    for name in ("sm_86", "gfx942"):
+        (files / f"{name}.json").write_text(json.dumps([entry("forward", None, None, None, Tile(16, 16, 16, 16))]))
+    for target in ("sm_75", "gfx1100"):
+        with pytest.warns(UserWarning, match=target):
+            tiles.lookup(target, "forward", 8, 8, "float16", 8)
+        with warnings.catch_warnings(action="error"):
+            tiles.lookup(target, "forward", 8, 8, "float16", 9)
+    with warnings.catch_warnings(action="error"):
+        tiles.lookup("sm_89", "forward", 8, 8, "float16", 8)  # a relative of sm_86
+
+
+def test_wrong_arguments_are_named() -> None:
+    with pytest.raises(ValueError, match="'backward'"):
+        tiles.lookup("sm_90", "backward", 8, 8, "float16", 8)
+    with pytest.raises(ValueError, match="'float64'"):
+        tiles.lookup("sm_90", "forward", 8, 8, "float64", 8)
