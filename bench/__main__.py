@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from importlib.util import find_spec
+from types import ModuleType
 
-from bench.commands import overhead, pictures, scaling, tiles
+from bench.commands import pictures, scaling
 
-COMMANDS = {"scaling": scaling, "pictures": pictures, "overhead": overhead, "tiles": tiles}
+COMMANDS: dict[str, ModuleType] = {"scaling": scaling, "pictures": pictures}
+if find_spec("triton"):  # what looks at kernels has nothing to look at elsewhere
+    from bench.commands import check, overhead, tiles
+
+    COMMANDS |= {"check": check, "overhead": overhead, "tiles": tiles}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

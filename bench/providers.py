@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 import reference
 from bench.workload import Workload
-from isa_triton import InterlacedSparseSelfAttention, Partition, partitioned_attention
+from isa_triton import InterlacedSparseSelfAttention, Partition, functional, fused, partitioned_attention
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -35,6 +36,11 @@ class Provider:
     line: str
     attention: Callable[[Workload], Attend]
     module: Callable[[Workload], nn.Module]
+    kernels: bool = False  # made for GPUs alone: counted anywhere, run and timed there
+
+    def runs_on(self, device: str) -> bool:
+        """Whether the provider can be timed on a device; any can be counted on fake tensors."""
+        return not self.kernels or torch.device(device).type in fused.DEVICES
 
     def build(self, workload: Workload, device: str = "cpu") -> Callable[..., Tensor]:
         """The callable that takes the workload's inputs."""
@@ -137,10 +143,32 @@ def isa_attention(workload: Workload) -> Attend:
     return attention
 
 
-def isa_module(workload: Workload) -> nn.Module:
+def isa_module(
+    workload: Workload, block: type[InterlacedSparseSelfAttention] = InterlacedSparseSelfAttention
+) -> nn.Module:
     """Ours, with the authors' padding, so that every module here that interlaces is the same function."""
     widths = workload.channels, workload.key_channels, workload.value_channels
-    return InterlacedSparseSelfAttention(*widths, partition_size=workload.partition_size, padding="zeros")
+    return block(*widths, partition_size=workload.partition_size, padding="zeros")
+
+
+@contextmanager
+def _kernels_chosen() -> Iterator[None]:
+    """Inside, attention goes through the Triton operators wherever its tensors lie: fake ones run their fakes alone."""
+    with patch.object(functional, "_choose", lambda backend, q: "triton"):
+        yield
+
+
+class FusedISA(InterlacedSparseSelfAttention):
+    """Ours by the Triton operators, as on a GPU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with _kernels_chosen():
+            return super().forward(x)
+
+
+def fused_isa_attention(workload: Workload) -> Attend:
+    """`isa_attention` by the Triton operators, as on a GPU."""
+    return _kernels_chosen()(isa_attention(workload))
 
 
 PROVIDERS = {
@@ -181,6 +209,16 @@ PROVIDERS = {
             line="-",
             attention=isa_attention,
             module=isa_module,
+        ),
+        Provider(
+            name="isa-triton",
+            title="isa-triton (ours on a GPU)",
+            colour="#009E73",
+            marker="v",
+            line="--",
+            attention=fused_isa_attention,
+            module=lambda workload: isa_module(workload, FusedISA),
+            kernels=True,
         ),
     )
 }

@@ -16,6 +16,7 @@ from bench import measure
 from bench.providers import PROVIDERS
 from bench.results import QUANTITIES, Row, plot, read_rows, summary, write_rows
 from bench.workload import LEVELS, PASSES, Level, Pass, Workload
+from isa_triton import fused
 
 HELP = "FLOPs, memory and time across resolutions: scaling.csv, flops.png, memory.png, time.png"
 SIZES = ((32, 32), (64, 64), (64, 128), (97, 97), (128, 128), (128, 256), (256, 256), (512, 512))
@@ -135,7 +136,9 @@ class Scaling:
     def fits(self, name: str, workload: Workload, flops: int, peak: int) -> bool:
         """Whether a call fits in memory and time; keeps the reason where it does not."""
         predicted = flops / self.rates.get((name, workload.level, workload.pass_), self.first_guess)
-        if peak > self.args.memory_limit * 1e9:
+        if not PROVIDERS[name].runs_on(self.args.device):
+            reason = f"runs on {' and '.join(fused.DEVICES)} devices"
+        elif peak > self.args.memory_limit * 1e9:
             reason = f"would need {peak / 1e9:.1f} GB"
         elif predicted > self.args.longest_call:
             reason = f"would take about {predicted:.0f} s"

@@ -46,9 +46,9 @@ def one_each(pixels, tokens, OUTSIDE: tl.constexpr):
 
 
 @triton.jit
-def store_sum(partials, slot, heads, query, key, h, w, values):
-    """A program's share of dbias, into its slot of partials [slots * heads, tokens, tokens]."""
-    pointer, exists = pairs(partials, slot * heads + query.head, query, key, h, w)
+def store_sum(partials, index, query, key, h, w, values):
+    """A program's share of dbias, into partials[index] of [slots * heads, tokens, tokens]."""
+    pointer, exists = pairs(partials, index, query, key, h, w)
     tl.store(pointer, values, exists)
 
 
@@ -95,8 +95,8 @@ def backward_group_kernel(
             store(rows(dk, token), chunk, dk_chunk * scale, K, BLOCK_K)
 
     if partials is not None:
-        token = locate(slot, head, 0, h, w, BLOCK)
-        store_sum(partials, slot, heads, down(token), across(token), h, w, ds_sum)
+        token = locate(0, 0, 0, h, w, BLOCK)
+        store_sum(partials, tl.program_id(0), down(token), across(token), h, w, ds_sum)
 
 
 @triton.jit
@@ -180,7 +180,8 @@ def backward_pairs_kernel(
     """Partial sums of dbias. A program takes BLOCK_M x BLOCK_N pairs in one head of every `slots`-th of the items."""
     tokens = h.tokens * w.tokens
     across_keys = tl.cdiv(tokens, BLOCK_N)
-    block, head, slot = unravel(tl.program_id(0), tl.cdiv(tokens, BLOCK_M) * across_keys, heads)
+    blocks = tl.cdiv(tokens, BLOCK_M) * across_keys
+    block, head, slot = unravel(tl.program_id(0), blocks, heads)
     query_start, key_start = block // across_keys * BLOCK_M, block % across_keys * BLOCK_N
 
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -191,5 +192,5 @@ def backward_pairs_kernel(
         product = inner_products(rows(q, query), rows(k, key), K, BLOCK_K, PRECISION)
         p = probabilities(product, scale, bias, lse_m[:, None], down(query), across(key), h, w)
         acc += p * (inner_products(rows(do, query), rows(v, key), V, BLOCK_V, PRECISION) - delta_m[:, None])
-    query, key = locate(slot, head, query_start, h, w, BLOCK_M), locate(slot, head, key_start, h, w, BLOCK_N)
-    store_sum(partials, slot, heads, down(query), across(key), h, w, acc)
+    query, key = locate(0, 0, query_start, h, w, BLOCK_M), locate(0, 0, key_start, h, w, BLOCK_N)
+    store_sum(partials, tl.program_id(0) // blocks, down(query), across(key), h, w, acc)

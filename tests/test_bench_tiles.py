@@ -1,0 +1,263 @@
+"""The workbench: the reader on pieces of machine code, the judge on planted offences, and real binaries."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from bench.__main__ import main
+from bench.tiles.compile import Launch, Problem, gpu
+from bench.tiles.read import (
+    LIMITS,
+    Access,
+    Binary,
+    Instruction,
+    accesses,
+    amd_instructions,
+    amd_metadata,
+    in_rows,
+    is_atomic,
+    matrix_kind,
+    programs_at_once,
+    sass_instructions,
+)
+from bench.tiles.verify import SHAPES, Case, cases, offences
+from isa_triton.kernels import common
+from isa_triton.partition import Partition
+
+ROOT = Path(__file__).parent.parent
+
+# -- the reader --------------------------------------------------------------------------------------------------------
+
+SASS = """
+kernel:
+\t//## File "/home/someone/kernels/forward.py", line 35
+        /*0000*/                   LDC R1, c[0x0][0x28] ;
+\t//## File "/home/someone/kernels/common.py", line 7 inlined at "/home/someone/kernels/forward.py", line 40
+        /*0010*/              @!P0 LDGSTS.E.BYPASS.LTC128B.128 [R72], desc[UR14][R32.64], P0 ;
+        /*0020*/                   LDG.E.U16 R4, desc[UR14][R2.64] ;
+        /*0030*/             @!UP1 LDG.E.64.CONSTANT R4, desc[UR14][R2.64] ;
+        /*0040*/                   LDG.E R4, desc[UR14][R2.64] ;
+        /*1c50*/                   HGMMA.64x64x16.F32.BF16 R24, gdesc[UR8], RZ, !UPT ;
+        /*1c60*/                   STG.E.128 desc[UR14][R2.64], R4 ;
+        /*1c70*/                   STL.64 [R1], R4 ;
+.L_x_0:
+"""
+
+AMD = """
+\t.file\t1 "/home/someone/kernels" "forward.py"
+\t.file\t2 "/home/someone/kernels" "common.py"
+\t.loc\t2 7 12                        ; common.py:7:12 @[ forward.py:42:19 ]
+\tbuffer_load_dwordx4 v[2:5], v14, s[44:47], 0 offen
+\tglobal_load_ushort v1, v[2:3], off
+.Ltmp65:
+\t.loc\t1 40 12 is_stmt 0
+\tv_mfma_f32_32x32x8_bf16 v[2:17], v[38:39], v[32:33], v[2:17]
+\tbuffer_store_dwordx2 v[2:3], v14, s[44:47], 0 offen
+\ts_endpgm
+    .vgpr_count:     151
+    .vgpr_spill_count: 3
+"""
+
+
+def test_sass_is_read_with_its_source() -> None:
+    code = list(sass_instructions(SASS))
+    assert len(code) == 8
+    assert code[0] == Instruction("LDC", "forward.py", 35)
+    assert code[1] == Instruction("LDGSTS.E.BYPASS.LTC128B.128", "common.py", 7)
+    assert [(a.store, a.width, a.times) for a in accesses(code)] == [
+        (False, 2, 1), (False, 4, 1), (False, 8, 1), (False, 16, 1), (True, 16, 1)
+    ]  # fmt: skip
+
+
+def test_amd_assembly_is_read_with_its_source() -> None:
+    code = list(amd_instructions(AMD))
+    assert [i.opcode for i in code][-1] == "s_endpgm"
+    assert code[0] == Instruction("buffer_load_dwordx4", "common.py", 7)
+    assert code[2] == Instruction("v_mfma_f32_32x32x8_bf16", "forward.py", 40)
+    assert [(a.store, a.width) for a in accesses(code)] == [(False, 2), (False, 16), (True, 8)]
+    assert (amd_metadata(AMD, "vgpr_count"), amd_metadata(AMD, "vgpr_spill_count")) == (151, 3)
+    with pytest.raises(ValueError, match=r"does not say \.agpr_count"):
+        amd_metadata(AMD, "agpr_count")
+
+
+@pytest.mark.parametrize(
+    ("opcode", "kind"),
+    [
+        ("HMMA.16816.F32.BF16", "HMMA"),
+        ("HMMA.1688.F32.TF32", "HMMA.TF32"),
+        ("HGMMA.64x256x16.F32", "HGMMA"),
+        ("UTCHMMA", "UTCHMMA"),
+        ("v_mfma_f32_16x16x16_f16", "mfma"),
+        ("v_mfma_f32_16x16x8_xf32", "mfma.xf32"),
+        ("v_wmma_f32_16x16x16_f16", "wmma"),
+        ("FFMA", None),
+        ("UTCBAR", None),
+        ("v_fma_f32", None),
+    ],
+)
+def test_matrix_instructions_by_kind(opcode: str, kind: str | None) -> None:
+    assert matrix_kind(opcode) == kind
+
+
+def test_atomics_are_those_on_global_memory() -> None:
+    adding = ("RED.E.ADD.F32.FTZ.RN.STRONG.GPU", "ATOMG.E.ADD", "global_atomic_add_f32", "buffer_atomic_pk_add_f16")
+    harmless = ("REDUX.SUM", "UTCATOMSWS.AND", "ATOMS.ADD", "LDG.E", "SYNCS.ARRIVE")
+    assert all(map(is_atomic, adding))
+    assert not any(map(is_atomic, harmless))
+
+
+def test_rows_are_what_the_helpers_of_rows_touch() -> None:
+    lines = Path(common.__file__).read_text().splitlines()
+    rows = 1 + lines.index("    return tl.load(pointer, exists, other=0.0)")
+    bias = 1 + next(i for i, line in enumerate(lines) if "score += tl.load" in line)
+    assert in_rows(Instruction("LDG.E", "common.py", rows))
+    assert not in_rows(Instruction("LDG.E", "forward.py", rows))
+    assert not in_rows(Instruction("LDG.E", "common.py", bias))
+
+
+@pytest.mark.parametrize(
+    ("target", "registers", "warps", "shared", "columns", "programs"),
+    [
+        ("sm_80", 255, 4, 1024, 0, 2),
+        ("sm_80", 32, 4, 0, 0, 16),  # 2048 threads
+        ("sm_80", 64, 4, 80 << 10, 0, 2),
+        ("sm_80", 64, 4, 164 << 10, 0, 0),
+        ("sm_90", 168, 4, 48 << 10, 0, 3),  # registers of a quarter: 3 warps of 168
+        ("sm_100", 64, 4, 1024, 256, 2),
+        ("sm_100", 64, 4, 1024, 1024, 0),
+        ("sm_90", 255, 16, 1024, 0, 0),
+        ("gfx942", 151, 4, 16 << 10, 0, 3),
+        ("gfx942", 512, 4, 0, 0, 1),
+    ],
+)
+def test_programs_at_once(target: str, registers: int, warps: int, shared: int, columns: int, programs: int) -> None:
+    lanes = 64 if target.startswith("gfx") else 32
+    assert programs_at_once(LIMITS[target], registers, lanes, warps, shared, columns) == programs
+
+
+# -- the judge ---------------------------------------------------------------------------------------------------------
+
+WIDE = (Access(False, True, 16, 40), Access(False, False, 4, 2), Access(True, True, 16, 4))
+SOUND = Binary(128, 0, 0, 32 << 10, 0, 4, 3, 2000, {"HMMA": 160}, 0, WIDE)
+
+
+def case(target: str = "sm_80", dtype: str = "bfloat16", width: int = 64) -> Case:
+    problem = Problem(Partition.local((16, 24), (8, 8)), width, width, dtype=dtype)
+    return Case(target, "planted", problem, Launch("m", "kernel", gpu(target), {}, {}, {}, {}, (1,)))
+
+
+@pytest.mark.parametrize(
+    ("change", "where", "named"),
+    [
+        ({}, {}, None),
+        ({"spill_bytes": 8, "spill_accesses": 4}, {}, "spills 8 bytes (4 accesses)"),
+        ({"spill_accesses": 4}, {"dtype": "tf32"}, "spills 0 bytes (4 accesses)"),
+        ({"spill_bytes": 8, "matrix": {}}, {"dtype": "float32"}, None),
+        ({"shared": 200 << 10, "programs": 0}, {}, "wants 204800 bytes of shared memory, there are 166912"),
+        ({"tensor_columns": 1024, "programs": 0}, {"target": "sm_100"}, "wants 1024 columns of tensor memory"),
+        ({"programs": 0}, {}, "not one program of 4 warps with 128 registers fits"),
+        ({"accesses": (), "matrix": {}}, {}, "an empty or trapping kernel"),
+        ({"matrix": {}}, {}, "without the matrix units"),
+        ({"matrix": {}}, {"dtype": "tf32"}, "without the matrix units"),
+        ({"matrix": {}}, {"dtype": "float32", "target": "gfx942"}, "without the matrix units"),
+        ({"matrix": {"HMMA.TF32": 8}}, {"dtype": "float32"}, "multiplies fp32 as tf32"),
+        ({"matrix": {"mfma": 8}}, {"dtype": "float32", "target": "gfx942"}, None),
+        ({"atomics": 2}, {}, "2 atomic instructions"),
+        ({"accesses": (*WIDE, Access(False, True, 8, 3))}, {}, "loads rows 8x3 bytes at a time"),
+        ({"accesses": (*WIDE, Access(False, True, 2, 3))}, {"width": 39}, None),
+    ],
+)
+def test_offences_are_found(change: dict[str, object], where: dict[str, object], named: str | None) -> None:
+    found = offences(case(**where), replace(SOUND, **change))
+    assert (found == []) if named is None else (len(found) == 1 and named in found[0])
+
+
+def test_shapes_are_the_promised_ones() -> None:
+    tokens = {(s.key_width, s.value_width, s.bias): set[int]() for s in SHAPES}
+    for s in SHAPES:
+        tokens[s.key_width, s.value_width, s.bias].add(s.partition.tokens)
+    assert tokens == {
+        (256, 512, False): {64, 128, 256, 512, 1024},
+        (64, 64, False): {64, 256, 1024},
+        (32, 32, True): {49, 64, 144, 256},
+        (39, 39, True): {49},
+        (256, 256, False): {16384},
+    }
+
+
+# -- real binaries, in processes that compile --------------------------------------------------------------------------
+
+
+def compiling(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+    return subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, env=environment, check=False, cwd=ROOT
+    )
+
+
+def test_an_interpreting_process_refuses(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["tiles", "verify"])
+    assert "TRITON_INTERPRET=1 interprets them" in capsys.readouterr().err
+    with pytest.raises(RuntimeError, match="unset TRITON_INTERPRET"):
+        cases(["sm_80"], SHAPES[:1], ["bfloat16"])
+
+
+def test_shipped_binaries_are_sound_and_known_the_second_time(tmp_path: Path) -> None:
+    options = ["--cache", str(tmp_path / "cache"), "--json", str(tmp_path / "all.json"), "--jobs", "1"]
+    chosen = ["--targets", "sm_90", "sm_100", "gfx942", "--shapes", "ISA 64", "--dtypes", "bfloat16"]
+    command = ["-m", "bench", "tiles", "verify", *chosen, *options]
+    done = compiling(*command, "--dump", str(tmp_path / "dump"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads((tmp_path / "all.json").read_text())
+    assert len(rows) == 6
+    for row in rows:
+        kind = {"sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "mfma"}[row["target"]]
+        assert kind in row["matrix"]
+        assert row["spill_bytes"] == row["spill_accesses"] == row["atomics"] == 0
+        assert row["programs"] >= 1
+        assert (row["tensor_columns"] > 0) == (row["target"] == "sm_100")
+    assert len(list((tmp_path / "dump" / "sm_90").glob("ISA-64-bfloat16-*.cubin"))) == 2
+    assert len(list((tmp_path / "dump" / "sm_90").glob("*.sass"))) == 2
+    assert len(list((tmp_path / "dump" / "gfx942").glob("*.amdgcn"))) == 2
+
+    shutil.rmtree(tmp_path / "cache" / "triton")
+    again = compiling(*command)
+    assert again.returncode == 0
+    assert not (tmp_path / "cache" / "triton").exists()  # nothing was compiled
+    assert again.stdout.splitlines()[1:] == done.stdout.splitlines()[1:]
+
+
+PLANT = """
+import sys
+from bench.__main__ import main
+from bench.tiles import verify
+from isa_triton.tiles import Tile
+
+def spilling(target, problem):
+    return verify.forward_launches(target, problem, Tile(64, 64, 64, 64, num_warps=1))
+
+def main_():
+    verify._launches = spilling
+    main(["tiles", "verify", "--targets", "sm_80", "--shapes", "heads 64", "--dtypes", "bfloat16", *sys.argv[1:]])
+
+if __name__ == "__main__":
+    main_()
+"""
+
+
+def test_a_spilling_tile_fails(tmp_path: Path) -> None:
+    script = tmp_path / "plant.py"
+    script.write_text(PLANT)
+    done = compiling(str(script), "--cache", str(tmp_path / "cache"), "--jobs", "1")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "sm_80, heads 64, bfloat16, forward_kernel: spills" in done.stdout
