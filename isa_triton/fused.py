@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -97,10 +98,14 @@ def _backward_tiles(q: Tensor, v: Tensor, partition: Partition) -> tiles.Backwar
 @torch.compiler.assume_constant_result  # device, dtype and widths are constants of a graph; the tokens need not be
 def _longest_group(device: torch.device, dtype: torch.dtype, key_width: int, value_width: int) -> int:
     """The most tokens of a group whose gradients one kernel computes."""
-    arithmetic = _arithmetic(dtype, device)
+    return _longest_group_of(_target(device), _arithmetic(dtype, device), key_width, value_width)
+
+
+@lru_cache(maxsize=1024)
+def _longest_group_of(target: str, arithmetic: str, key_width: int, value_width: int) -> int:
     longest = 0
     for tokens in (1 << i for i in range(12)):
-        group = tiles.backward(_target(device), key_width, value_width, arithmetic, tokens).group
+        group = tiles.backward(target, key_width, value_width, arithmetic, tokens).group
         longest = tokens if group is not None and tokens <= group.block_m else longest
     return longest
 
