@@ -32,13 +32,14 @@ def lse_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def empty_outputs(q: Tensor, v: Tensor, with_lse: bool) -> tuple[Tensor, Tensor]:
     """Uninitialised out and lse, as every backend returns them."""
-    return q.new_empty(v.shape), q.new_empty(q.shape[:-1] if with_lse else (0,), dtype=lse_dtype(q.dtype))
+    out = torch.empty_like(v, memory_format=torch.contiguous_format)
+    return out, q.new_empty(q.shape[:-1] if with_lse else 0, dtype=lse_dtype(q.dtype))
 
 
 def empty_gradients(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Uninitialised dq, dk, dv and dbias, as every backend returns them."""
-    dbias = q.new_empty(0 if bias is None else bias.shape)
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dbias
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    return dq, dk, dv, q.new_empty(0 if bias is None else bias.shape)
 
 
 def forward(
@@ -69,12 +70,14 @@ def backward(
     k: Tensor,
     v: Tensor,
     bias: Tensor | None,
+    out: Tensor | None,
+    lse: Tensor | None,
     do: Tensor,
     dlse: Tensor | None,
     scale: float,
     partition: Partition,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients dq, dk, dv, dbias (or empty) of `forward` from its inputs alone: scores S are computed again.
+    """The gradients dq, dk, dv, dbias (or empty) of `forward`, from its inputs alone: scores S are computed again.
 
     ``P = softmax(S)``, ``dv = P^T do``, ``dP = do v^T``, ``dS = P (dP - rowsum(P dP) + dlse)``,
     ``dq = scale dS k``, ``dk = scale dS^T q``, and dbias is dS summed over batch and groups.

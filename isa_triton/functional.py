@@ -10,7 +10,7 @@ from torch import Tensor
 from . import fused, ops
 from .partition import Partition
 
-_BACKENDS = ("auto", "triton", "eager")
+BACKENDS = ("auto", "triton", "eager")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -85,8 +85,8 @@ def _attention(
     backend: str,
     with_lse: bool,
 ) -> tuple[Tensor, Tensor]:
-    if backend not in _BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(map(repr, _BACKENDS))}, got {backend!r}")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
     if not isinstance(partition, Partition):
         raise TypeError(f"partition must be a Partition, got {type(partition).__name__}")
     tensors = {"q": q, "k": k, "v": v} | ({} if bias is None else {"bias": bias})
@@ -110,7 +110,7 @@ def _choose(backend: str, q: Tensor) -> str:
     """The kernels where they can run, for "auto" on the devices they are made for; eager otherwise."""
     if backend == "eager" or (backend == "auto" and q.device.type not in fused.DEVICES):
         return "eager"
-    obstacle = fused.why_not(q.device, q.dtype)
+    obstacle = fused.why_not(q)
     if backend == "triton" and obstacle:
         raise ValueError(f"backend='triton' cannot be had: {obstacle}")
     return "eager" if obstacle else "triton"

@@ -12,6 +12,7 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from . import tiles
 from .eager import empty_gradients, empty_outputs
@@ -29,15 +30,18 @@ DEVICES = ("cuda", "xpu")  # ROCm calls itself cuda
 INTERPRETED_TARGET = "sm_80"  # whose tiles Triton's interpreter runs with
 
 
-def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the kernels cannot take tensors of this device and dtype, or None if they can."""
+def why_not(q: Tensor) -> str | None:
+    """Why the kernels cannot take tensors like q, or None if they can; tensors without memory never meet a kernel."""
     if launch is None:
         return "triton is not installed (pip install triton)"
-    if dtype not in DTYPES:
-        return f"the kernels take {', '.join(map(str, DTYPES))}, not {dtype}"
-    if device.type in DEVICES or (device.type in ("cpu", "meta") and os.environ.get("TRITON_INTERPRET") == "1"):
+    if q.dtype not in DTYPES:
+        return f"the kernels take {', '.join(map(str, DTYPES))}, not {q.dtype}"
+    kind = q.device.type
+    if kind in DEVICES or kind == "meta" or isinstance(q, FakeTensor):
         return None
-    return f"the kernels run on {' and '.join(DEVICES)} devices, or interpreted (TRITON_INTERPRET=1), not on {device}"
+    if kind == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    return f"the kernels run on {' and '.join(DEVICES)} devices, or interpreted (TRITON_INTERPRET=1), not on {q.device}"
 
 
 def keeps_output(q: Tensor, v: Tensor, partition: Partition) -> bool:

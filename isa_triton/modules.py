@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .functional import partitioned_attention
+from .functional import BACKENDS, partitioned_attention
 from .partition import Partition
 
 _PATTERNS: dict[str, Callable[[tuple[int, int], tuple[int, int]], Partition]] = {
@@ -74,11 +74,12 @@ class SelfAttention2d(nn.Module):
         padding: for maps that P does not divide. "zeros" pads the input, centred, to a multiple of P and crops the
             result; padded pixels are keys and enter batch statistics, as in every published model. "mask" attends the
             real pixels only, with P clamped to the map.
+        backend: of `partitioned_attention`; an attribute too, that may be set at any time.
 
     x [B, in_channels, H, W] -> [B, out_channels, H, W], channels_last.
 
     Raises:
-        ValueError: an unknown pattern or padding, a width or partition size below 1, an input of another shape.
+        ValueError: an unknown pattern, padding or backend; a width or partition size below 1; x of another shape.
 
     >>> layer = SelfAttention2d(64, 32, 64, pattern="interlaced", partition_size=(4, 4))
     >>> layer(torch.randn(2, 64, 12, 20)).shape
@@ -95,6 +96,7 @@ class SelfAttention2d(nn.Module):
         pattern: str,
         partition_size: tuple[int, int] = (8, 8),
         padding: str = "zeros",
+        backend: str = "auto",
     ) -> None:
         super().__init__()
         out_channels = in_channels if out_channels is None else out_channels
@@ -107,6 +109,7 @@ class SelfAttention2d(nn.Module):
         self.pattern = _one_of("pattern", pattern, tuple(_PATTERNS))
         self.partition_size = _partition_size(partition_size)
         self.padding = _one_of("padding", padding, ("zeros", "mask"))
+        self.backend = _one_of("backend", backend, BACKENDS)
         self.query = nn.Sequential(*(ConvNormReLU(Conv1x1(c, key_channels)) for c in (in_channels, key_channels)))
         self.key = nn.Sequential(*(ConvNormReLU(Conv1x1(c, key_channels)) for c in (in_channels, key_channels)))
         self.value = Conv1x1(in_channels, value_channels)
@@ -119,7 +122,8 @@ class SelfAttention2d(nn.Module):
         if pads:
             x = pad_to_multiple(x, self.partition_size)
         q, k, v = (f(x).permute(0, 2, 3, 1).unsqueeze(3) for f in (self.query, self.key, self.value))
-        context = partitioned_attention(q, k, v, self.partition((x.shape[2], x.shape[3])))  # [B, H, W, 1, V]
+        partition = self.partition((x.shape[2], x.shape[3]))
+        context = partitioned_attention(q, k, v, partition, backend=self.backend)  # [B, H, W, 1, V]
         y = self.output(context.squeeze(3).permute(0, 3, 1, 2))
         return crop(y, size) if pads else y
 
@@ -143,7 +147,7 @@ class InterlacedSparseSelfAttention(nn.Module):
         out_channels: width of both stages' results; default in_channels.
         partition_size: (P_h, P_w) of both stages.
         order: "long-short", as published, or "short-long".
-        padding: see `SelfAttention2d`; padded once, before both stages.
+        padding, backend: see `SelfAttention2d`; padded once, before both stages.
 
     x [B, in_channels, H, W] -> [B, out_channels, H, W], channels_last. Raises as `SelfAttention2d`.
 
@@ -162,6 +166,7 @@ class InterlacedSparseSelfAttention(nn.Module):
         partition_size: tuple[int, int] = (8, 8),
         order: str = "long-short",
         padding: str = "zeros",
+        backend: str = "auto",
     ) -> None:
         super().__init__()
         out_channels = in_channels if out_channels is None else out_channels
@@ -170,7 +175,9 @@ class InterlacedSparseSelfAttention(nn.Module):
 
         def stage(pattern: str, stage_in: int) -> SelfAttention2d:
             widths = (stage_in, key_channels, value_channels, out_channels)
-            return SelfAttention2d(*widths, pattern=pattern, partition_size=partition_size, padding=padding)
+            return SelfAttention2d(
+                *widths, pattern=pattern, partition_size=partition_size, padding=padding, backend=backend
+            )
 
         self.long_range = stage("interlaced", long_in)
         self.short_range = stage("local", short_in)

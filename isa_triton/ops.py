@@ -7,17 +7,20 @@ checked by `functional`; shapes are those of `eager`.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from . import eager, fused
 from .partition import Axis, Partition
 
 Tensors = tuple[Tensor, ...]
+_BACKENDS: dict[str, Any] = {"eager": eager, "triton": fused}
 
 
 def attention(
@@ -34,7 +37,7 @@ def attention(
 
     `backend` is "eager" or "triton".
     """
-    return _function(_Attention).apply(q, k, v, bias, scale, partition, with_lse, backend)
+    return _call(_Attention, q, k, v, bias, scale, partition, with_lse, backend)
 
 
 # -- operators: what a compiler keeps in its graph instead of the loop over chunks or the kernels ----------------------
@@ -66,8 +69,7 @@ def _forward_operator(
     with_lse: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    run = fused.forward if backend == "triton" else eager.forward
-    return run(q, k, v, bias, scale, _partition(h, w), with_lse)
+    return _BACKENDS[backend].forward(q, k, v, bias, scale, _partition(h, w), with_lse)
 
 
 @torch.library.impl(_library, "backward", "CompositeExplicitAutograd")
@@ -85,9 +87,7 @@ def _backward_operator(
     w: list[int],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if backend == "triton":
-        return fused.backward(q, k, v, bias, out, lse, do, dlse, scale, _partition(h, w))
-    return eager.backward(q, k, v, bias, do, dlse, scale, _partition(h, w))
+    return _BACKENDS[backend].backward(q, k, v, bias, out, lse, do, dlse, scale, _partition(h, w))
 
 
 @torch.library.register_fake("isa_triton::forward", lib=_library)
@@ -128,15 +128,38 @@ def _matmul_flops(q: Any, h: Any, w: Any, widths: int) -> int:
     return 2 * q[0] * q[3] * widths * _partition(h, w).pairs
 
 
-def _opaque(backend: str) -> bool:
-    """Whether the call is to be one operator: not for eager code outside compilers, which modes may look into."""
-    return backend == "triton" or torch.compiler.is_compiling()
+def _opaque(backend: str, *tensors: Tensor | None) -> bool:
+    """Whether a call has to be one operator: for compilers, and around kernels for whoever else looks at operators.
+
+    Eager code is made of PyTorch's own operators, which modes may look into; kernels that nobody looks at save the
+    dispatcher's time.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    observed = torch._C._len_torch_dispatch_stack() > 0 or torch.autograd._profiler_enabled()
+    plain = (Tensor, torch.nn.Parameter, type(None))
+    return backend == "triton" and (observed or any(type(x) not in plain for x in tensors))
 
 
 # -- derivatives -------------------------------------------------------------------------------------------------------
 
 
 class _Attention(torch.autograd.Function):
+    @staticmethod
+    def run(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias: Tensor | None,
+        scale: float,
+        partition: Partition,
+        with_lse: bool,
+        backend: str,
+    ) -> Tensors:
+        if _opaque(backend, q, k, v, bias):
+            return torch.ops.isa_triton.forward.default(q, k, v, bias, scale, *map(list, partition), with_lse, backend)
+        return _BACKENDS[backend].forward(q, k, v, bias, scale, partition, with_lse)
+
     @staticmethod
     def forward(
         q: Tensor,
@@ -148,10 +171,8 @@ class _Attention(torch.autograd.Function):
         with_lse: bool,
         backend: str,
     ) -> Tensors:
-        if not _opaque(backend):
-            return eager.forward(q, k, v, bias, scale, partition, with_lse)
         with_lse = with_lse or _keeps_output(q, v, partition, backend)
-        return torch.ops.isa_triton.forward.default(q, k, v, bias, scale, *map(list, partition), with_lse, backend)
+        return _Attention.run(q, k, v, bias, scale, partition, with_lse, backend)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
@@ -168,21 +189,21 @@ class _Attention(torch.autograd.Function):
         q, k, v, bias, out, lse = ctx.saved_tensors
         do = q.new_zeros(v.shape) if do is None else do
         dlse = dlse if ctx.with_lse else None  # a compiler passes zeros where autograd passes None
-        function = _function(_AttentionBackward)
-        dq, dk, dv, dbias = function.apply(q, k, v, bias, out, lse, do, dlse, ctx.scale, ctx.partition, ctx.backend)
+        inputs = q, k, v, bias, out, lse, do, dlse, ctx.scale, ctx.partition, ctx.backend
+        dq, dk, dv, dbias = _call(_AttentionBackward, *inputs)
         return dq, dk, dv, None if bias is None else dbias, None, None, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, q: Tensor, k: Tensor, v: Tensor, bias: Any, *rest: Any) -> tuple[Any, Any]:
         n, with_lse = info.batch_size, rest[2]
         folded = (_fold(x, dim, n, at) for x, dim, at in zip((q, k, v, bias), in_dims, (3, 3, 3, 0), strict=False))
-        out, lse = _function(_Attention).apply(*folded, *rest)
+        out, lse = _call(_Attention, *folded, *rest)
         return (_unfold(out, n, heads=3), _unfold(lse, n, heads=3) if with_lse else lse), (3, 3 if with_lse else None)
 
 
 class _AttentionBackward(torch.autograd.Function):
     @staticmethod
-    def forward(
+    def run(
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -195,11 +216,13 @@ class _AttentionBackward(torch.autograd.Function):
         partition: Partition,
         backend: str,
     ) -> Tensors:
-        if not _opaque(backend):
-            return eager.backward(q, k, v, bias, do, dlse, scale, partition)
-        return torch.ops.isa_triton.backward.default(
-            q, k, v, bias, out, lse, do, dlse, scale, *map(list, partition), backend
-        )
+        if _opaque(backend, q, k, v, bias, do, dlse):
+            return torch.ops.isa_triton.backward.default(
+                q, k, v, bias, out, lse, do, dlse, scale, *map(list, partition), backend
+            )
+        return _BACKENDS[backend].backward(q, k, v, bias, out, lse, do, dlse, scale, partition)
+
+    forward = run
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
@@ -231,7 +254,7 @@ class _AttentionBackward(torch.autograd.Function):
         n, bias = info.batch_size, inputs[3]
         heads = (3, 3, 3, 0, 3, 3, 3, 3)
         folded = (_fold(x, dim, n, at) for x, dim, at in zip(inputs, in_dims, heads, strict=False))
-        *gradients, dbias = _function(_AttentionBackward).apply(*folded, *inputs[len(heads) :])
+        *gradients, dbias = _call(_AttentionBackward, *folded, *inputs[len(heads) :])
         outputs = [_unfold(x, n, heads=3) for x in gradients] + [dbias if bias is None else _unfold(dbias, n, heads=0)]
         return tuple(outputs), (3, 3, 3, None if bias is None else 0)
 
@@ -257,11 +280,20 @@ class _AttentionBackwardForwardMode(_AttentionBackward):
         return _push_forward(_AttentionBackward._plain(ctx), ctx.saved_tensors, tangents)
 
 
-def _function(function: Any) -> Any:
-    """The Function with forward-mode derivatives, but while compiling: Dynamo refuses every Function with a jvp."""
-    if torch.compiler.is_compiling():
-        return function
-    return {_Attention: _AttentionForwardMode, _AttentionBackward: _AttentionBackwardForwardMode}[function]
+_FORWARD_MODE: dict[Any, Any] = {_Attention: _AttentionForwardMode, _AttentionBackward: _AttentionBackwardForwardMode}
+for _function in _FORWARD_MODE.values():
+    _function.forward.__signature__ = inspect.signature(_function.forward)  # autograd asks for it in every call
+
+
+def _call(function: Any, *inputs: Any) -> Any:
+    """Apply a Function where somebody may differentiate; else only run it, in a fraction of the host's time."""
+    if torch.compiler.is_compiling():  # Dynamo refuses every Function with a jvp
+        return function.apply(*inputs)
+    tensors = [x for x in inputs if isinstance(x, Tensor)]
+    recorded = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    if recorded or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return _FORWARD_MODE[function].apply(*inputs)
+    return function.run(*inputs)
 
 
 def _setup_operator(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:

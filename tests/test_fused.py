@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from isa_triton import InterlacedSparseSelfAttention, Partition, fused, modules, partitioned_attention
+from isa_triton import InterlacedSparseSelfAttention, Partition, fused, partitioned_attention
 from isa_triton import partitioned_attention_with_lse as with_lse
 from tests.cases import PARTITIONS, qkv, relative_error
 
@@ -81,19 +81,15 @@ def test_operators_pass_opcheck(bias: bool, transposed: bool) -> None:
     torch.library.opcheck(torch.ops.isa_triton.backward.default, arguments)
 
 
-def test_compiles_through_the_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiles_through_the_operators() -> None:
     """The whole layer in training mode, in one graph, with the kernels as its attention."""
-
-    def triton_attention(q: Tensor, k: Tensor, v: Tensor, partition: Partition) -> Tensor:
-        return partitioned_attention(q, k, v, partition, backend="triton")
-
     layer = InterlacedSparseSelfAttention(4, 16, 16, partition_size=(3, 2))
     x = torch.randn(1, 4, 5, 7)
     expected = layer(x)
     expected.sum().backward()
     gradients = [p.grad.clone() for p in layer.parameters() if p.grad is not None]
     layer.zero_grad()
-    monkeypatch.setattr(modules, "partitioned_attention", triton_attention)
+    layer.long_range.backend = layer.short_range.backend = "triton"
     graphs = []
 
     def backend(graph: torch.fx.GraphModule, _: object) -> object:

@@ -176,9 +176,9 @@ def test_projections_copy_no_input(memory_format: torch.memory_format, monkeypat
     given: list[Tensor] = []
     attention = isa_triton.modules.partitioned_attention
 
-    def spy(*arguments: Any) -> Tensor:
+    def spy(*arguments: Any, **options: Any) -> Tensor:
         given.extend(arguments[:3])
-        return attention(*arguments)
+        return attention(*arguments, **options)
 
     monkeypatch.setattr(isa_triton.modules, "partitioned_attention", spy)
     SelfAttention2d(6, 4, 5, pattern="local", partition_size=(4, 4))(x)

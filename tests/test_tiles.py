@@ -43,7 +43,7 @@ def test_entries_are_well_formed(target: str) -> None:
         assert e["step"] in tiles.STEPS
         assert e["arithmetic"] in tiles.ARITHMETIC.values()
         if e["tile"] is None:
-            assert e["step"] == "values"
+            assert e["step"] in ("group", "values")
             continue
         tile = Tile(*e["tile"])
         assert all(n >= 16 and n & (n - 1) == 0 for n in tile[:4]), e
@@ -66,6 +66,8 @@ def test_small_groups_have_a_kernel_of_their_own(target: str) -> None:
     for dtype, (key, value), tokens in product(
         tiles.ARITHMETIC, [(32, 32), (39, 39), (64, 64), (256, 512)], (1, 49, 64)
     ):
+        if (target, dtype, key) == ("sm_80", "tf32", 39):
+            continue  # 4-byte loads: no single kernel does without a spill
         group = tiles.backward(target, key, value, dtype, tokens).group
         assert group is not None
         assert group.block_m >= tokens
