@@ -91,8 +91,9 @@ def _attention(
         raise TypeError(f"partition must be a Partition, got {type(partition).__name__}")
     tensors = {"q": q, "k": k, "v": v} | ({} if bias is None else {"bias": bias})
     _check_kinds(tensors)
-    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(q.device.type)
+    kind = q.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and q.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(kind)
         tensors = {name: x.to(dtype) for name, x in tensors.items()}
     _check_fit(tensors, partition)
     if scale is None:

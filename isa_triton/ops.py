@@ -132,13 +132,14 @@ def _opaque(backend: str, *tensors: Tensor | None) -> bool:
     """Whether a call has to be one operator: for compilers, and around kernels for whoever else looks at operators.
 
     Eager code is made of PyTorch's own operators, which modes may look into; kernels that nobody looks at save the
-    dispatcher's time.
+    dispatcher's time. Tensors without memory must not meet a kernel.
     """
     if torch.compiler.is_compiling():
         return True
+    if backend != "triton":
+        return False
     observed = torch._C._len_torch_dispatch_stack() > 0 or torch.autograd._profiler_enabled()
-    plain = (Tensor, torch.nn.Parameter, type(None))
-    return backend == "triton" and (observed or any(type(x) not in plain for x in tensors))
+    return observed or any(type(x) not in (Tensor, torch.nn.Parameter) or x.is_meta for x in tensors if x is not None)
 
 
 # -- derivatives -------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The check of the kernels sees what is wrong, and its groups are the library's; overhead runs every layer."""
+"""The check sees what is wrong, and its groups are the library's; overhead runs every layer."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 
 from bench.__main__ import main
 from bench.budget import allowed_error
+from bench.cases import Case
 from bench.commands import check
-from bench.commands.check import Case, cases
+from bench.commands.check import named_cases
 from isa_triton.kernels import launch
 
 FEW = [
@@ -22,29 +22,54 @@ FEW = [
 ]
 
 
-def checked(some: list[Case], path: Path) -> int:
-    return check.check(some, "cpu", path / "check.csv", Console())
+def run(path: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> list[dict[str, str]]:
+    """The rows that `bench check` writes; the named cases are a few small ones."""
+    monkeypatch.setattr(check, "named_cases", lambda large: FEW)
+    try:
+        main(["check", "--out", str(path), *arguments])
+    finally:
+        rows = list(csv.DictReader((path / "check.csv").read_text().splitlines()))
+    return rows
 
 
-def test_the_kernels_pass(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert checked(FEW, tmp_path) == 0
-    assert "3 cases, 0 beyond the error budget" in capsys.readouterr().out.replace("\n", "")
-    rows = list(csv.DictReader((tmp_path / "check.csv").read_text().splitlines()))
-    assert [row["case"] for row in rows] == [str(case) for case in FEW]
+def test_both_backends_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = run(tmp_path, monkeypatch)
+    assert "6 cases, 0 beyond the error budget" in capsys.readouterr().out.replace("\n", "")
+    assert [row["case"] for row in rows] == 2 * [str(case) for case in FEW]
     assert all(0 <= float(row[name]) <= 1 for row in rows for name in ("out", "lse", "dq", "dk", "dv"))
-    assert [bool(row["dbias"]) for row in rows] == [False, True, False]
+    assert [bool(row["dbias"]) for row in rows] == 2 * [False, True, False]
     assert rows[0]["forward_ms"] == ""  # the interpreter's time says nothing
+
+
+def test_drawn_cases_are_counted_and_differ_with_the_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = [run(tmp_path, monkeypatch, "--backends", "eager", "--cases", "20", "--seed", seed) for seed in "123"]
+    assert [len(rows) for rows in drawn] == [20, 20, 20]
+    assert drawn[0] != drawn[1] != drawn[2]
 
 
 def test_a_wrong_kernel_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     forward = launch.forward
     monkeypatch.setattr(launch, "forward", lambda *args: forward(*args[:6], args[6] * 1.01, *args[7:]))  # the scale
-    assert checked(FEW[:1], tmp_path) == 1
+    with pytest.raises(SystemExit) as failure:
+        run(tmp_path, monkeypatch, "--backends", "triton")
+    assert failure.value.code == 1
+
+
+def test_what_is_wrong_is_shrunk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(check, "errors", lambda case, *_: {"out": 2.0 * (case.size[1] > 3)})
+    with pytest.raises(SystemExit) as failure:
+        run(tmp_path, monkeypatch, "--backends", "eager", "--cases", "30")
+    assert failure.value.code == 1
+    assert "size=(1, 4)" in capsys.readouterr().out.replace("\n", "")
 
 
 @pytest.mark.parametrize("large", [False, True])
 def test_cases_cover_every_kind_and_their_groups_are_the_partition_s(large: bool) -> None:
-    found = cases(large)
+    found = named_cases(large)
     assert {case.kind for case in found} == {"interlaced", "grid", "local", "rows", "columns", "dense"}
     assert {case.partition.divides for case in found} == {case.bias for case in found} == {False, True}
     for case in {(case.kind, case.size): case for case in found}.values():

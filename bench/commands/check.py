@@ -1,6 +1,7 @@
-"""``python -m bench check``: the Triton kernels against the formula in fp64, and on a GPU how long they take.
+"""``python -m bench check``: both backends against the formula in fp64, and on a GPU how long they take.
 
-On the CPU the kernels are interpreted, on small maps and without bf16, which Triton's interpreter gets wrong.
+Without --cases a few named cases are checked; with it hypothesis draws that many for each backend, and shrinks a wrong
+one. On the CPU the kernels are interpreted, on small maps and without bf16, which Triton's interpreter gets wrong.
 """
 
 from __future__ import annotations
@@ -10,75 +11,29 @@ import csv
 import io
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
 from bench import measure
-from bench.budget import allowed_error
-from bench.commands.scaling import device
-from isa_triton import Partition, fused, partitioned_attention, partitioned_attention_with_lse
-from reference.attention import long_range_groups, short_range_groups
+from bench.arguments import device, positive
+from bench.cases import NAMES, Case, errors, strategy
+from bench.files import write_text
+from isa_triton import fused, partitioned_attention
 
-HELP = "the kernels against fp64, forward and backward: check.csv, with times on a GPU"
-NAMES = ("out", "lse", "dq", "dk", "dv", "dbias")
-COLUMNS = ("case", "dtype", *NAMES, "forward_ms", "backward_ms")
-Pair = tuple[int, int]
-
-
-@dataclass(frozen=True)
-class Case:
-    """One attention: `p` is the interval, the grid or the window of its kind."""
-
-    kind: str
-    size: Pair
-    p: Pair
-    widths: Pair  # of keys and values
-    heads: int = 1
-    bias: bool = False
-    dtype: torch.dtype = torch.float32
-
-    def __str__(self) -> str:
-        (H, W), (P_h, P_w), (K, V) = self.size, self.p, self.widths
-        p = f" {P_h}x{P_w}" if self.kind in ("interlaced", "grid", "local") else ""
-        return f"{self.kind}{p} of {H}x{W}, {self.heads} heads {K}/{V}{', bias' * self.bias}"
-
-    @property
-    def partition(self) -> Partition:
-        if self.kind == "interlaced":
-            return Partition.interlaced(self.size, stride=self.p)
-        if self.kind == "grid":
-            return Partition.interlaced(self.size, grid=self.p)
-        if self.kind == "local":
-            return Partition.local(self.size, self.p)
-        return getattr(Partition, self.kind)(self.size)  # rows, columns, dense
-
-    def groups(self) -> Iterator[tuple[slice, slice]]:
-        """The pixels of every group, said without the library."""
-        (H, W), p = self.size, self.p
-        if self.kind == "interlaced":
-            return long_range_groups(H, W, p)
-        if self.kind == "grid":
-            return long_range_groups(H, W, (-(-H // p[0]), -(-W // p[1])))
-        return short_range_groups(H, W, {"rows": (1, W), "columns": (H, 1), "dense": (H, W)}.get(self.kind, p))
-
-    def inputs(self, device: str) -> dict[str, Tensor]:
-        """q, k, v, bias if there is one, and the gradients do and dlse that arrive."""
-        generator = torch.Generator(device).manual_seed(0)
-        here, (K, V), tokens = (2, *self.size, self.heads), self.widths, self.partition.tokens
-        shapes = {"q": (*here, K), "k": (*here, K), "v": (*here, V), "do": (*here, V), "dlse": here}
-        if self.bias:
-            shapes["bias"] = (self.heads, tokens, tokens)
-        made = {name: torch.randn(shape, generator=generator, device=device) for name, shape in shapes.items()}
-        return {name: x if name == "dlse" else x.to(self.dtype) for name, x in made.items()}
+HELP = "both backends against fp64, forward and backward: check.csv, with times on a GPU"
+COLUMNS = ("backend", "case", "dtype", "logits", "seed", *NAMES, "forward_ms", "backward_ms")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def cases(large: bool) -> list[Case]:
+def named_cases(large: bool) -> list[Case]:
     """Every kind of partition, dividing and not, with every feature at least once."""
     half = [torch.float16, torch.bfloat16] if large else [torch.float16]
     even, odd = ((128, 256), (97, 130)) if large else ((8, 12), (9, 11))
@@ -99,6 +54,9 @@ def cases(large: bool) -> list[Case]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
+    add("--cases", type=positive, metavar="N", help="draw so many for each backend, instead of the named ones")
+    add("--seed", type=positive, default=1, help="of what is drawn (default: 1)")
+    add("--backends", nargs="+", choices=("triton", "eager"), default=["triton", "eager"], help="default: both")
     add("--device", type=device, default="cpu", help="cpu interprets the kernels (default: cpu)")
     add("--out", type=Path, default=Path("out"), metavar="DIR", help="folder of check.csv (default: out)")
 
@@ -108,64 +66,109 @@ def run(args: argparse.Namespace) -> None:
     if not gpu and os.environ.get("TRITON_INTERPRET") != "1":  # read when kernels are decorated: begin again with it
         sys.stdout.flush()
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, "TRITON_INTERPRET": "1"})
-    console = Console(width=max(Console().width, 150))
-    wrong = check(cases(large=gpu), args.device, args.out / "check.csv", console)
-    if wrong:
+    if args.cases is not None and not find_spec("hypothesis"):
+        raise argparse.ArgumentError(
+            None, "--cases draws with hypothesis, which is not installed (pip install hypothesis)"
+        )
+    console, sheet = Console(width=max(Console().width, 150)), Sheet(args.device)
+    for backend in args.backends:
+        if args.cases is None:
+            for case in named_cases(large=gpu):
+                sheet.check(backend, case)
+        else:
+            draw(sheet, backend, args.cases, args.seed, console)
+    path = args.out / "check.csv"
+    write_text(path, sheet.csv())
+    console.print(sheet.table() if args.cases is None else sheet.worst())
+    console.print(f"{len(sheet.rows)} cases, {len(sheet.wrong)} beyond the error budget. Wrote {path}", highlight=False)
+    for backend, case in sheet.wrong[-1:]:
+        console.print(f"the last of them, on {backend}: {case!r}", style="red", highlight=False)
+    if sheet.wrong:
         sys.exit(1)
 
 
-def check(cases: Sequence[Case], device: str, path: Path, console: Console) -> int:
-    """Check and, on a GPU, time each case; print a table, write the CSV, and say how many cases are wrong."""
-    gpu = torch.device(device).type in fused.DEVICES
-    table = Table(title=f"errors as parts of what is allowed, {device}", title_justify="left")
-    for column in COLUMNS[: None if gpu else -2]:
-        table.add_column(column, justify="left" if column in ("case", "dtype") else "right", no_wrap=True)
-    text, wrong = io.StringIO(), 0
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    for case in cases:
-        parts = errors(case, device)
-        bad = not all(part <= 1 for part in parts.values())  # NaN is not
-        wrong += bad
-        times = [f"{1e3 * t:.4f}" for t in seconds(case, device)] if gpu else []
-        cells = [f"{parts[name]:.2f}" if name in parts else "" for name in NAMES]
-        row = [str(case), str(case.dtype).removeprefix("torch."), *cells, *times]
-        table.add_row(*row, style="red" if bad else None)
-        writer.writerow(row + [""] * (len(COLUMNS) - len(row)))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text.getvalue())
-    console.print(table)
-    console.print(f"{len(cases)} cases, {wrong} beyond the error budget. Wrote {path}", highlight=False)
-    return wrong
+class Sheet:
+    """What was checked, and how it came out: errors as parts of what is allowed."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.rows: list[tuple[str, Case, dict[str, float], tuple[float, ...]]] = []
+        self.wrong: list[tuple[str, Case]] = []
+
+    def check(self, backend: str, case: Case) -> bool:
+        """Check one case and, on a GPU, time it; returns whether it is right."""
+        parts = errors(case, backend, self.device)
+        right = all(part <= 1 for part in parts.values())  # NaN is not
+        times = seconds(case, backend, self.device) if torch.device(self.device).type in fused.DEVICES else ()
+        self.rows.append((backend, case, parts, times))
+        if not right:
+            self.wrong.append((backend, case))
+        return right
+
+    def cells(self) -> Iterable[list[str]]:
+        for backend, case, parts, times in self.rows:
+            errors_ = [f"{parts[name]:.4f}" if name in parts else "" for name in NAMES]
+            ms = [f"{1e3 * t:.4f}" for t in times] or ["", ""]
+            yield [backend, str(case), _name(case.dtype), f"{case.logits:g}", str(case.seed), *errors_, *ms]
+
+    def csv(self) -> str:
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows([COLUMNS, *self.cells()])
+        return text.getvalue()
+
+    def table(self) -> Table:
+        """A line a case."""
+        table = _table(f"errors as parts of what is allowed, {self.device}", COLUMNS)
+        wrong = {(backend, str(case)) for backend, case in self.wrong}
+        for cells in self.cells():
+            table.add_row(*cells, style="red" if (cells[0], cells[1]) in wrong else None)
+        return table
+
+    def worst(self) -> Table:
+        """The largest error of every backend and dtype."""
+        table = _table("largest errors as parts of what is allowed", ("backend", "dtype", "cases", *NAMES))
+        for key in dict.fromkeys((backend, case.dtype) for backend, case, *_ in self.rows):
+            found = [parts for backend, case, parts, _ in self.rows if (backend, case.dtype) == key]
+            largest = [max((parts.get(name, 0.0) for parts in found), default=0.0) for name in NAMES]
+            table.add_row(key[0], _name(key[1]), str(len(found)), *(f"{part:.3f}" for part in largest))
+        return table
 
 
-def errors(case: Case, device: str) -> dict[str, float]:
-    """The error of each output and gradient, as a part of what the budget allows."""
-    inputs = case.inputs(device)
-    out, lse, *gradients = _derivatives(inputs, case, "triton")
-    got = dict(zip(NAMES, (out, lse, *gradients), strict=False))
-    exact = dict(zip(NAMES, _derivatives({n: x.double() for n, x in inputs.items()}, case, "formula"), strict=False))
-    eager = dict(zip(NAMES, _derivatives(inputs, case, "formula"), strict=False))
-    natural, recomputed = _natural(inputs, case), torch.finfo(torch.float32).eps * float(exact["lse"].abs().max())
-    parts = {}
-    for name, result in got.items():
-        again = recomputed if name.startswith("d") else 0.0
-        allowed = allowed_error(name, exact[name], eager[name], case.dtype, natural.get(name, 0.0), again)
-        parts[name] = float((result.double() - exact[name]).abs().max()) / allowed
-    return parts
+def draw(sheet: Sheet, backend: str, cases: int, first: int, console: Console) -> None:
+    """Check `cases` cases that hypothesis draws; after a wrong one it goes on to the smallest that is wrong as well."""
+    from hypothesis import HealthCheck, given, seed, settings
+
+    interpreted = backend == "triton" and torch.device(sheet.device).type == "cpu"
+    dtypes = DTYPES[:2] if interpreted else DTYPES
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task(f"{backend}, seed {first}", total=cases)
+
+        @seed(first)
+        @settings(max_examples=cases, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+        @given(strategy(dtypes, longest=10 if interpreted else 24))
+        def property_(case: Case) -> None:
+            right = sheet.check(backend, case)
+            progress.advance(task)
+            assert right
+
+        try:
+            property_()
+        except AssertionError:
+            if not sheet.wrong:
+                raise
 
 
-def seconds(case: Case, device: str) -> tuple[float, float]:
+def seconds(case: Case, backend: str, device: str) -> tuple[float, float]:
     """Median seconds of forward and of backward alone, by device events."""
     inputs = case.inputs(device)
     q, k, v = (inputs[name].requires_grad_() for name in "qkv")
     bias = inputs["bias"].requires_grad_() if case.bias else None
-    out = partitioned_attention(q, k, v, case.partition, bias=bias, backend="triton")
+    out = partitioned_attention(q, k, v, case.partition, bias=bias, backend=backend)
     leaves = [q, k, v, *([] if bias is None else [bias])]
 
     def forward() -> tuple[Tensor, ...]:
         with torch.no_grad():
-            return (partitioned_attention(q, k, v, case.partition, bias=bias, backend="triton"),)
+            return (partitioned_attention(q, k, v, case.partition, bias=bias, backend=backend),)
 
     def backward() -> tuple[Tensor, ...]:
         return torch.autograd.grad(out, leaves, inputs["do"], retain_graph=True)
@@ -174,39 +177,13 @@ def seconds(case: Case, device: str) -> tuple[float, float]:
     return medians["forward"], medians["backward"]
 
 
-def _derivatives(inputs: dict[str, Tensor], case: Case, who: str) -> tuple[Tensor, ...]:
-    """out, lse and all gradients, by the kernels or by the formula in the inputs' precision."""
-    leaves = {
-        name: inputs[name].detach().clone().requires_grad_() for name in ("q", "k", "v", "bias") if name in inputs
-    }
-    q, k, v, bias = leaves["q"], leaves["k"], leaves["v"], leaves.get("bias")
-    if who == "triton":
-        out, lse = partitioned_attention_with_lse(q, k, v, case.partition, bias=bias, backend="triton")
-    else:
-        out, lse = _formula(q, k, v, bias, case)
-    upstream = inputs["do"], inputs["dlse"].to(lse.dtype)
-    return out.detach(), lse.detach(), *torch.autograd.grad((out, lse), list(leaves.values()), upstream)
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
-def _formula(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, case: Case) -> tuple[Tensor, Tensor]:
-    """out and lse, group by group."""
-    out, lse, columns = torch.zeros_like(v), torch.zeros_like(q[..., 0]), case.partition.w.tokens
-    for pixels in case.groups():
-        here = (slice(None), *pixels)
-        h, w = q[here].shape[1:3]
-        qs, ks, vs = (x[here].flatten(1, 2).transpose(1, 2) for x in (q, k, v))  # [B, heads, T, width]
-        scores = qs @ ks.mT * case.widths[0] ** -0.5
-        if bias is not None:
-            tokens = (torch.arange(h)[:, None] * columns + torch.arange(w)).flatten()
-            scores = scores + bias[:, tokens][:, :, tokens]
-        out[here] = (scores.softmax(-1) @ vs).transpose(1, 2).unflatten(1, (h, w))
-        lse[here] = scores.logsumexp(-1).transpose(1, 2).unflatten(1, (h, w))
-    return out, lse
-
-
-def _natural(inputs: dict[str, Tensor], case: Case) -> dict[str, float]:
-    """How large the terms are whose sums dq, dk and dbias are."""
-    q, k, v, do, dlse = (inputs[name].double() for name in ("q", "k", "v", "do", "dlse"))
-    ds = float(do.norm(dim=-1).max() * v.norm(dim=-1).max() + dlse.abs().max())
-    scale, groups = case.widths[0] ** -0.5, 2 * case.partition.groups
-    return {"dq": scale * ds * float(k.abs().max()), "dk": scale * ds * float(q.abs().max()), "dbias": ds * groups**0.5}
+def _table(title: str, columns: Iterable[str]) -> Table:
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        words: Any = "left" if column in ("backend", "case", "dtype") else "right"
+        table.add_column(column, justify=words, no_wrap=True)
+    return table

@@ -22,7 +22,8 @@ from rich.console import Console
 from rich.table import Table
 from triton.runtime.jit import KernelInterface
 
-from bench.commands.scaling import device, positive
+from bench.arguments import device, positive
+from bench.files import write_text
 from isa_triton import Partition, fused, ops, partitioned_attention, tiles
 from isa_triton.kernels import launch
 
@@ -55,8 +56,7 @@ def run(args: argparse.Namespace) -> None:
             writer.writerow((name, layer, f"{us:.3f}", f"{us - bare:.3f}"))
             table.add_row(layer, f"{us:.2f}", f"{us - bare:.2f}")
         Console().print(table)
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "overhead.csv").write_text(text.getvalue())
+    write_text(args.out / "overhead.csv", text.getvalue())
     Console().print(f"Wrote {args.out / 'overhead.csv'}", highlight=False)
 
 

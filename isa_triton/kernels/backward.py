@@ -34,9 +34,9 @@ from isa_triton.kernels.common import (
 
 
 @triton.jit
-def probabilities(product, scale, bias, lse, query, key, h, w):
+def probabilities(product, scale, bias, lse, query, key):
     """p, or p^T, from q k^T and the saved lse; zero for tokens outside the map (a query there has lse = infinity)."""
-    return tl.exp2(scores(product, scale, bias, query, key, h, w) - lse * LOG2_E)
+    return tl.exp2(scores(product, scale, bias, query, key) - lse * LOG2_E)
 
 
 @triton.jit
@@ -46,9 +46,9 @@ def one_each(pixels, tokens, OUTSIDE: tl.constexpr):
 
 
 @triton.jit
-def store_sum(partials, index, query, key, h, w, values):
+def store_sum(partials, index, query, key, values):
     """A program's share of dbias, into partials[index] of [slots * heads, tokens, tokens]."""
-    pointer, exists = pairs(partials, index, query, key, h, w)
+    pointer, exists = pairs(partials, index, query, key)
     tl.store(pointer, values, exists)
 
 
@@ -70,7 +70,7 @@ def backward_group_kernel(
         q_rows, k_rows, v_rows, do_rows = rows(q, token), rows(k, token), rows(v, token), rows(do, token)
 
         product = inner_products(q_rows, k_rows, K, BLOCK_K, PRECISION)
-        score = scores(product, scale, bias, down(token), across(token), h, w)  # [BLOCK, BLOCK]
+        score = scores(product, scale, bias, down(token), across(token))  # [BLOCK, BLOCK]
         weight = tl.exp2(score - tl.max(score, 1)[:, None])
         p = weight / tl.sum(weight, 1)[:, None]  # a query outside the map has one too, but its do is zero
 
@@ -96,7 +96,7 @@ def backward_group_kernel(
 
     if partials is not None:
         token = locate(0, 0, 0, h, w, BLOCK)
-        store_sum(partials, tl.program_id(0), down(token), across(token), h, w, ds_sum)
+        store_sum(partials, tl.program_id(0), down(token), across(token), ds_sum)
 
 
 @triton.jit
@@ -126,7 +126,7 @@ def backward_queries_kernel(
         key = locate(item, head, start, h, w, BLOCK_N)
         k_rows, v_rows = rows(k, key), rows(v, key)
         product = inner_products(q_rows, k_rows, K, BLOCK_K, PRECISION)
-        p = probabilities(product, scale, bias, lse_m[:, None], down(query), across(key), h, w)  # [BLOCK_M, BLOCK_N]
+        p = probabilities(product, scale, bias, lse_m[:, None], down(query), across(key))  # [BLOCK_M, BLOCK_N]
         ds = p * (inner_products(do_rows, v_rows, V, BLOCK_V, PRECISION) - delta_m[:, None])
         keys = load(k_rows, 0, K, WIDTH_K)
         acc = tl.dot(ds.to(keys.dtype), keys, acc, input_precision=PRECISION)
@@ -155,7 +155,7 @@ def backward_keys_kernel(
         q_rows, do_rows = rows(q, query), rows(do, query)
         lse_m = one_each(lse, query, float("inf"))
         product = inner_products(k_rows, q_rows, K, BLOCK_K, PRECISION)
-        p = probabilities(product, scale, bias, lse_m[None, :], across(query), down(key), h, w)  # [BLOCK_N, BLOCK_M]
+        p = probabilities(product, scale, bias, lse_m[None, :], across(query), down(key))  # [BLOCK_N, BLOCK_M]
         if dv is not None:
             gradients = load(do_rows, 0, V, WIDTH_V)
             dv_acc = tl.dot(p.to(gradients.dtype), gradients, dv_acc, input_precision=PRECISION)
@@ -190,7 +190,7 @@ def backward_pairs_kernel(
         key = locate(item, head, key_start, h, w, BLOCK_N)
         lse_m, delta_m = one_each(lse, query, float("inf")), one_each(delta, query, 0.0)
         product = inner_products(rows(q, query), rows(k, key), K, BLOCK_K, PRECISION)
-        p = probabilities(product, scale, bias, lse_m[:, None], down(query), across(key), h, w)
+        p = probabilities(product, scale, bias, lse_m[:, None], down(query), across(key))
         acc += p * (inner_products(rows(do, query), rows(v, key), V, BLOCK_V, PRECISION) - delta_m[:, None])
     query, key = locate(0, 0, query_start, h, w, BLOCK_M), locate(0, 0, key_start, h, w, BLOCK_N)
-    store_sum(partials, tl.program_id(0) // blocks, down(query), across(key), h, w, acc)
+    store_sum(partials, tl.program_id(0) // blocks, down(query), across(key), acc)

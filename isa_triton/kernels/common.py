@@ -17,23 +17,29 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 
 class Pixels(NamedTuple):
-    """A [B, H, W, heads, width] tensor as kernels take it: its first element and its strides."""
+    """A [B, H, W, heads, width] tensor as kernels take it: its first element and its strides.
+
+    Strides between rows come in units, a constant: the compiler then knows how rows are aligned, at any width.
+    """
 
     data: Any
     batch: int
     y: int
     x: int
     head: int
-    channel: int = 0  # of lse, dlse and delta, [B, H, W, heads]
+    channel: int  # not in units
+    unit: Any
 
 
 class Pairs(NamedTuple):
-    """A [heads, tokens, tokens] tensor, a number for each pair of query and key."""
+    """A [heads, tokens, tokens] tensor, a number for each pair of query and key; in units as `Pixels`."""
 
     data: Any
     head: int
     query: int
-    key: int
+    key: int  # not in units
+    tokens: int
+    unit: Any
 
 
 class Tokens(NamedTuple):
@@ -85,9 +91,9 @@ def across(tokens):
 @triton.jit
 def rows(pixels, tokens):
     """Where the tokens lie in a tensor. Offsets are 64-bit: even one map may exceed 2^31 elements."""
-    start = pixels.data + tokens.batch.to(tl.int64) * pixels.batch + tokens.head.to(tl.int64) * pixels.head
+    start = tokens.batch.to(tl.int64) * pixels.batch + tokens.head.to(tl.int64) * pixels.head
     offset = tokens.y.to(tl.int64) * pixels.y + tokens.x.to(tl.int64) * pixels.x
-    return Rows(start + offset, tokens.inside, pixels.channel)
+    return Rows(pixels.data + start * pixels.unit + offset * pixels.unit, tokens.inside, pixels.channel)
 
 
 @triton.jit
@@ -121,19 +127,20 @@ def inner_products(a, b, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl
 
 
 @triton.jit
-def pairs(numbers, index, query, key, h, w):
+def pairs(numbers, index, query, key):
     """Pointers to numbers[index, query, key], and which of them exist."""
-    tokens = h.tokens * w.tokens
-    offset = query.number.to(tl.int64) * numbers.query + key.number.to(tl.int64) * numbers.key
-    return numbers.data + index.to(tl.int64) * numbers.head + offset, (query.number < tokens) & (key.number < tokens)
+    tokens = numbers.tokens * numbers.unit
+    start = index.to(tl.int64) * numbers.head + query.number.to(tl.int64) * numbers.query
+    column = key.number.to(tl.int64) * numbers.key
+    return numbers.data + start * numbers.unit + column, (query.number < tokens) & (key.number < tokens)
 
 
 @triton.jit
-def scores(product, scale, bias, query, key, h, w):
+def scores(product, scale, bias, query, key):
     """log2(e) * (scale * q k^T + bias), and minus infinity for keys outside the map."""
     score = product * (scale * LOG2_E)
     if bias is not None:
-        pointer, exists = pairs(bias, query.head, query, key, h, w)
+        pointer, exists = pairs(bias, query.head, query, key)
         score += tl.load(pointer, exists, other=0.0).to(tl.float32) * LOG2_E
     return tl.where(key.inside, score, float("-inf"))
 

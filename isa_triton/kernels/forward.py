@@ -47,7 +47,7 @@ def forward_kernel(
             key = locate(item, head, start, h, w, BLOCK_N)
             if not ONE_BLOCK:
                 product = inner_products(q_rows, rows(k, key), K, BLOCK_K, PRECISION)  # [BLOCK_M, BLOCK_N]
-            score = scores(product, scale, bias, down(query), across(key), h, w)
+            score = scores(product, scale, bias, down(query), across(key))
             weight, shrink, row_max, row_sum = fold_softmax(score, row_max, row_sum)
             values = load(rows(v, key), chunk, V, BLOCK_V)  # [BLOCK_N, BLOCK_V]
             acc = tl.dot(weight.to(values.dtype), values, acc * shrink[:, None], input_precision=PRECISION)

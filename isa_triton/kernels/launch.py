@@ -11,6 +11,8 @@ Tensors are anything with `shape`, `stride()` and a data pointer, on the current
 
 from typing import Any
 
+import triton.language as tl
+
 from isa_triton.kernels.backward import (
     backward_group_kernel,
     backward_keys_kernel,
@@ -114,12 +116,29 @@ def _blocks_of_pairs(tiles: BackwardTiles, partition: Partition) -> int:
     return _ceil_div(partition.tokens, tiles.pairs.block_m) * _ceil_div(partition.tokens, tiles.pairs.block_n)
 
 
+_UNITS = {unit: tl.constexpr(unit) for unit in (1, 2, 4, 8)}
+
+
+def _unit(together: int, itemsize: int) -> int:
+    """The largest power of two, of at most 16 bytes, that divides all of some integers, given their bitwise or."""
+    return min(together & -together or 8, 16 // itemsize)
+
+
 def _pixels(tensor: Any | None) -> Pixels | None:
-    return None if tensor is None else Pixels(tensor, *tensor.stride())
+    if tensor is None:
+        return None
+    batch, y, x, head, *channel = tensor.stride()
+    unit = _unit(batch | y | x | head, tensor.itemsize)
+    strides = batch // unit, y // unit, x // unit, head // unit
+    return Pixels(tensor, *strides, channel[0] if channel else 1, _UNITS[unit])
 
 
 def _pairs(tensor: Any | None) -> Pairs | None:
-    return None if tensor is None else Pairs(tensor, *tensor.stride())
+    if tensor is None:
+        return None
+    (head, query, key), tokens = tensor.stride(), tensor.shape[1]
+    unit = _unit(head | query | tokens, tensor.itemsize)
+    return Pairs(tensor, head // unit, query // unit, key, tokens // unit, _UNITS[unit])
 
 
 def _blocks(tile: Tile) -> dict[str, int]:

@@ -1,0 +1,187 @@
+"""What is checked: attentions over any partition, layout and width, and how far a backend is from the formula in fp64.
+
+A few named cases cover every feature once; `strategy` describes the space that hypothesis draws from, and shrinks in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.budget import allowed_error
+from isa_triton import Partition, partitioned_attention_with_lse
+from reference.attention import long_range_groups, short_range_groups
+
+NAMES = ("out", "lse", "dq", "dk", "dv", "dbias")
+KINDS = ("interlaced", "grid", "local", "rows", "columns", "dense")
+LAYOUTS = ("contiguous", "nchw", "heads_first", "sliced", "flipped", "expanded", "scalar")
+Pair = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One attention: `p` is the interval, the grid or the window of its kind; `logits` how large its scores are."""
+
+    kind: str
+    size: Pair
+    p: Pair
+    widths: Pair  # of keys and values
+    heads: int = 1
+    bias: bool = False
+    dtype: torch.dtype = torch.float32
+    maps: int = 2
+    layout: str = "contiguous"  # of q, k, v and of the gradient that arrives
+    logits: float = 1.0
+    seed: int = 0
+
+    def __str__(self) -> str:
+        (H, W), (P_h, P_w), (K, V) = self.size, self.p, self.widths
+        p = f" {P_h}x{P_w}" if self.kind in ("interlaced", "grid", "local") else ""
+        return f"{self.kind}{p} of {self.maps}x{H}x{W}, {self.heads} heads {K}/{V}{', bias' * self.bias}, {self.layout}"
+
+    @property
+    def partition(self) -> Partition:
+        if self.kind == "interlaced":
+            return Partition.interlaced(self.size, stride=self.p)
+        if self.kind == "grid":
+            return Partition.interlaced(self.size, grid=self.p)
+        if self.kind == "local":
+            return Partition.local(self.size, self.p)
+        return getattr(Partition, self.kind)(self.size)  # rows, columns, dense
+
+    @property
+    def scale(self) -> float:
+        """Makes the scores of standard normal q and k about `logits` large."""
+        return self.logits * self.widths[0] ** -0.5
+
+    def groups(self) -> Iterator[tuple[slice, slice]]:
+        """The pixels of every group, said without the library."""
+        (H, W), p = self.size, self.p
+        if self.kind == "interlaced":
+            return long_range_groups(H, W, p)
+        if self.kind == "grid":
+            return long_range_groups(H, W, (-(-H // p[0]), -(-W // p[1])))
+        return short_range_groups(H, W, {"rows": (1, W), "columns": (H, 1), "dense": (H, W)}.get(self.kind, p))
+
+    def inputs(self, device: str = "cpu") -> dict[str, Tensor]:
+        """q, k, v, bias if there is one, and the gradients do and dlse that arrive."""
+        generator = torch.Generator(device).manual_seed(self.seed)
+        here, (K, V), tokens = (self.maps, *self.size, self.heads), self.widths, self.partition.tokens
+        shapes = {"q": (*here, K), "k": (*here, K), "v": (*here, V), "do": (*here, V)}
+        made = {name: laid_out(self.layout, shape, generator).to(self.dtype) for name, shape in shapes.items()}
+        if self.bias:  # transposed in memory, as a table's permutation is
+            bias = torch.randn(tokens, tokens, self.heads, generator=generator, device=device).to(self.dtype)
+            made["bias"] = bias.permute(2, 0, 1)
+        return made | {"dlse": laid_out(self.layout, (*here, 1), generator)[..., 0]}
+
+
+def laid_out(layout: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """A normal [B, H, W, heads, width] tensor that lies in memory as `layout` says."""
+    b, h, w, heads, width = shape
+
+    def make(*sizes: int) -> Tensor:
+        return torch.randn(sizes, generator=generator, device=generator.device)
+
+    match layout:
+        case "nchw":
+            return make(b, heads, width, h, w).permute(0, 3, 4, 1, 2)
+        case "heads_first":
+            return make(b, heads, h, w, width).permute(0, 2, 3, 1, 4)
+        case "sliced":  # a piece of a wider tensor on a larger map, somewhere in its storage
+            return make(b, h + 3, w + 2, heads, 2 * width + 3)[:, 1:-2, 1:-1, :, 3 : width + 3]
+        case "flipped":
+            return make(*shape).flip(1, 2)
+        case "expanded":  # stride 0 along maps, rows and heads
+            return make(1, 1, w, 1, width).expand(shape)
+        case "scalar":
+            return make(1).expand(shape)
+        case _:
+            return make(*shape)
+
+
+def strategy(dtypes: tuple[torch.dtype, ...], longest: int = 12, widest: int = 80) -> Any:
+    """hypothesis's strategy for cases on maps of up to `longest` pixels a side and heads of up to `widest` channels."""
+    from hypothesis import strategies as st  # only whoever draws cases needs it
+
+    sides, tiny = st.integers(1, longest), st.integers(1, 3)
+    widths = st.one_of(st.integers(1, widest), st.sampled_from((16, 24, 32, 39, 64)))
+
+    @st.composite
+    def draw_case(draw: Any) -> Case:
+        size = draw(st.tuples(sides, sides))
+        p = tuple(draw(st.integers(1, side)) for side in size)
+        return Case(
+            kind=draw(st.sampled_from(KINDS)),
+            size=size,
+            p=(p[0], p[1]),
+            widths=draw(st.tuples(widths, widths)),
+            heads=draw(tiny),
+            bias=draw(st.booleans()),
+            dtype=draw(st.sampled_from(dtypes)),
+            maps=draw(st.integers(0, 2)),
+            layout=draw(st.sampled_from(LAYOUTS)),
+            logits=draw(st.sampled_from((1.0, 0.0, -2.0, 30.0, 1e3, 1e4))),
+            seed=draw(st.integers(0, 2**31)),
+        )
+
+    return draw_case()
+
+
+def errors(case: Case, backend: str, device: str = "cpu") -> dict[str, float]:
+    """The error of each output and gradient, as a part of what the budget allows; nothing for an empty batch."""
+    inputs = case.inputs(device)
+    got = dict(zip(NAMES, _derivatives(inputs, case, backend), strict=False))
+    if not case.maps:
+        assert all(result.numel() == 0 or not result.any() for result in got.values())
+        return {}
+    exact = dict(zip(NAMES, _derivatives({n: x.double() for n, x in inputs.items()}, case), strict=False))
+    eager = dict(zip(NAMES, _derivatives(inputs, case), strict=False))
+    natural, uncertain = _natural(inputs, case), torch.finfo(torch.float32).eps * float(exact["lse"].abs().max())
+    parts = {}
+    for name, result in got.items():
+        recomputed = uncertain if name.startswith("d") or abs(case.logits) > 100 else 0.0
+        allowed = allowed_error(name, exact[name], eager[name], case.dtype, natural.get(name, 0.0), recomputed)
+        error = float((result.double() - exact[name]).abs().max())
+        parts[name] = error / allowed if allowed else float(error > 0) * float("inf") if error else 0.0
+    return parts
+
+
+def _derivatives(inputs: dict[str, Tensor], case: Case, backend: str | None = None) -> tuple[Tensor, ...]:
+    """out, lse and all gradients, by a backend or by the formula in the inputs' precision."""
+    leaves = {name: inputs[name].detach().requires_grad_() for name in ("q", "k", "v", "bias") if name in inputs}
+    q, k, v, bias = leaves["q"], leaves["k"], leaves["v"], leaves.get("bias")
+    if backend is None:
+        out, lse = formula(q, k, v, bias, case)
+    else:
+        out, lse = partitioned_attention_with_lse(q, k, v, case.partition, bias=bias, scale=case.scale, backend=backend)
+    upstream = inputs["do"], inputs["dlse"].to(lse.dtype)
+    return out.detach(), lse.detach(), *torch.autograd.grad((out, lse), list(leaves.values()), upstream)
+
+
+def formula(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, case: Case) -> tuple[Tensor, Tensor]:
+    """out and lse, group by group."""
+    out, lse, columns = torch.zeros_like(v), torch.zeros_like(q[..., 0]), case.partition.w.tokens
+    for pixels in case.groups():
+        here = (slice(None), *pixels)
+        h, w = q[here].shape[1:3]
+        qs, ks, vs = (x[here].flatten(1, 2).transpose(1, 2) for x in (q, k, v))  # [B, heads, T, width]
+        scores = qs @ ks.mT * case.scale
+        if bias is not None:
+            tokens = (torch.arange(h)[:, None] * columns + torch.arange(w)).flatten()
+            scores = scores + bias[:, tokens][:, :, tokens]
+        out[here] = (scores.softmax(-1) @ vs).transpose(1, 2).unflatten(1, (h, w))
+        lse[here] = scores.logsumexp(-1).transpose(1, 2).unflatten(1, (h, w))
+    return out, lse
+
+
+def _natural(inputs: dict[str, Tensor], case: Case) -> dict[str, float]:
+    """How large the terms are whose sums dq, dk and dbias are."""
+    q, k, v, do, dlse = (inputs[name].double() for name in ("q", "k", "v", "do", "dlse"))
+    ds = float(do.norm(dim=-1).max() * v.norm(dim=-1).max() + dlse.abs().max())
+    scale, groups = abs(case.scale), prod((case.maps, case.partition.groups))
+    return {"dq": scale * ds * float(k.abs().max()), "dk": scale * ds * float(q.abs().max()), "dbias": ds * groups**0.5}

@@ -1,0 +1,51 @@
+"""Random attentions, drawn and shrunk by hypothesis, against the formula in fp64 within the error budget.
+
+Every run draws the same few; ISA_TRITON_SWEEP=N draws N for each backend with a new seed, which pytest's header names
+and ISA_TRITON_SEED repeats.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import torch
+from hypothesis import HealthCheck, Phase, given, seed, settings
+
+from bench.cases import Case, errors, strategy
+from tests import guard
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+SWEEP, SEED = int(os.environ.get("ISA_TRITON_SWEEP", 0)), int(os.environ.get("ISA_TRITON_SEED", 0))
+
+
+def drawn(examples: int, largest: int) -> object:
+    """A test over cases on maps of up to `largest` pixels a side."""
+
+    def decorate(test: object) -> object:
+        phases = (Phase.explicit, Phase.generate, Phase.shrink)
+        limits = settings(
+            max_examples=SWEEP or examples, deadline=None, database=None, phases=phases,
+            suppress_health_check=list(HealthCheck),
+        )  # fmt: skip
+        return seed(SEED)(limits(given(strategy(DTYPES, largest))(test)))
+
+    return decorate
+
+
+@drawn(200, largest=16)
+def test_the_eager_backend_keeps_the_budget(case: Case) -> None:
+    within_budget(case, "eager")
+
+
+@drawn(20, largest=7)
+def test_the_kernels_keep_the_budget(case: Case) -> None:
+    guard.install()  # bf16 as hardware rounds it
+    with guard.watch():
+        within_budget(case, "triton")
+
+
+def within_budget(case: Case, backend: str) -> None:
+    parts = errors(case, backend)
+    assert all(part <= 1 for part in parts.values()), parts
