@@ -8,15 +8,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from unittest.mock import patch
+from functools import partial
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import reference
+from bench import opponents, peers
 from bench.workload import Workload
-from isa_triton import InterlacedSparseSelfAttention, Partition, functional, fused, partitioned_attention
+from isa_triton import InterlacedSparseSelfAttention, Partition, fused, partitioned_attention
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -26,7 +28,7 @@ class Provider:
     """One implementation, how the plots draw it, and what makes its two forms from a workload.
 
     `attention` builds a function of q, k [B, H, W, 1, K] and v [B, H, W, 1, V] that returns the context, laid out as v;
-    `module` builds a module from x [B, C, H, W] to [B, C, H, W].
+    `module` builds a module from x [B, C, H, W] to [B, C, H, W]. What has only one of the two leaves the other out.
     """
 
     name: str
@@ -34,18 +36,37 @@ class Provider:
     colour: str
     marker: str
     line: str
-    attention: Callable[[Workload], Attend]
-    module: Callable[[Workload], nn.Module]
+    attention: Callable[[Workload], Attend] | None = None
+    module: Callable[[Workload], nn.Module] | None = None
     kernels: bool = False  # made for GPUs alone: counted anywhere, run and timed there
+    package: str = "torch"  # that has to be installed
+    compiles: bool = False  # on a first call, which is not timed
+    refuses: Callable[[Workload], str | None] = lambda workload: None  # why a workload has no form, if so
+
+    def obstacle(self, workload: Workload) -> str | None:
+        """Why there is nothing to count or to run for a workload, or None."""
+        if not find_spec(self.package):
+            return f"needs {self.package}, which is not installed (pip install {self.package})"
+        if (self.attention if workload.level == "attention" else self.module) is None:
+            return f"has no form of its own at {workload.level} level"
+        return self.refuses(workload)
 
     def runs_on(self, device: str) -> bool:
         """Whether the provider can be timed on a device; any can be counted on fake tensors."""
         return not self.kernels or torch.device(device).type in fused.DEVICES
 
     def build(self, workload: Workload, device: str = "cpu") -> Callable[..., Tensor]:
-        """The callable that takes the workload's inputs."""
+        """The callable that takes the workload's inputs.
+
+        Raises:
+            ValueError: the provider has none, as `obstacle` says.
+        """
+        if obstacle := self.obstacle(workload):
+            raise ValueError(f"{self.name} {obstacle}")
         if workload.level == "attention":
+            assert self.attention is not None
             return self.attention(workload)
+        assert self.module is not None
         with _defaults(device, workload.dtype):  # Module.to cannot move parameters that a counter follows
             return self.module(workload).train(workload.training)
 
@@ -60,29 +81,6 @@ def _defaults(device: str, dtype: torch.dtype) -> Iterator[None]:
             yield
     finally:
         torch.set_default_dtype(before)
-
-
-def fused_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Dense attention through torch's fused one, whose memory is linear in the pixels.
-
-    The fused kernels want unit strides and values as wide as keys; else torch falls back to materialised scores. So the
-    value goes through in chunks of the key width; the scores are computed once a chunk, and the FLOP count says so.
-    """
-    size, width, wanted = q.shape[1:3], q.shape[-1], v.shape[-1]
-    if wanted % width:
-        v = F.pad(v, (0, -wanted % width))
-    q, k, v = (tensor.flatten(1, 2).transpose(1, 2) for tensor in (q, k, v))  # [B, heads, H W, width]
-    q, k, v = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (q, k, v))
-    chunks = [F.scaled_dot_product_attention(q, k, chunk) for chunk in v.split(width, -1)]
-    context = (torch.cat(chunks, -1) if len(chunks) > 1 else chunks[0])[..., :wanted]
-    return context.transpose(1, 2).unflatten(1, size)
-
-
-class FusedSelfAttention(reference.SelfAttention):
-    """The dense stage with torch's fused attention inside."""
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return fused_attention(q, k, v)
 
 
 def unfused_attention(workload: Workload) -> Attend:
@@ -131,46 +129,59 @@ def dense_stage(workload: Workload, stage: type[reference.SelfAttention] = refer
     return stage(workload.channels, workload.key_channels, workload.value_channels, workload.channels, "dense")
 
 
-def isa_attention(workload: Workload) -> Attend:
+def isa_attention(workload: Workload, backend: str = "auto") -> Attend:
     """Ours: long range on (q, k, v), then short range on (q, k, the first's context), where they lie."""
     size = workload.height, workload.width
     long_range = Partition.interlaced(size, stride=workload.partition_size)
     short_range = Partition.local(size, window=workload.partition_size)
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return partitioned_attention(q, k, partitioned_attention(q, k, v, long_range), short_range)
+        context = partitioned_attention(q, k, v, long_range, backend=backend)
+        return partitioned_attention(q, k, context, short_range, backend=backend)
 
     return attention
 
 
-def isa_module(
-    workload: Workload, block: type[InterlacedSparseSelfAttention] = InterlacedSparseSelfAttention
-) -> nn.Module:
+def isa_module(workload: Workload, backend: str = "auto") -> nn.Module:
     """Ours, with the authors' padding, so that every module here that interlaces is the same function."""
     widths = workload.channels, workload.key_channels, workload.value_channels
-    return block(*widths, partition_size=workload.partition_size, padding="zeros")
+    return InterlacedSparseSelfAttention(
+        *widths, partition_size=workload.partition_size, padding="zeros", backend=backend
+    )
 
 
-@contextmanager
-def _kernels_chosen() -> Iterator[None]:
-    """Inside, attention goes through the Triton operators wherever its tensors lie: fake ones run their fakes alone."""
-    with patch.object(functional, "_choose", lambda backend, q: "triton"):
-        yield
+def cgnl_attention(expand: Callable[[Tensor], Tensor] = lambda x: x) -> Callable[[Workload], Attend]:
+    """Compact generalized non-local attention t <p, g> in one group: its result is as wide as t, so that is v."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        t, p, g = (x.flatten(1)[:, None, None] for x in (v, q, k))  # [B, 1, 1, H W width]
+        return reference.compact_generalized_attention(expand(t), expand(p), g).view_as(v)
+
+    return lambda workload: attention
 
 
-class FusedISA(InterlacedSparseSelfAttention):
-    """Ours by the Triton operators, as on a GPU."""
+def criss_cross_twice(once: Callable[..., Tensor]) -> Callable[[Workload], Attend]:
+    """Recurrent criss-cross attention: on (q, k, v), then on (q, k, the first's context); scaled, as all here are."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        with _kernels_chosen():
-            return super().forward(x)
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scale = q.shape[-1] ** -0.5
+        return once(q, k, once(q, k, v, scale), scale)
 
-
-def fused_isa_attention(workload: Workload) -> Attend:
-    """`isa_attention` by the Triton operators, as on a GPU."""
-    return _kernels_chosen()(isa_attention(workload))
+    return lambda workload: attention
 
 
+def multiples_of(number: int) -> Callable[[Workload], str | None]:
+    """What a block whose widths are fractions of C says to a workload."""
+
+    def refuses(workload: Workload) -> str | None:
+        fits = workload.level == "attention" or workload.channels % number == 0
+        return None if fits else f"takes multiples of {number} channels"
+
+    return refuses
+
+
+# What the plots show unless told: each way to attend, by whoever is best known for it.
+COMPARED = ("dense", "dense-sdpa", "rcca", "cgnl", "unfused", "isa", "isa-triton")
 PROVIDERS = {
     provider.name: provider
     for provider in (
@@ -189,8 +200,127 @@ PROVIDERS = {
             colour="#E69F00",
             marker="s",
             line="--",
-            attention=lambda workload: fused_attention,
-            module=lambda workload: dense_stage(workload, FusedSelfAttention),
+            attention=lambda workload: opponents.fused_attention,
+            module=lambda workload: dense_stage(workload, opponents.FusedSelfAttention),
+        ),
+        Provider(
+            name="nonlocal",
+            title="nonlocal (the non-local block)",
+            colour="#8C510A",
+            marker="p",
+            line=":",
+            module=lambda workload: reference.NonLocal(workload.channels),
+            refuses=multiples_of(2),
+        ),
+        Provider(
+            name="nonlocal-triton",
+            title="nonlocal-triton (the same, our kernels on a GPU)",
+            colour="#BF812D",
+            marker="P",
+            line="--",
+            attention=lambda workload: partial(opponents.dense_partition_attention, backend="triton"),
+            module=lambda workload: opponents.FusedNonLocal(workload.channels, backend="triton"),
+            kernels=True,
+            refuses=multiples_of(2),
+        ),
+        Provider(
+            name="sa",
+            title="sa (Base-OC, the authors' dense baseline)",
+            colour="#5E3C08",
+            marker="h",
+            line="-.",
+            module=lambda workload: reference.SA(
+                workload.channels, workload.key_channels, workload.key_channels, workload.channels
+            ),
+        ),
+        Provider(
+            name="rcca",
+            title="rcca (criss-cross, twice)",
+            colour="#CC79A7",
+            marker="X",
+            line=":",
+            attention=criss_cross_twice(reference.criss_cross_attention),
+            module=lambda workload: reference.RCCA(workload.channels),
+            refuses=multiples_of(8),
+        ),
+        Provider(
+            name="rcca-triton",
+            title="rcca-triton (the same, our kernels on a GPU)",
+            colour="#882255",
+            marker="d",
+            line="--",
+            attention=criss_cross_twice(partial(opponents.criss_cross_attention, backend="triton")),
+            module=lambda workload: opponents.FusedRCCA(workload.channels, backend="triton"),
+            kernels=True,
+            refuses=multiples_of(8),
+        ),
+        Provider(
+            name="cgnl",
+            title="cgnl (linear, no softmax)",
+            colour="#000000",
+            marker="*",
+            line="-.",
+            attention=cgnl_attention(),
+            module=lambda workload: reference.CGNL(workload.channels),
+            refuses=multiples_of(16),
+        ),
+        Provider(
+            name="cgnlx",
+            title="cgnlx (cgnl, expanded to third order)",
+            colour="#666666",
+            marker="*",
+            line=":",
+            attention=cgnl_attention(reference.gaussian_expansion),
+            module=lambda workload: reference.CGNLx(workload.channels),
+            refuses=multiples_of(16),
+        ),
+        Provider(
+            name="ppm",
+            title="ppm (pyramid pooling)",
+            colour="#999933",
+            marker="<",
+            line="-.",
+            module=lambda workload: opponents.SingleMapPPM(workload.channels, workload.channels),
+            refuses=multiples_of(4),
+        ),
+        Provider(
+            name="aspp",
+            title="aspp (dilated convolutions)",
+            colour="#AAAA00",
+            marker=">",
+            line="-.",
+            module=lambda workload: opponents.SingleMapASPP(workload.channels, workload.channels),
+        ),
+        Provider(
+            name="timm",
+            title="timm (MaxViT's grid and block attention)",
+            colour="#332288",
+            marker="H",
+            line=":",
+            attention=peers.timm_attention,
+            module=peers.TimmStages,
+            package="timm",
+            refuses=peers.timm_refuses,
+        ),
+        Provider(
+            name="flex",
+            title="flex (FlexAttention, masked)",
+            colour="#117733",
+            marker="8",
+            line=":",
+            attention=peers.in_two_stages(peers.flex),
+            refuses=peers.forward_only,
+            compiles=True,
+        ),
+        Provider(
+            name="natten",
+            title="natten (dilated and strided neighbourhoods)",
+            colour="#44AA99",
+            marker="D",
+            line=":",
+            attention=peers.in_two_stages(peers.natten),
+            package="natten",
+            refuses=peers.natten_refuses,
         ),
         Provider(
             name="unfused",
@@ -216,8 +346,8 @@ PROVIDERS = {
             colour="#009E73",
             marker="v",
             line="--",
-            attention=fused_isa_attention,
-            module=lambda workload: isa_module(workload, FusedISA),
+            attention=lambda workload: isa_attention(workload, backend="triton"),
+            module=lambda workload: isa_module(workload, backend="triton"),
             kernels=True,
         ),
     )

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,12 @@ from typing import Any
 import matplotlib
 import numpy as np
 import torch
+from rich import box
 from rich.table import Table
 
+from bench.files import write_text
 from bench.providers import PROVIDERS
-from bench.workload import LEVELS, PASSES, Level, Pass, closed_form_flops, closed_form_score_bytes
+from bench.workload import LEVELS, PASSES, Level, Pass, Workload, closed_form_flops, closed_form_score_bytes
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # after the choice of a backend without a display
@@ -27,7 +28,7 @@ OURS = "isa"  # what the others are compared with
 
 @dataclass(frozen=True)
 class Row:
-    """One line of scaling.csv: what one provider costs on one workload. A column is a field's name less a last "_"."""
+    """One line of a CSV: what one provider costs on one workload. A column is a field's name less a last "_"."""
 
     provider: str
     level: Level
@@ -43,6 +44,46 @@ class Row:
     peak_bytes: int
     seconds: float | None  # None where it was not run
     source: str  # "counted", or "counted+measured" where seconds are there
+    partition_size: str  # "8x8", height first
+
+    @classmethod
+    def of(
+        cls,
+        provider: str,
+        workload: Workload,
+        device: str,
+        counted: tuple[int, int] = (0, 0),
+        seconds: float | None = None,
+    ) -> Row:
+        """The row of a provider on a workload, from what `measure.count` and `measure.seconds` found."""
+        return cls(
+            provider=provider,
+            level=workload.level,
+            pass_=workload.pass_,
+            height=workload.height,
+            width=workload.width,
+            channels=workload.channels,
+            key_channels=workload.key_channels,
+            value_channels=workload.value_channels,
+            dtype=str(workload.dtype).removeprefix("torch."),
+            device=device,
+            flops=counted[0],
+            peak_bytes=counted[1],
+            seconds=seconds,
+            source="counted" if seconds is None else "counted+measured",
+            partition_size=format_size(workload.partition_size),
+        )
+
+    @property
+    def cell(self) -> Row:
+        """What was measured without what was found: rows of one cell are the same measurement, made twice."""
+        return replace(self, flops=0, peak_bytes=0, seconds=None, source="")
+
+    @property
+    def window(self) -> tuple[int, int]:
+        """The partition size (P_h, P_w)."""
+        height, width = map(int, self.partition_size.split("x"))
+        return height, width
 
     @property
     def map(self) -> tuple[int, int]:
@@ -58,23 +99,27 @@ _TYPES: dict[str, Callable[[str], Any]] = {"int": int, "float | None": lambda te
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
-    """Write the CSV, whole or not at all: a reader never sees half of it."""
+    """Write the CSV of some rows, whole or not at all."""
+    write_whole(path, COLUMNS, (tuple(asdict(row).values()) for row in rows))
+
+
+def write_whole(path: Path, columns: Sequence[str], lines: Iterable[Sequence[object]]) -> None:
+    """Write a CSV, whole or not at all: a reader never sees half of it. None becomes an empty cell."""
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
-    table.writerow(COLUMNS)
-    table.writerows(["" if value is None else value for value in asdict(row).values()] for row in rows)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text.getvalue())
-    os.replace(temporary, path)
+    table.writerow(columns)
+    table.writerows(lines)
+    write_text(path, text.getvalue())
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a CSV that `write_rows` wrote.
+    """The rows of a CSV that `write_rows` wrote; none where there is no such file.
 
     Raises:
         ValueError: the file has other columns.
     """
+    if not path.exists():
+        return []
     with path.open(newline="") as file:
         header, *lines = csv.reader(file)
     if tuple(header) != COLUMNS:
@@ -106,44 +151,46 @@ QUANTITIES = (
 
 
 def summary(rows: Sequence[Row]) -> list[Table]:
-    """A table for each level and pass: per map and quantity ours, and everyone with their ratio to ours."""
+    """A table for each level and pass: for each quantity ours per map, and everyone as so many times ours."""
     panels = {_panel(row): [other for other in rows if _panel(other) == _panel(row)] for row in rows}
     return [_summary(members, *panel) for panel, members in panels.items()]
 
 
 def _summary(rows: Sequence[Row], level: Level, pass_: Pass) -> Table:
-    table = Table(title=f"{level} level, {pass_}   (in brackets: how many times {OURS})", title_justify="left")
-    table.add_column("map")
-    table.add_column("")
     names = list(dict.fromkeys(row.provider for row in rows))
-    for name in names:
-        table.add_column(name, justify="right", no_wrap=True)
-    for size in dict.fromkeys(row.map for row in rows):
-        here = {row.provider: row for row in rows if row.map == size}
-        for quantity in QUANTITIES:
-            cells = [_cell(quantity, here.get(name), here.get(OURS)) for name in names]
-            last = quantity is QUANTITIES[-1]
-            table.add_row(_map(size) if quantity is QUANTITIES[0] else "", quantity.unit, *cells, end_section=last)
+    relative = f"   ({OURS} in units, the others in times {OURS})" if OURS in names else ""
+    table = Table(title=f"{level} level, {pass_}{relative}", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("")
+    table.add_column("")
+    cells = {(row.provider, row.map): row for row in rows}
+    sizes = list(dict.fromkeys(row.map for row in rows))
+    for size in sizes:
+        table.add_column(format_size(size), justify="right", no_wrap=True)
+    for quantity in QUANTITIES:
+        for name in names:
+            values = [_cell(quantity, cells.get((name, size)), cells.get((OURS, size))) for size in sizes]
+            unit = quantity.unit if name == names[0] else ""
+            table.add_row(unit, name, *values, end_section=name == names[-1])
     return table
 
 
 def _cell(quantity: Quantity, row: Row | None, ours: Row | None) -> str:
     value = quantity.of(row) if row else None
+    unit = quantity.of(ours) if ours else None
     if value is None:
         return "-"
-    unit = quantity.of(ours) if ours else None
-    ratio = f" ({_short(value / unit)}x)" if unit and row is not ours else ""
-    return f"{value:,.{1 if value < 100 else 0}f}{ratio}"
+    if unit and row is not ours:
+        return f"{short(value / unit)}x"
+    return short(value) if value < 100 else f"{value:,.0f}"
 
 
-def plot(rows: Sequence[Row], quantity: Quantity, path: Path, partition_size: tuple[int, int]) -> None:
+def plot(rows: Sequence[Row], quantity: Quantity, path: Path) -> None:
     """Draw one quantity over the number of pixels, log-log, a panel for each level and pass, a line a provider.
 
     Args:
         rows: what a CSV held.
         quantity: what is drawn.
         path: the PNG to write.
-        partition_size: (P_h, P_w) of the closed form, which the CSV does not hold.
     """
     levels = [level for level in LEVELS if any(row.level == level for row in rows)]
     passes = [pass_ for pass_ in PASSES if any(row.pass_ == pass_ for row in rows)]
@@ -158,7 +205,7 @@ def plot(rows: Sequence[Row], quantity: Quantity, path: Path, partition_size: tu
     )
     for (i, pass_), (j, level) in product(enumerate(passes), enumerate(levels)):
         panel = axes[i, j]
-        _draw(panel, [row for row in rows if _panel(row) == (level, pass_)], quantity, partition_size)
+        _draw(panel, [row for row in rows if _panel(row) == (level, pass_)], quantity)
         panel.set_title(_TITLES[level, pass_], fontsize=11)
         panel.tick_params(labelbottom=True, labelleft=True)
         if j == 0:
@@ -182,11 +229,11 @@ _TITLES: dict[tuple[Level, Pass], str] = {
 }
 
 
-def _draw(panel: Any, rows: Sequence[Row], quantity: Quantity, partition_size: tuple[int, int]) -> None:
+def _draw(panel: Any, rows: Sequence[Row], quantity: Quantity) -> None:
     panel.set(xscale="log", yscale="log")
     pixels = sorted({row.pixels for row in rows})
     if rows and rows[0].level == "attention":
-        _draw_closed_form(panel, rows[0], np.geomspace(pixels[0], pixels[-1], 200), quantity, partition_size)
+        _draw_closed_form(panel, rows[0], np.geomspace(pixels[0], pixels[-1], 200), quantity)
     lines: dict[str, dict[int, float]] = {}
     for row in sorted(rows, key=lambda row: row.pixels):
         if (value := quantity.of(row)) is not None:
@@ -206,15 +253,15 @@ def _draw(panel: Any, rows: Sequence[Row], quantity: Quantity, partition_size: t
     _draw_ratios(panel, lines.get("dense", {}), lines.get(OURS, {}))
     sizes = {row.pixels: row.map for row in rows}
     ticks = _apart(pixels, 1.6)
-    panel.set_xticks(ticks, [_map(sizes[tick]) for tick in ticks], fontsize=8)
+    panel.set_xticks(ticks, [format_size(sizes[tick]) for tick in ticks], fontsize=8)
     panel.minorticks_off()
     panel.grid(color="0.92")
     panel.set_axisbelow(True)
 
 
-def _draw_closed_form(panel: Any, row: Row, pixels: Any, quantity: Quantity, partition_size: tuple[int, int]) -> None:
+def _draw_closed_form(panel: Any, row: Row, pixels: Any, quantity: Quantity) -> None:
     """The paper's formulas as broad bands beneath the points. There is none for time."""
-    for name, size, formula in (("dense", None, "HW"), (OURS, partition_size, "HW/P_hP_w + P_hP_w")):
+    for name, size, formula in (("dense", None, "HW"), (OURS, row.window, "HW/P_hP_w + P_hP_w")):
         if quantity.column == "flops":
             values = closed_form_flops(pixels, row.key_channels, row.value_channels, row.pass_, size)
             label = f"closed form, $2\\,(K+V)\\,HW\\,n,\\ \\ n = {formula}$"
@@ -236,14 +283,14 @@ def _draw_ratios(panel: Any, dense: dict[int, float], ours: dict[int, float]) ->
             panel.annotate("", (pixels, high), (pixels, low), arrowprops=style)
             box = {"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none", "alpha": 0.9}
             middle = (low * high) ** 0.5
-            panel.text(pixels, middle, f"{_short(high / low)}x", ha="center", va="center", fontsize=10, bbox=box)
+            panel.text(pixels, middle, f"{short(high / low)}x", ha="center", va="center", fontsize=10, bbox=box)
 
 
 def _headline(rows: Sequence[Row], quantity: Quantity) -> str:
     row = rows[0]
     widths = f"C={row.channels}, K={row.key_channels}, V={row.value_channels}, {row.dtype}"
     how = f"measured on {row.device}" if quantity.column == "seconds" else "counted on fake tensors"
-    return f"{quantity.title} of dense and interlaced sparse attention ({widths}; {how})"
+    return f"{quantity.title} of attention over a feature map ({widths}; {how})"
 
 
 def _apart(values: Sequence[int], factor: float) -> list[int]:
@@ -259,10 +306,11 @@ def _panel(row: Row) -> tuple[Level, Pass]:
     return row.level, row.pass_
 
 
-def _map(size: tuple[int, int]) -> str:
+def format_size(size: tuple[int, int]) -> str:
+    """A map or a partition size, height first: 64x128."""
     return f"{size[0]}x{size[1]}"
 
 
-def _short(value: float) -> str:
+def short(value: float) -> str:
     """Three digits or whole: 0.98, 51.2, 191."""
     return f"{value:.0f}" if value >= 99.95 else f"{value:.3g}"

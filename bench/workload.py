@@ -64,10 +64,10 @@ class Workload:
         return [torch.randn(shape, generator=generator, device=device, dtype=self.dtype) for shape in shapes]
 
 
-def keys_per_query(pixels: Any, partition_size: tuple[int, int] | None = None) -> Any:
+def keys_per_query(pixels: Any, partition_size: tuple[Any, Any] | None = None) -> Any:
     """How many keys a query meets: every pixel under dense attention, HW / (P_h P_w) + P_h P_w in ISA's two stages.
 
-    `pixels` is a number or an array. Exact where P divides the map.
+    `pixels` and the partition size are numbers or arrays. Exact where P divides the map.
     """
     if partition_size is None:
         return pixels
@@ -80,7 +80,7 @@ def closed_form_flops(
     key_channels: int,
     value_channels: int,
     pass_: Pass = "forward",
-    partition_size: tuple[int, int] | None = None,
+    partition_size: tuple[Any, Any] | None = None,
 ) -> Any:
     """FLOPs of one map's attention matmuls, 2 to a multiply-add: 2 (K + V) HW keys; dense without a partition size.
 

@@ -19,11 +19,12 @@ from .attention import (
 
 
 class ConvNormReLU(nn.Sequential):
-    """conv1x1 without bias, batch normalisation, ReLU."""
+    """Convolution without bias that keeps the map's size, batch normalisation, ReLU."""
 
-    def __init__(self, in_channels: int, out_channels: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 1, dilation: int = 1) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(in_channels, out_channels, 1, bias=False)
+        padding = dilation * (kernel_size // 2)
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=padding, dilation=dilation, bias=False)
         self.norm = nn.BatchNorm2d(out_channels)
         self.relu = nn.ReLU()
 

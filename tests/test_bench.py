@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench import measure
 from bench.__main__ import main
-from bench.commands.scaling import size
+from bench.arguments import size
 from bench.measure import Counter, count, seconds, step
 from bench.providers import PROVIDERS
 from bench.results import Row, read_rows, write_rows
@@ -21,8 +24,15 @@ from bench.workload import LEVELS, PASSES, Level, Pass, Workload, closed_form_fl
 
 PAPER: dict[str, Any] = {"key_channels": 256, "value_channels": 512, "partition_size": (8, 8)}
 SMALL: dict[str, Any] = {"channels": 24, "key_channels": 8, "value_channels": 20, "partition_size": (2, 3)}
-RUNNING = [name for name, provider in PROVIDERS.items() if provider.runs_on("cpu")]  # the others are counted only
+# What runs on a CPU without a compiler; the others are counted only.
+RUNNING = [name for name, provider in PROVIDERS.items() if provider.runs_on("cpu") and not provider.compiles]
 MAPS = [(32, 32), (64, 128), (128, 128), (128, 256)]
+
+
+def forms(names: Iterable[str], **widths: Any) -> list[tuple[str, Level, Pass]]:
+    """Every provider at every level and pass at which it has a form, on a map that P divides."""
+    cells = product(names, LEVELS, PASSES)
+    return [cell for cell in cells if PROVIDERS[cell[0]].obstacle(Workload(*cell[1:], 24, 48, **widths)) is None]
 
 
 def counted(name: str, level: Level, pass_: Pass, height: int, width: int, **widths: Any) -> tuple[int, int]:
@@ -48,7 +58,8 @@ def test_the_flops_ratio_at_128x128_is_the_papers() -> None:
 
 def test_training_flops_are_three_forward_passes_and_what_is_computed_again() -> None:
     pixels, k, v = 64 * 64, 256, 512
-    flops = {name: counted(name, "attention", "training", 64, 64, **PAPER)[0] for name in PROVIDERS}
+    names = [name for name, level, pass_ in forms(PROVIDERS) if (level, pass_) == ("attention", "training")]
+    flops = {name: counted(name, "attention", "training", 64, 64, **PAPER)[0] for name in names}
     assert flops["dense"] == closed_form_flops(pixels, k, v, "training")
     assert flops["unfused"] == closed_form_flops(pixels, k, v, "training", (8, 8))
     scores_again = closed_form_flops(pixels, k, 0, "forward", (8, 8))
@@ -58,12 +69,13 @@ def test_training_flops_are_three_forward_passes_and_what_is_computed_again() ->
     assert flops["dense-sdpa"] == 2 * 7 * closed_form_flops(pixels, k, 0)
 
 
-@pytest.mark.parametrize("name", RUNNING)
-@pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("pass_", PASSES)
+@pytest.mark.parametrize(("name", "level", "pass_"), forms(RUNNING, **SMALL | {"channels": 32}))
 def test_counts_are_torchs_and_fake_tensors_count_as_real_ones(name: str, level: Level, pass_: Pass) -> None:
-    for map_ in ((12, 18), (7, 11)):
-        make = partial(step, PROVIDERS[name], Workload(level, pass_, *map_, **SMALL))
+    workloads = [Workload(level, pass_, *map_, **SMALL | {"channels": 32}) for map_ in ((12, 18), (7, 11))]
+    for workload in workloads:
+        if PROVIDERS[name].obstacle(workload):
+            continue
+        make = partial(step, PROVIDERS[name], workload)
         with Counter() as real:
             make()()
         with FlopCounterMode(display=False) as torchs:
@@ -91,16 +103,14 @@ def test_dense_attention_needs_many_times_the_memory(name: str, pass_: Pass, sid
     assert dense >= least * ours
 
 
-@pytest.mark.parametrize("name", PROVIDERS)
+@pytest.mark.parametrize("name", [name for name, *form in forms(PROVIDERS) if form == ["attention", "training"]])
 def test_memory_grows_with_the_pixels_or_with_their_square(name: str) -> None:
     small, large = (counted(name, "attention", "training", side, side, **PAPER)[1] for side in (64, 128))
     growth = large / small  # for 4 times the pixels
     assert growth > 12 if name == "dense" else growth < 6
 
 
-@pytest.mark.parametrize("name", RUNNING)
-@pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("pass_", PASSES)
+@pytest.mark.parametrize(("name", "level", "pass_"), forms(RUNNING))
 def test_peak_bytes_are_those_really_allocated(name: str, level: Level, pass_: Pass) -> None:
     make = partial(step, PROVIDERS[name], Workload(level, pass_, 24, 40, 64, 32, 64))
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -110,8 +120,12 @@ def test_peak_bytes_are_those_really_allocated(name: str, level: Level, pass_: P
     for _, change in sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"):
         live += change
         peak = max(peak, live)
-    # what kernels of torch allocate for themselves: fused attention, a convolution's gradient
-    scratch = 3 << 20 if name == "dense-sdpa" or (level, pass_) == ("module", "training") else 1 << 12
+    # what kernels of torch allocate for themselves: fused attention, 3x3 convolutions, a convolution's gradient
+    scratch = (
+        3 << 20
+        if name in ("dense-sdpa", "timm", "ppm", "aspp") or (level, pass_) == ("module", "training")
+        else 1 << 12
+    )
     assert 0 <= peak - count(make)[1] <= scratch
 
 
@@ -136,7 +150,9 @@ def _noted(calls: list[str], name: str) -> tuple[torch.Tensor, ...]:
 # -- providers ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("one", "other", "map_"), [("dense", "dense-sdpa", (7, 11)), ("unfused", "isa", (8, 18))])
+@pytest.mark.parametrize(
+    ("one", "other", "map_"), [("dense", "dense-sdpa", (7, 11)), ("unfused", "isa", (8, 18)), ("timm", "isa", (8, 18))]
+)
 @pytest.mark.parametrize("pass_", PASSES)
 def test_providers_of_one_function_agree(one: str, other: str, map_: tuple[int, int], pass_: Pass) -> None:
     workload = Workload("attention", pass_, *map_, dtype=torch.float64, **SMALL)
@@ -145,28 +161,58 @@ def test_providers_of_one_function_agree(one: str, other: str, map_: tuple[int, 
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", RUNNING)
-def test_modules_keep_the_map_and_have_the_papers_parameters(name: str) -> None:
-    workload = Workload("module", "forward", 7, 11, **SMALL)
-    (output,) = step(PROVIDERS[name], workload)()
-    assert output.shape == (1, 24, 7, 11)
-    module = PROVIDERS[name].module(Workload("module", "forward", 8, 8))
-    stages = 1 if name.startswith("dense") else 2
+@pytest.mark.parametrize("name", [name for name, *form in forms(RUNNING) if form == ["module", "forward"]])
+def test_modules_keep_the_map(name: str) -> None:
+    (output,) = step(PROVIDERS[name], Workload("module", "forward", 8, 24, 32, 8, 16))()
+    assert output.shape == (1, 32, 8, 24)
+
+
+@pytest.mark.parametrize(("name", "stages"), [("dense", 1), ("dense-sdpa", 1), ("unfused", 2), ("isa", 2)])
+def test_modules_have_the_papers_parameters(name: str, stages: int) -> None:
+    module = PROVIDERS[name].build(Workload("module", "forward", 8, 8))
+    assert isinstance(module, torch.nn.Module)
     assert sum(parameter.numel() for parameter in module.parameters()) == stages * 920_576
+
+
+def test_criss_cross_meets_a_row_and_a_column_and_cgnl_one_key_a_pixel() -> None:
+    pixels, widths = 64 * 128, 256 + 512
+    rcca, cgnl, cgnlx = (
+        counted(name, "attention", "forward", 64, 128, **PAPER)[0] for name in ("rcca", "cgnl", "cgnlx")
+    )
+    assert rcca == 2 * 2 * widths * pixels * (64 + 128)
+    assert cgnl == 2 * widths * pixels
+    assert cgnlx == 4 * cgnl
+
+
+def test_a_provider_without_a_form_says_why() -> None:
+    absent = replace(PROVIDERS["timm"], package="no_such_package")
+    assert absent.obstacle(Workload("attention", "forward", 8, 8)) == (
+        "needs no_such_package, which is not installed (pip install no_such_package)"
+    )
+    cases = {
+        ("ppm", "attention", "forward", 64): "ppm has no form of its own at attention level",
+        ("timm", "attention", "forward", 97): "timm takes maps that 8x8 divides",
+        ("flex", "attention", "training", 64): "flex is measured forward only",
+    }
+    for (name, level, pass_, width), message in cases.items():
+        with pytest.raises(ValueError, match=message):
+            PROVIDERS[name].build(Workload(level, pass_, 64, width))
 
 
 # -- files and the command line ----------------------------------------------------------------------------------------
 
 
-ROW = Row("isa", "module", "training", 97, 98, 512, 256, 512, "float32", "cpu", 10**12, 2**33, 0.25, "counted+measured")
+ROW = Row(
+    "isa", "module", "training", 97, 98, 512, 256, 512, "float32", "cpu", 10**12, 2**33, 0.25, "counted+measured", "8x4"
+)
 
 
 def test_the_csv_has_its_columns_and_reads_back(tmp_path: Path) -> None:
-    rows = [ROW, Row(*(*list(vars(ROW).values())[:-2], None, "counted"))]
+    rows = [ROW, replace(ROW, seconds=None, source="counted")]
     write_rows(tmp_path / "new" / "scaling.csv", rows)
     assert (tmp_path / "new" / "scaling.csv").read_text().splitlines()[0] == (
         "provider,level,pass,height,width,channels,key_channels,value_channels,"
-        "dtype,device,flops,peak_bytes,seconds,source"
+        "dtype,device,flops,peak_bytes,seconds,source,partition_size"
     )
     assert read_rows(tmp_path / "new" / "scaling.csv") == rows
 
@@ -189,29 +235,90 @@ def test_a_csv_with_other_columns_is_refused(tmp_path: Path) -> None:
         read_rows(tmp_path / "other.csv")
 
 
-TINY = ["--channels=8", "--key-channels=4", "--value-channels=6", "--partition-size=2x3", "--rounds=1"]
+TINY = ["--channels=8", "--key-channels=4", "--value-channels=6", "--rounds=1"]
+SCALING = ["scaling", "--partition-size=2x3", *TINY]
 
 
 def test_scaling_writes_its_csv_and_plots(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main(["scaling", "--out", str(tmp_path), "--sizes", "6", "7x11", "12x9", *TINY])
+    names = [name for name in PROVIDERS if not PROVIDERS[name].compiles]
+    main([*SCALING, "--out", str(tmp_path), "--sizes", "7x11", "12x9", "--providers", *names])
     rows = read_rows(tmp_path / "scaling.csv")
-    assert len(rows) == len(PROVIDERS) * len(LEVELS) * len(PASSES) * 3
-    assert {row.map for row in rows} == {(6, 6), (7, 11), (12, 9)}
+    assert {row.map for row in rows} == {(7, 11), (12, 9)}
+    assert {row.partition_size for row in rows} == {"2x3"}
+    everywhere = [row.provider for row in rows if (row.level, row.pass_, row.map) == ("module", "training", (7, 11))]
+    assert everywhere == [name for name in names if name not in ("cgnl", "cgnlx", "timm", "natten")]
     assert all(row.flops > 0 and row.peak_bytes > 0 for row in rows)
     assert all((row.seconds is not None) == (row.provider in RUNNING) for row in rows)
     assert {row.source for row in rows if row.seconds} == {"counted+measured"}
     assert sorted(path.name for path in tmp_path.glob("*.png")) == ["flops.png", "memory.png", "time.png"]
-    assert "attention level, forward" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "attention level, forward" in printed
+    assert "timm takes multiples of 32 channels" in printed
 
 
 def test_scaling_does_not_run_what_does_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    only = ["--providers", "dense", "isa", "--level", "attention", "--passes", "forward"]
-    main(["scaling", "--out", str(tmp_path), "--sizes", "128", *only, *TINY, "--memory-limit", "0.001"])
-    dense, isa = read_rows(tmp_path / "scaling.csv")
+    only = ["--providers", "dense", "isa", "--level", "attention", "--passes", "forward", "--sizes", "64", "128"]
+    main([*SCALING, "--out", str(tmp_path), *only, "--memory-limit", "0.0005"])
+    dense, isa = read_rows(tmp_path / "scaling.csv")[2:]
     assert (dense.seconds, dense.source) == (None, "counted")
     assert dense.peak_bytes > 2 * 4 * 128**4  # two copies of the scores, which no one ever made
     assert (isa.seconds, isa.source) == (None, "counted")
-    assert "dense, attention forward 128x128: would need" in capsys.readouterr().out
+    assert "dense, attention forward 64x64: would need 0.1 GB, and 1 more" in capsys.readouterr().out
+
+
+def test_scaling_measures_only_what_its_csv_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    only = ["--out", str(tmp_path), "--level", "attention", "--passes", "forward", "--providers"]
+    monkeypatch.setattr("bench.commands.scaling.plot", lambda *_: None)  # drawn elsewhere
+    main([*SCALING, *only, "unfused", "isa", "--sizes", "6", "7x11"])
+    first = read_rows(tmp_path / "scaling.csv")
+    timed: list[set[str]] = []
+
+    def timing(steps: dict[str, Any], **_: Any) -> dict[str, float]:
+        timed.append(set(steps))
+        return dict.fromkeys(steps, 1.0)
+
+    monkeypatch.setattr(measure, "seconds", timing)
+    monkeypatch.setattr(measure, "matmul_rate", lambda *_: 1e9)
+    main([*SCALING, *only, "isa", "--sizes", "7x11"])
+    assert timed == []
+    assert sorted(read_rows(tmp_path / "scaling.csv"), key=str) == sorted(first, key=str)
+    main([*SCALING, *only, "isa", "dense", "--sizes", "6"])
+    assert timed == [{"isa", "dense"}]  # times of one map come from one run
+    rows = {(row.provider, row.map): row.seconds for row in read_rows(tmp_path / "scaling.csv")}
+    assert rows[("isa", (6, 6))] == rows[("dense", (6, 6))] == 1.0
+    assert rows[("isa", (7, 11))] == first[3].seconds
+    main([*SCALING, *only, "isa", "--sizes", "6", "--partition-size", "3x2"])
+    assert timed[1:] == [{"isa"}]
+    assert len(read_rows(tmp_path / "scaling.csv")) == 6
+    main([*SCALING, *only, "isa", "--sizes", "6", "--fresh"])
+    assert len(read_rows(tmp_path / "scaling.csv")) == 1
+
+
+def test_scaling_of_nobody_says_so_and_draws_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main([*SCALING, "--out", str(tmp_path), "--sizes", "6", "--providers", "ppm", "--level", "attention"])
+    assert "ppm has no form of its own at attention level" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["scaling.csv"]
+
+
+def test_what_is_no_csv_of_ours_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "scaling.csv").write_text("provider,flops\nisa,1\n")
+    with pytest.raises(SystemExit):
+        main([*SCALING, "--out", str(tmp_path), "--sizes", "6", "--providers", "isa"])
+    assert "must have the columns provider,level,pass" in capsys.readouterr().err
+    assert (tmp_path / "scaling.csv").read_text() == "provider,flops\nisa,1\n"
+
+
+def test_partitions_writes_its_csv_and_a_plot(tmp_path: Path) -> None:
+    sizes = ["--size", "8x12", "--partition-sizes", "1x2", "4", "--partition-size", "2x3", "--passes", "forward"]
+    main(["partitions", *TINY, "--out", str(tmp_path), *sizes])
+    assert {path.name for path in tmp_path.iterdir()} == {"partitions.csv", "partition_sizes_forward.png"}
+    rows = read_rows(tmp_path / "partitions.csv")
+    flops = {(row.provider, row.partition_size): row.flops for row in rows if row.level == "attention"}
+    for window, area in (("1x2", 2), ("2x3", 6), ("4x4", 16)):
+        long, short = 2 * (4 + 6) * 96 * 96 // area, 2 * (4 + 6) * 96 * area
+        assert (flops["long", window], flops["short", window]) == (long, short)
+        assert flops["long-short", window] == flops["short-long", window] == long + short
+    assert [row.partition_size for row in rows if row.provider.startswith("module")] == ["2x3"] * 3
 
 
 def test_pictures_are_drawn(tmp_path: Path) -> None:
@@ -240,6 +347,8 @@ def test_sizes_are_a_side_or_height_and_width(text: str, expected: tuple[int, in
         (["scaling", "--device", "abacus"], "--device: must be a device of this machine, got 'abacus'"),
         (["scaling", "--passes", "backward"], "invalid choice: 'backward'"),
         (["scaling", "--sizes", "6", "--partition-size", "8"], "--partition-size 8x8 is larger than the map 6x6"),
+        (["partitions", "--size", "9", "--partition-sizes", "16"], "--partition-size 16x16 is larger than the map 9x9"),
+        (["paper", "--rounds", "0"], "--rounds: must be a whole number from 1, got '0'"),
     ],
 )
 def test_bad_arguments_are_named(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,39 @@
+"""Types of command-line arguments: each turns a word into a value, or says what would be valid."""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+
+def positive(text: str) -> int:
+    """A whole number from 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1, got {text!r}")
+    return int(text)
+
+
+def size(text: str) -> tuple[int, int]:
+    """(height, width) of "64" or "64x128"."""
+    sides = text.lower().split("x")
+    if len(sides) > 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
+        raise argparse.ArgumentTypeError(f"must be a side or HEIGHTxWIDTH in pixels, as 64 or 64x128, got {text!r}")
+    return int(sides[0]), int(sides[-1])
+
+
+def device(text: str) -> str:
+    """The name of a device that this machine has."""
+    try:
+        torch.empty(0, device=text)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise argparse.ArgumentTypeError(f"must be a device of this machine, got {text!r}: {reason}") from error
+    return text
+
+
+def check_partition_size(partition_size: tuple[int, int], size: tuple[int, int]) -> None:
+    """Raises argparse.ArgumentError where a map is smaller than a partition size on either axis."""
+    if partition_size[0] > size[0] or partition_size[1] > size[1]:
+        wanted, given = (f"{height}x{width}" for height, width in (partition_size, size))
+        raise argparse.ArgumentError(None, f"--partition-size {wanted} is larger than the map {given}")

@@ -1,0 +1,175 @@
+"""``python -m bench paper``: FLOPs and parameters of the paper's heads, beside what the authors' script says of them.
+
+Input is a map of 2048 channels, as a ResNet leaves it, and the 3x3 convolution that reduces it is counted. The script
+counts 2 FLOPs to a multiply-add and one for a convolution's bias, nothing for normalisation and softmax; key and query
+as one convolution each, where the modules have two; and convolutions on the map without the padding that attention
+needs. Exact is what the modules really compute in convolutions and matrix products, as torch counts it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import reference
+from bench import measure
+from bench.arguments import positive
+from bench.results import format_size, write_whole
+from isa_triton import ISAHead
+
+HELP = "FLOPs of the paper's heads under the authors' conventions and exactly: paper.csv"
+CHANNELS = 2048
+MAPS = ((64, 128), (97, 97), (128, 128), (128, 256), (256, 256))
+COLUMNS = ("module", "height", "width", "authors_gflops", "script_gflops", "exact_gflops", "parameters")
+# GFLOPs for each of MAPS that segmentor/tools/cost_helper.py of openseg-group/openseg.pytorch prints.
+AUTHORS = {
+    "ISA": (191.4, 221.0, 386.1, 785.0, 1621.6),
+    "SA": (240.5, 288.0, 618.5, 1786.8, 5772.6),
+    "RCCA": (400.9, 460.5, 804.2, 1618.1, 3255.5),
+    "PPM": (309.3, 355.3, 618.6, 1237.1, 2474.0),
+    "ASPP": (245.9, 282.4, 491.8, 983.6, 1967.2),
+}
+
+
+def isa_head() -> nn.Sequential:
+    """Ours, before the classifier."""
+    head = ISAHead(CHANNELS, 512, num_classes=1)
+    return nn.Sequential(head.reduce, head.isa)
+
+
+def sa_head() -> nn.Sequential:
+    """The authors' dense baseline after the same 3x3 convolution."""
+    return nn.Sequential(reference.ConvNormReLU(CHANNELS, 512, 3), reference.SA(512, 256, 256, 512))
+
+
+HEADS: dict[str, Callable[[], nn.Module]] = {
+    "ISA": isa_head,
+    "SA": sa_head,
+    "RCCA": partial(reference.RCCAHead, CHANNELS, 512),
+    "PPM": partial(reference.PPM, CHANNELS, 512),
+    "ASPP": partial(reference.ASPP, CHANNELS, 256),
+}
+# What exact counting has and the script has not: the second convolutions of key and query, convolutions of padded
+# pixels, and (less) biases.
+BEYOND = ("second", "padding", "biases")
+SECOND = re.compile(r"\b(key|query)\.1\.")  # names of those second convolutions
+
+
+@dataclass(frozen=True)
+class Counted:
+    """FLOPs of a head on a map by the script's conventions, and what exact counting adds to them, by `BEYOND`."""
+
+    script: int
+    beyond: dict[str, int]
+    parameters: int
+
+    @property
+    def exact(self) -> int:
+        return self.script + sum(self.beyond.values())
+
+
+def count(head: Callable[[], nn.Module], height: int, width: int) -> Counted:
+    """Runs a head on fake tensors, and asks every convolution what it did."""
+    beyond = dict.fromkeys(BEYOND, 0)
+
+    def convolved(name: str, conv: nn.Conv2d, _: tuple[Tensor, ...], output: Tensor) -> None:
+        pixels = output.shape[2] * output.shape[3]
+        flops = 2 * conv.weight.numel()  # a pixel
+        if SECOND.search(name):
+            beyond["second"] += flops * pixels
+            return
+        inside = min(pixels, height * width)
+        beyond["padding"] += flops * (pixels - inside)
+        beyond["biases"] -= conv.out_channels * inside
+
+    with FakeTensorMode(), measure.Counter() as counter, torch.no_grad():
+        module = head().eval()
+        for name, conv in module.named_modules():
+            if isinstance(conv, nn.Conv2d):
+                conv.register_forward_hook(partial(convolved, name))
+        module(torch.empty(1, CHANNELS, height, width))
+    return Counted(counter.flops - sum(beyond.values()), beyond, parameters(module))
+
+
+def parameters(module: nn.Module) -> int:
+    """How many numbers a module learns."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--out", type=Path, default=Path("out"), metavar="DIR", help="folder of paper.csv (default: out)")
+    add("--time", action="store_true", help="also time the heads on this CPU, forward, interleaved: paper_seconds.csv")
+    add("--rounds", type=positive, default=3, help="at most so many timed calls of each (default: 3)")
+    add("--longest-call", type=float, default=12.0, metavar="S", help="do not time what takes longer (default: 12)")
+
+
+def run(args: argparse.Namespace) -> None:
+    console = Console()
+    console.width = max(console.width, 90)  # rather wrapped by the terminal than cut off
+    counts = {(name, map_): count(make, *map_) for map_ in MAPS for name, make in HEADS.items()}
+    title = f"GFLOPs of whole heads on {CHANNELS} x height x width: script + {' + '.join(BEYOND)} = exact"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for column in ("map", "head", "authors", "script", "off by", *BEYOND, "exact"):
+        table.add_column(column, justify="left" if column in ("map", "head") else "right", no_wrap=True)
+    lines: list[tuple[object, ...]] = []
+    for (name, map_), counted in counts.items():
+        authors, script, exact = AUTHORS[name][MAPS.index(map_)], counted.script / 1e9, counted.exact / 1e9
+        lines.append((name, *map_, authors, f"{script:.3f}", f"{exact:.3f}", counted.parameters))
+        table.add_row(
+            format_size(map_) if name == next(iter(HEADS)) else "",
+            name,
+            f"{authors:.1f}",
+            f"{script:.1f}",
+            f"{100 * (script / authors - 1):+.2f}%",
+            *(f"{flops / 1e9:.2f}" if flops else "" for flops in counted.beyond.values()),
+            f"{exact:.1f}",
+            end_section=name == list(HEADS)[-1],
+        )
+    console.print(table)
+    console.print("Parameters:", highlight=False)
+    for name in HEADS:
+        console.print(f"  {name} {counts[name, MAPS[0]].parameters:,}", highlight=False)
+    for name, head in (("ISA", isa_head), ("SA", sa_head)):
+        console.print(f"  {name} without its 3x3 convolution {parameters(head()[1]):,}", highlight=False)
+    write_whole(args.out / "paper.csv", COLUMNS, lines)
+    console.print(f"Wrote {args.out / 'paper.csv'}", highlight=False)
+    if args.time:
+        path = args.out / "paper_seconds.csv"
+        write_whole(path, ("module", "height", "width", "seconds"), seconds(args, counts, console))
+        console.print(f"Wrote {path}", highlight=False)
+
+
+def seconds(
+    args: argparse.Namespace, counts: dict[tuple[str, tuple[int, int]], Counted], console: Console
+) -> Iterator[tuple[object, ...]]:
+    """Median forward seconds of the heads on each map, where all that fit are called in turns."""
+    rate = measure.matmul_rate(torch.float32)
+    modules = {name: head().eval() for name, head in HEADS.items()}
+    for map_ in MAPS:
+        predicted = {name: counts[name, map_].exact / rate for name in HEADS}
+        for name, time in predicted.items():
+            if time > args.longest_call:
+                console.print(f"{format_size(map_)} {name}: would take about {time:.0f} s", highlight=False)
+        fitting = [name for name, time in predicted.items() if time <= args.longest_call]
+        x = torch.ones(1, CHANNELS, *map_) if fitting else torch.empty(0)
+        steps = {name: step(modules[name], x) for name in fitting}
+        for name, time in measure.seconds(steps, rounds=args.rounds, budget=args.longest_call).items():
+            console.print(f"{format_size(map_)} {name}: {time:.2f} s", highlight=False)
+            yield name, *map_, round(time, 4)
+
+
+def step(module: nn.Module, x: Tensor) -> measure.Step:
+    """One call of a head."""
+    return torch.no_grad()(lambda: (module(x),))
