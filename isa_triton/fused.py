@@ -21,7 +21,7 @@ from .partition import Partition
 try:
     from .kernels import launch
 except ModuleNotFoundError as missing:
-    if missing.name != "triton":
+    if str(missing.name).split(".")[0] != "triton":
         raise
     launch = None  # type: ignore[assignment]
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 STEPS = ("forward", "group", "queries", "keys", "values", "pairs")
 ARITHMETIC = {"float16": "16-bit", "bfloat16": "16-bit", "float32": "ieee", "tf32": "tf32"}
+_LIMITS = ("key_width", "value_width", "tokens")
 FOLDER = Path(__file__).parent / "tiles"
 RELATIVES = {  # architectures with the same matrix instructions and at least the memory of one that has a file
     "sm_87": "sm_80", "sm_89": "sm_86", "sm_103": "sm_100", "sm_120": "sm_86", "sm_121": "sm_86", "gfx950": "gfx942",
@@ -90,8 +91,8 @@ def backward(target: str, key_width: int, value_width: int, dtype: str, tokens: 
 
 @lru_cache(maxsize=4096)
 def _lookup(target: str, step: str, key_width: int, value_width: int, arithmetic: str, tokens: int) -> Tile:
-    def limits(entry: dict[str, Any]) -> tuple[float, float, float]:
-        return entry["key_width"] or inf, entry["value_width"] or inf, entry["tokens"] or inf  # null: any number
+    def limits(entry: dict[str, Any]) -> tuple[float, ...]:
+        return tuple(entry[name] or inf for name in _LIMITS)  # null: any number
 
     def serves(entry: dict[str, Any]) -> bool:
         wanted = zip((key_width, value_width, tokens), limits(entry), strict=True)
@@ -111,4 +112,31 @@ def _entries(target: str) -> tuple[dict[str, Any], ...]:
         nearest = "gfx942" if target.startswith("gfx") else "sm_86"
         warnings.warn(f"no tiles were made for {target}, those of {nearest} are taken", stacklevel=5)
         file = FOLDER / f"{nearest}.json"
-    return tuple(json.loads(file.read_text()))
+    try:
+        entries = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from error
+    if not isinstance(entries, list):
+        raise ValueError(f"{file} must hold a list of entries, got {type(entries).__name__}")
+    for number, entry in enumerate(entries, 1):
+        if wrong := _wrong(entry):
+            raise ValueError(f"{file}, entry {number}: {wrong}")
+    return tuple(entries)
+
+
+def _wrong(entry: Any) -> str | None:
+    """What is wrong with an entry of a file, or None."""
+    if not isinstance(entry, dict) or not {"step", "arithmetic", *_LIMITS, "tile"} <= entry.keys():
+        return f"must be an object with step, arithmetic, {', '.join(_LIMITS)} and tile, got {entry!r}"
+    if entry["step"] not in STEPS or entry["arithmetic"] not in ARITHMETIC.values():
+        return f"knows no step {entry['step']!r} of arithmetic {entry['arithmetic']!r}"
+    if any(not (entry[name] is None or (type(entry[name]) is int and entry[name] > 0)) for name in _LIMITS):
+        return f"{', '.join(_LIMITS)} must be positive integers or null, got {[entry[name] for name in _LIMITS]}"
+    tile = entry["tile"]
+    if tile is None:
+        return None
+    if not isinstance(tile, list) or len(tile) != len(Tile._fields) or any(type(n) is not int or n < 1 for n in tile):
+        return f"tile must be null or {len(Tile._fields)} positive integers, {', '.join(Tile._fields)}, got {tile!r}"
+    if any(n < 16 or n & (n - 1) for n in tile[:4]):
+        return f"blocks must be powers of two of at least 16, got {tile[:4]}"
+    return None

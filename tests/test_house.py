@@ -24,6 +24,8 @@ ARROWS = {
     "isa_triton.ops": {"isa_triton.partition", "isa_triton.eager", "isa_triton.fused"},
     "isa_triton.functional": {"isa_triton.partition", "isa_triton.fused", "isa_triton.ops"},
     "isa_triton.modules": {"isa_triton.partition", "isa_triton.functional"},
+    "isa_triton.checkpoints": {"isa_triton.partition", "isa_triton.eager", "isa_triton.modules"},
+    "isa_triton.models": {"isa_triton.partition", "isa_triton.functional", "isa_triton.models"},
     "isa_triton": {"isa_triton.partition", "isa_triton.functional", "isa_triton.modules"},
     "reference": {"reference"},
     "bench": {"bench", "isa_triton", "reference"},

@@ -66,7 +66,7 @@ def test_small_groups_have_a_kernel_of_their_own(target: str) -> None:
     for dtype, (key, value), tokens in product(
         tiles.ARITHMETIC, [(32, 32), (39, 39), (64, 64), (256, 512)], (1, 49, 64)
     ):
-        if (target, dtype, key) == ("sm_80", "tf32", 39):
+        if (target, dtype, key) in (("sm_80", "tf32", 39), ("sm_86", "tf32", 39)):
             continue  # 4-byte loads: no single kernel does without a spill
         group = tiles.backward(target, key, value, dtype, tokens).group
         assert group is not None

@@ -1,0 +1,173 @@
+"""What is wrong is refused at the door: the exception, and the words that say what came and what would be valid."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench.__main__ import main
+from isa_triton import (
+    InterlacedSparseSelfAttention,
+    ISAHead,
+    ISAModule,
+    Partition,
+    SelfAttention2d,
+    partitioned_attention,
+    tiles,
+)
+
+Row = tuple[Callable[[], Any], type[Exception], str]
+interlaced, local = Partition.interlaced, Partition.local
+X = torch.zeros(1, 4, 6, 8)
+Q = torch.zeros(1, 4, 6, 1, 2)
+WINDOWS = local((4, 6), window=(2, 3))
+
+
+def stage(*widths: Any, **keywords: Any) -> SelfAttention2d:
+    return SelfAttention2d(*widths or (4, 2, 3), **{"pattern": "local", **keywords})
+
+
+def isa(*widths: Any, **keywords: Any) -> InterlacedSparseSelfAttention:
+    return InterlacedSparseSelfAttention(*widths or (4, 2, 3), **keywords)
+
+
+PARTITIONS: list[Row] = [
+    (lambda: interlaced((4, 6)), TypeError, "give exactly one of stride"),
+    (lambda: interlaced((4, 6), stride=(2, 2), grid=(2, 2)), TypeError, "give exactly one of stride"),
+    (lambda: interlaced((4, 6), stride=2), TypeError, "stride must be a pair of integers (h, w), got 2"),
+    (lambda: interlaced((4, 6), stride=(2, 2.5)), TypeError, "stride must be a pair of integers (h, w), got (2, 2.5)"),
+    (lambda: interlaced((4, 6), stride=(2, "3")), TypeError, "stride must be a pair of integers"),
+    (lambda: interlaced((4, 6), stride=(0, 2)), ValueError, "stride must lie between (1, 1) and the map's (4, 6)"),
+    (lambda: interlaced((4, 6), stride=(5, 2)), ValueError, "got (5, 2)"),
+    (lambda: interlaced((4, 6), stride=(2, 7)), ValueError, "got (2, 7)"),
+    (lambda: interlaced((4, 6), grid=(-1, 2)), ValueError, "grid must lie between"),
+    (lambda: interlaced((4, 6, 8), stride=(2, 2)), TypeError, "size must be a pair of integers (h, w), got (4, 6, 8)"),
+    (lambda: interlaced((0, 6), stride=(1, 1)), ValueError, "size must be at least (1, 1), got (0, 6)"),
+    (lambda: local((4, 6), window=(5, 6)), ValueError, "window must lie between (1, 1) and the map's (4, 6)"),
+    (lambda: local((4, 6), window=None), TypeError, "window must be a pair of integers (h, w), got None"),
+    (lambda: local(24, window=(2, 2)), TypeError, "size must be a pair of integers (h, w), got 24"),
+    (lambda: Partition.rows((4, 0)), ValueError, "size must be at least (1, 1), got (4, 0)"),
+    (lambda: Partition.columns((-4, 6)), ValueError, "size must be at least"),
+    (lambda: Partition.dense("ab"), TypeError, "size must be a pair of integers (h, w), got 'ab'"),
+    (lambda: WINDOWS.view(Q[:, 1:]), ValueError, "tensor must be [B, 4, 6, ...], got (1, 3, 6, 1, 2)"),
+    (lambda: local((5, 6), window=(2, 3)).view(torch.zeros(1, 5, 6)), ValueError, "name one of its pieces()"),
+]
+ATTENTION: list[Row] = [
+    (lambda: partitioned_attention(Q, Q, Q, None), TypeError, "partition must be a Partition, got NoneType"),
+    (lambda: partitioned_attention(None, Q, Q, WINDOWS), TypeError, "q must be a torch.Tensor, got NoneType"),
+    (lambda: partitioned_attention(Q, Q, Q, WINDOWS, bias=1.0), TypeError, "bias must be a torch.Tensor, got float"),
+    (lambda: partitioned_attention(Q.bool(), Q, Q, WINDOWS), TypeError, "q must be one of torch.float16, "),
+    (lambda: partitioned_attention(Q[0], Q, Q, WINDOWS), ValueError, "q must be [B, H, W, heads, width], got shape"),
+    (lambda: partitioned_attention(Q, Q, Q[:, :2], WINDOWS), ValueError, "v must be [1, 4, 6, 1, 'V']"),
+    (lambda: partitioned_attention(Q, Q.half(), Q, WINDOWS), TypeError, "k must have the dtype of q"),
+    (lambda: partitioned_attention(Q, Q, Q, WINDOWS, scale=float("inf")), ValueError, "scale must be finite, got inf"),
+    (lambda: partitioned_attention(Q, Q, Q, WINDOWS, scale=[1]), TypeError, "scale must be a number or None"),
+    (lambda: partitioned_attention(Q, Q, Q, WINDOWS, backend=None), ValueError, "backend must be one of 'auto'"),
+    (
+        lambda: partitioned_attention(*[Q.double()] * 3, WINDOWS, backend="triton"),
+        ValueError,
+        "backend='triton' cannot be had: the kernels take torch.float16",
+    ),
+]
+MODULES: list[Row] = [
+    (lambda: stage(pattern="dilated"), ValueError, "pattern must be one of 'interlaced', 'local'"),
+    (lambda: stage(padding="reflect"), ValueError, "padding must be one of 'zeros', 'mask', got 'reflect'"),
+    (lambda: stage(backend="cuda"), ValueError, "backend must be one of 'auto', 'triton', 'eager', got 'cuda'"),
+    (lambda: stage(partition_size=(8,)), ValueError, "partition_size must be two integers (P_h, P_w)"),
+    (lambda: stage(partition_size=(0, 8)), ValueError, "partition_size must be two integers"),
+    (lambda: stage(partition_size=(8.0, 8)), ValueError, "got (8.0, 8)"),
+    (lambda: stage(0, 2, 3), ValueError, "in_channels must be an integer of at least 1, got 0"),
+    (lambda: stage(4, -2, 3), ValueError, "key_channels must be an integer of at least 1, got -2"),
+    (lambda: stage(4, 2, 3.5), ValueError, "value_channels must be an integer of at least 1, got 3.5"),
+    (lambda: stage(4, 2, 3, 0), ValueError, "out_channels must be an integer of at least 1, got 0"),
+    (lambda: stage()(X[:, :3]), ValueError, "x must be [B, 4, H, W] with H, W of at least 1, got (1, 3, 6, 8)"),
+    (lambda: stage()(X[0]), ValueError, "got (4, 6, 8)"),
+    (lambda: stage()(X[:, :, :0]), ValueError, "got (1, 4, 0, 8)"),
+    (lambda: isa(order="both"), ValueError, "order must be one of 'long-short', 'short-long', got 'both'"),
+    (lambda: isa(padding=None), ValueError, "padding must be one of"),
+    (lambda: isa()(X[:, 1:]), ValueError, "x must be [B, 4, H, W]"),
+    (lambda: ISAModule(4, 2, 3, 4, partition_sizes=()), ValueError, "partition_sizes must hold at least one"),
+    (lambda: ISAModule(4, 2, 3, 0), ValueError, "out_channels must be an integer of at least 1, got 0"),
+    (lambda: ISAHead(4, 3, 0), ValueError, "num_classes must be an integer of at least 1, got 0"),
+    (lambda: ISAHead(4, "3", 2), ValueError, "channels must be an integer of at least 1, got '3'"),
+]
+TILES: list[Row] = [
+    (lambda: tiles.lookup("sm_90", "sideways", 8, 8, "float16", 8), ValueError, "step must be one of"),
+    (lambda: tiles.lookup("sm_90", "forward", 8, 8, "int8", 8), ValueError, "dtype must be one of"),
+    (lambda: tiles.backward("sm_90", 8, 8, "float64", 8), ValueError, "got 'float64'"),
+    (lambda: tiles.lookup("sm_90", "group", 64, 64, "float16", 10**6), LookupError, "no tile of 'group'"),
+]
+COMMANDS = [
+    ([], "required: COMMAND"),
+    (["fly"], "invalid choice: 'fly'"),
+    (["scaling", "--sizes", "64y"], "must be a side or HEIGHTxWIDTH in pixels"),
+    (["scaling", "--sizes", "0"], "got '0'"),
+    (["scaling", "--sizes", "8x8x8"], "got '8x8x8'"),
+    (["scaling", "--providers", "nobody"], "invalid choice: 'nobody'"),
+    (["scaling", "--sizes", "16", "--partition-size", "32"], "--partition-size 32x32 is larger than the map 16x16"),
+    (["scaling", "--device", "abacus"], "must be a device of this machine, got 'abacus'"),
+    (["check", "--cases", "-1"], "must be a whole number from 1, got '-1'"),
+    (["check", "--backends", "cuda"], "invalid choice: 'cuda'"),
+    (["overhead", "--rounds", "many"], "must be a whole number from 1, got 'many'"),
+    (["tiles"], "required: TOOL"),
+    (["tiles", "verify", "--shapes", "ISA 65"], "invalid choice: 'ISA 65'"),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "words"), PARTITIONS + ATTENTION + MODULES + TILES)
+def test_bad_calls_are_refused(call: Callable[[], Any], error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=re.escape(words)) as caught:
+        call()
+    assert type(caught.value) is error
+
+
+@pytest.mark.parametrize(("arguments", "words"), COMMANDS, ids=lambda part: " ".join(part) if part else "none")
+def test_bad_commands_exit_with_2(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert words in " ".join(capsys.readouterr().err.split())
+
+
+def test_the_table_is_long_enough() -> None:
+    assert len(PARTITIONS + ATTENTION + MODULES + TILES) + len(COMMANDS) >= 60
+
+
+ENTRY = {"step": "forward", "arithmetic": "ieee", "key_width": None, "value_width": None, "tokens": None,
+         "tile": [16, 16, 16, 16, 4, 1]}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("[", "is not JSON"),
+        ("", "is not JSON"),
+        ("{}", "must hold a list of entries, got dict"),
+        ("[3]", "entry 1: must be an object with step"),
+        (json.dumps([ENTRY, {"step": "forward"}]), "entry 2: must be an object"),
+        (json.dumps([{**ENTRY, "step": "fly"}]), "knows no step 'fly'"),
+        (json.dumps([{**ENTRY, "tokens": "64"}]), "must be positive integers or null, got [None, None, '64']"),
+        (json.dumps([{**ENTRY, "key_width": 0}]), "must be positive integers or null"),
+        (json.dumps([{**ENTRY, "tile": [16, 16]}]), "tile must be null or 6 positive integers"),
+        (json.dumps([{**ENTRY, "tile": [16, 16, 16, 16, 4, 1.5]}]), "tile must be null or 6 positive integers"),
+        (json.dumps([{**ENTRY, "tile": [48, 16, 16, 16, 4, 1]}]), "blocks must be powers of two"),
+    ],
+)
+def test_bad_tile_files_are_named(content: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiles, "FOLDER", tmp_path)
+    (tmp_path / "sm_90.json").write_text(content)
+    for cached in (tiles._lookup, tiles._entries):
+        cached.cache_clear()
+    try:
+        with pytest.raises(ValueError, match=re.escape(words)) as caught:
+            tiles.lookup("sm_90", "forward", 8, 8, "float32", 8)
+        assert "sm_90.json" in str(caught.value)
+    finally:
+        for cached in (tiles._lookup, tiles._entries):
+            cached.cache_clear()

@@ -1,0 +1,145 @@
+"""timm's MaxViT, accelerated and as it is: the same outputs and gradients, and sizes that timm refuses."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import timm
+import torch
+from timm.models.maxxvit import PartitionAttentionCl
+from torch import Tensor, nn
+
+from isa_triton.models.maxvit import AcceleratedAttentionCl, accelerate, restore
+
+SHALLOW: dict[str, Any] = {"depths": (1, 1, 1, 1)}
+MODELS: dict[str, tuple[str, int, dict[str, Any]]] = {  # name, image, options
+    "tf: tables of k - q, heads last": ("maxvit_tiny_tf_224", 224, SHALLOW),
+    "rw: tables of q - k, heads first": ("maxvit_nano_rw_256", 256, SHALLOW | {"depths": (1, 2, 1, 1)}),
+    "rmlp: an MLP of distances": ("maxvit_rmlp_nano_rw_256", 256, SHALLOW),
+    "windows beside a grid": ("maxvit_tiny_pm_256", 256, SHALLOW),
+    "grid alone, ConvNeXt": ("maxxvitv2_nano_rw_256", 256, SHALLOW),
+    "NCHW": ("maxvit_nano_rw_256", 256, SHALLOW | {"transformer_use_nchw_attn": True}),
+    "NCHW, heads last": ("maxvit_tiny_tf_224", 224, SHALLOW | {"transformer_use_nchw_attn": True}),
+    "no position bias": ("maxvit_nano_rw_256", 256, SHALLOW | {"transformer_rel_pos_type": ""}),
+}
+NARROW: dict[str, Any] = {"embed_dim": (32, 32, 64, 64), "stem_width": 16}
+
+
+def model(key: str) -> tuple[nn.Module, int]:
+    """A narrow one of the family in fp64, whose attention depends on positions."""
+    name, side, options = MODELS[key]
+    network = timm.create_model(name, num_classes=5, **NARROW, **options).eval().double()
+    for parameter_name, parameter in network.named_parameters():
+        if "rel_pos" in parameter_name or ".qkv." in parameter_name:
+            nn.init.normal_(parameter, std=0.3)
+    return network, side
+
+
+def everything(network: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """Outputs and the gradients of all parameters."""
+    network.zero_grad()
+    y = network(x)
+    y.sin().sum().backward()
+    gradients = {name: p.grad.clone() for name, p in network.named_parameters() if p.grad is not None}
+    return {"output": y.detach()} | gradients
+
+
+def error(actual: Tensor, expected: Tensor) -> float:
+    return float((actual - expected).abs().max() / expected.abs().max().clamp(min=1e-3))  # some gradients are zero
+
+
+@pytest.mark.parametrize("key", MODELS)
+def test_accelerated_models_are_the_same_function(key: str) -> None:
+    network, side = model(key)
+    x = torch.randn(1, 3, side, side, dtype=torch.float64)
+    expected = everything(network, x)
+    actual = everything(accelerate(network), x)
+    assert actual.keys() == expected.keys()
+    assert any("rel_pos" in name for name in actual) == (key != "no position bias")
+    for name in actual:
+        assert error(actual[name], expected[name]) < 1e-9, name
+
+
+TINY: dict[str, Any] = {"depths": (1, 1), "embed_dim": (32, 32), "stem_width": 8, "num_classes": 3}
+
+
+def tiny(**options: Any) -> nn.Module:
+    """Two stages, 4x4 windows and grids for images of 128."""
+    return timm.create_model("maxvit_nano_rw_256", img_size=128, **TINY, **options).eval()
+
+
+def test_accelerating_is_reversible_and_touches_no_weight() -> None:
+    network, x = tiny(), torch.randn(1, 3, 128, 128)
+    before, state = network(x), copy.deepcopy(network.state_dict())
+    assert accelerate(network) is network
+    assert any(type(m) is AcceleratedAttentionCl for m in network.modules())
+    assert all(torch.equal(a, b) for a, b in zip(network.state_dict().values(), state.values(), strict=True))
+    assert network.state_dict().keys() == state.keys()
+    assert restore(network) is network
+    assert any(type(m) is PartitionAttentionCl for m in network.modules())
+    assert not any(hasattr(m, "backend") for m in network.modules())
+    assert torch.equal(network(x), before)
+    assert restore(network) is network
+
+
+@torch.no_grad()
+def test_accelerated_models_are_modules_like_others() -> None:
+    """Copied, pickled, given another backend, compiled."""
+    network, x = accelerate(tiny()), torch.randn(2, 3, 128, 128)
+    expected = network(x)
+    for other in (copy.deepcopy(network), pickle.loads(pickle.dumps(network)), accelerate(network, backend="eager")):
+        assert torch.equal(other(x), expected)
+    block = next(m for m in network.modules() if isinstance(m, AcceleratedAttentionCl))
+    y = torch.randn(1, 9, 13, 32)
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    assert error(compiled(y), block(y)) < 1e-5
+
+
+@pytest.mark.parametrize("size", [(128, 168), (104, 136), (40, 72)], ids=str)
+@torch.no_grad()
+def test_any_size_runs(size: tuple[int, int]) -> None:
+    network, x = tiny(), torch.randn(1, 3, *size)
+    with pytest.raises(AssertionError, match="divisible"):
+        network(x)
+    assert accelerate(network)(x).isfinite().all()
+
+
+@pytest.mark.parametrize("nchw", [False, True])
+@pytest.mark.parametrize("size", [(9, 13), (8, 12), (3, 11), (2, 3)], ids=str)
+@pytest.mark.parametrize("part", ["block", "grid"])
+@torch.no_grad()
+def test_attention_is_over_the_real_pixels_of_every_group(nchw: bool, size: tuple[int, int], part: str) -> None:
+    """Each window or grid alone, by the formula: softmax(q k^T / sqrt(32) + bias of the distances) v."""
+    network: Any = accelerate(tiny(transformer_use_nchw_attn=nchw).double())
+    block = getattr(network.stages[0].blocks[0], f"attn_{part}")
+    nn.init.normal_(block.attn.rel_pos.relative_position_bias_table)
+    x, (H, W), attn = torch.randn(2, *size, 32, dtype=torch.float64), size, block.attn
+    bias = attn.rel_pos.get_bias()[0].unflatten(2, (4, 4)).unflatten(1, (4, 4))
+    expected = torch.zeros_like(x)
+    if part == "block":
+        groups = [(slice(y, y + 4), slice(z, z + 4)) for y in range(0, H, 4) for z in range(0, W, 4)]
+    else:
+        step_h, step_w = -(-H // min(4, H)), -(-W // min(4, W))
+        groups = [(slice(y, H, step_h), slice(z, W, step_w)) for y in range(step_h) for z in range(step_w)]
+    weights = [w.flatten(1) for w in (attn.qkv.weight, attn.proj.weight)]
+    for rows, columns in groups:
+        group = x[:, rows, columns]
+        h, w = group.shape[1:3]
+        q, k, v = nn.functional.linear(group, weights[0], attn.qkv.bias).flatten(1, 2).chunk(3, -1)  # one head
+        scores = q @ k.mT * 32**-0.5 + bias[:, :h, :w, :h, :w].reshape(h * w, h * w)
+        context = (scores.softmax(-1) @ v).unflatten(1, (h, w))
+        expected[:, rows, columns] = nn.functional.linear(context, weights[1], attn.proj.bias)
+    ours = block._partition_attn(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1) if nchw else block._partition_attn(x)
+    assert error(ours, expected) < 1e-12
+
+
+def test_what_cannot_be_accelerated_is_named() -> None:
+    with pytest.raises(ValueError, match=r"must hold partition attention .* got Linear without any"):
+        accelerate(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=r"backend must be one of 'auto'.* got 'cuda'"):
+        accelerate(tiny(), backend="cuda")
+    with pytest.raises(ValueError, match=r"attn_drop 0, not 0\.1"):
+        accelerate(tiny(transformer_attn_drop=0.1)).train()(torch.randn(1, 3, 128, 128))
