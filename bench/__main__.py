@@ -7,9 +7,16 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from types import ModuleType
 
-from bench.commands import pictures, scaling
+from bench.commands import inference, paper, partitions, pictures, scaling, sharding
 
-COMMANDS: dict[str, ModuleType] = {"scaling": scaling, "pictures": pictures}
+COMMANDS: dict[str, ModuleType] = {
+    "scaling": scaling,
+    "paper": paper,
+    "partitions": partitions,
+    "inference": inference,
+    "pictures": pictures,
+    "sharding": sharding,
+}
 if find_spec("triton"):  # what looks at kernels has nothing to look at elsewhere
     from bench.commands import check, overhead, tiles
 

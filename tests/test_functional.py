@@ -188,7 +188,7 @@ def test_error_stays_within_the_budget_of_the_same_precision(dtype: torch.dtype,
 def test_fused_attention_serves_where_it_is_faster_and_agrees() -> None:
     partition = Partition.dense((16, 17))
     q, k, v = qkv(partition, key_width=8, value_width=8, dtype=torch.float32)
-    assert eager._fused_is_faster(q.flatten(1, 2), v.flatten(1, 2))
+    assert eager._fused_is_faster(q.flatten(1, 2), v.flatten(1, 2), None)
     out = partitioned_attention(q, k, v, partition)
     assert relative_error(out, reference.dense_attention(q, k, v)) < 1e-6
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
@@ -74,7 +74,10 @@ class Problem:
 
 
 class Launch(NamedTuple):
-    """One launch of a kernel: everything that its binary depends on, and the grid. It travels between processes."""
+    """One launch of a kernel: everything that its binary depends on, the grid, and the integers that it is given.
+
+    It travels between processes.
+    """
 
     module: str
     name: str
@@ -84,6 +87,7 @@ class Launch(NamedTuple):
     attributes: dict[tuple[int, ...], Any]
     options: dict[str, Any]
     grid: tuple[int, ...]
+    integers: tuple[tuple[str, int], ...] = ()  # with the names of arguments, "h.size" for the size of `h`
 
     @property
     def kernel(self) -> Any:
@@ -188,10 +192,15 @@ class StubDriver(DriverBase):
 
 
 def activate(target: GPUTarget) -> None:
-    """Make a stub driver for `target` the one of this process, and let the kernels forget their last target."""
+    """Make a stub driver for `target` the one of this process."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise RuntimeError("kernels are interpreted in this process: unset TRITON_INTERPRET to compile them")
     driver.set_active(StubDriver(target))
+    forget_target()
+
+
+def forget_target() -> None:
+    """Let the kernels forget for which target they were compiled last."""
     for kernel in vars(launch).values():
         if isinstance(kernel, JITFunction):
             kernel.device_caches.clear()
@@ -202,12 +211,12 @@ def _recording(target: str) -> Iterator[list[Launch]]:
     """Kernels launched inside are recorded instead."""
     activate(gpu(target))
     launches: list[Launch] = []
-    run, grids = JITFunction.run, list[tuple[int, ...]]()
+    run, calls = JITFunction.run, list[tuple[tuple[int, ...], tuple[tuple[str, int], ...]]]()
 
     def run_without_launch(kernel: Any, *args: Any, grid: tuple[int, ...], warmup: bool, **kwargs: Any) -> Any:
         if any(programs > limit for programs, limit in zip(grid, GRID_LIMITS, strict=False)):
             raise ValueError(f"{kernel.fn.__name__}: a grid of {grid} programs is beyond the limits {GRID_LIMITS}")
-        grids.append(grid)
+        calls.append((grid, tuple(_integers(zip(kernel.arg_names, args, strict=False)))))
         return run(kernel, *args, grid=grid, warmup=True, **kwargs)
 
     def record(*, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
@@ -221,7 +230,7 @@ def _recording(target: str) -> Iterator[list[Launch]]:
                 compile["constants"],
                 compile["configs"][0],
                 {name: _hashable(value) for name, value in options.items()},
-                grids[-1],
+                *calls[-1],
             )
         )
         return True  # do not compile
@@ -229,6 +238,15 @@ def _recording(target: str) -> Iterator[list[Launch]]:
     with patch.object(JITFunction, "run", run_without_launch), knobs.runtime.scope():
         knobs.runtime.jit_cache_hook = record
         yield launches
+
+
+def _integers(arguments: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, int]]:
+    """The integers among a kernel's arguments and in its named tuples."""
+    for name, value in arguments:
+        if isinstance(value, int):
+            yield name, value
+        elif isinstance(value, tuple) and (fields := getattr(value, "_fields", None)):
+            yield from _integers((f"{name}.{field}", part) for field, part in zip(fields, value, strict=True))
 
 
 def _hashable(value: Any) -> Any:

@@ -1,8 +1,7 @@
-"""Reading a binary: registers, spills, memory, matrix instructions and the widths of global loads and stores.
+"""Reading a binary: registers, spills, memory, what its instructions are and how often they run.
 
-NVIDIA's come from `cuobjdump` and `nvdisasm` (both in Triton's wheel), AMD's from the assembly that Triton keeps. Every
-instruction is read with the line of source that it serves, so that accesses to rows of q, k, v and their like are told
-from those to one number a token.
+NVIDIA's come from `cuobjdump` and `nvdisasm` (both in Triton's wheel), AMD's from the assembly that Triton keeps.
+Accesses to rows of q, k, v and their like are told from those to one number a token by the line of source they serve.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -20,6 +18,16 @@ from typing import Any, NamedTuple
 
 from triton import knobs
 
+from bench.tiles.assembly import (
+    Instruction,
+    access,
+    amd_instructions,
+    is_atomic,
+    matrix_kind,
+    sass_instructions,
+)
+from bench.tiles.flow import Stretch, stretches
+from bench.tiles.program import Loop, Op, read_program
 from isa_triton.kernels import common
 
 
@@ -54,14 +62,6 @@ LIMITS = {
 }
 
 
-class Instruction(NamedTuple):
-    """An opcode with its modifiers, and the file name and line of source it serves."""
-
-    opcode: str
-    file: str = ""
-    line: int = 0
-
-
 class Access(NamedTuple):
     """How a kernel's code reads or writes global memory in one way, and how often the code says so."""
 
@@ -86,6 +86,19 @@ class Binary:
     matrix: dict[str, int]  # matrix instructions by kind
     atomics: int
     accesses: tuple[Access, ...]
+    loops: tuple[Loop, ...] = ()  # of the IR
+    ops: tuple[Op, ...] = ()  # of the IR
+    stretches: tuple[Stretch, ...] = ()  # of the machine code
+
+    def __post_init__(self) -> None:
+        """Facts that come from JSON become what they were."""
+        for name, kind in (("accesses", Access), ("loops", Loop), ("ops", Op), ("stretches", Stretch)):
+            rows = tuple(kind(*map(_tuples, row)) for row in getattr(self, name))
+            object.__setattr__(self, name, rows)
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def read(kernel: Any) -> Binary:
@@ -104,6 +117,7 @@ def read(kernel: Any) -> Binary:
         stack = max(stack, 4 * amd_metadata(text, "vgpr_spill_count"))
         instructions = list(amd_instructions(text))
         stack_accesses = sum(i.opcode.startswith("scratch_") for i in instructions)
+    loops, ops, places = read_program(kernel.asm["ttir"])
     shared, columns = metadata.shared, getattr(metadata, "tmem_size", 0) or 0
     return Binary(
         registers=registers,
@@ -117,6 +131,9 @@ def read(kernel: Any) -> Binary:
         matrix=dict(Counter(kind for i in instructions if (kind := matrix_kind(i.opcode)))),
         atomics=sum(is_atomic(i.opcode) for i in instructions),
         accesses=accesses(instructions),
+        loops=tuple(loops),
+        ops=tuple(ops),
+        stretches=tuple(stretches(instructions, places, lanes)),
     )
 
 
@@ -124,7 +141,7 @@ def disassembly(kernel: Any) -> str:
     """The machine code as text, with lines of source."""
     if "amdgcn" in kernel.asm:
         return str(kernel.asm["amdgcn"])
-    return _nvidia_tool(knobs.nvidia.nvdisasm.path, "-c", "-g", binary=kernel.asm["cubin"])
+    return _nvidia_tool(knobs.nvidia.nvdisasm.path, "-c", "-gi", binary=kernel.asm["cubin"])
 
 
 def resource_usage(cubin: bytes) -> dict[str, int]:
@@ -140,37 +157,6 @@ def _nvidia_tool(*command: str, binary: bytes) -> str:
         return subprocess.run([*command, file.name], capture_output=True, text=True, check=True).stdout
 
 
-_SASS_LINE = re.compile(r'//## File "([^"]*)", line (\d+)')
-_SASS_CODE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+\{?\s*(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)")
-
-
-def sass_instructions(text: str) -> Iterator[Instruction]:
-    """The instructions of `nvdisasm -c -g`."""
-    where: tuple[str, int] = ("", 0)
-    for line in text.splitlines():
-        if match := _SASS_LINE.search(line):
-            where = Path(match[1]).name, int(match[2])
-        elif match := _SASS_CODE.search(line):
-            yield Instruction(match[1], *where)
-
-
-_AMD_FILE = re.compile(r'\s*\.file\s+(\d+)\s+(?:"[^"]*"\s+)?"([^"]*)"')
-_AMD_LINE = re.compile(r"\s*\.loc\s+(\d+)\s+(\d+)")
-_AMD_CODE = re.compile(r"\s+([a-z]\w*)(?:\s|$)")
-
-
-def amd_instructions(text: str) -> Iterator[Instruction]:
-    """The instructions of AMD assembly."""
-    files, where = dict[str, str](), ("", 0)
-    for line in text.splitlines():
-        if match := _AMD_FILE.match(line):
-            files[match[1]] = Path(match[2]).name
-        elif match := _AMD_LINE.match(line):
-            where = files.get(match[1], ""), int(match[2])
-        elif match := _AMD_CODE.match(line):
-            yield Instruction(match[1], *where)
-
-
 def amd_metadata(text: str, name: str) -> int:
     """A number of the kernel's descriptor at the end of AMD assembly."""
     match = re.search(rf"^\s+\.{name}:\s+(\d+)", text, re.MULTILINE)
@@ -179,51 +165,10 @@ def amd_metadata(text: str, name: str) -> int:
     return int(match[1])
 
 
-def matrix_kind(opcode: str) -> str | None:
-    """HMMA (warp), HGMMA (four warps), UTCHMMA (tensor memory), mfma or wmma (AMD), with TF32's apart; else None."""
-    if match := re.match(r"(?:UTC)?[A-Z]G?MMA\b|UTC[A-Z]+MMA\b", opcode):
-        return f"{match[0]}.TF32" if "TF32" in opcode else match[0]
-    if match := re.match(r"v_s?(mfma|wmma)_", opcode):
-        return f"{match[1]}.xf32" if "xf32" in opcode else match[1]
-    return None
-
-
-def is_atomic(opcode: str) -> bool:
-    """Whether an instruction adds to global memory, in an order nobody knows."""
-    return opcode.split(".")[0] in ("ATOM", "ATOMG", "RED", "REDG") or bool(
-        re.match(r"(global|buffer|flat)_atomic", opcode)
-    )
-
-
 def accesses(instructions: list[Instruction]) -> tuple[Access, ...]:
     """Global loads and stores, tensor copies among them, by width."""
-    found = Counter(
-        (*access, in_rows(i)) for i in instructions if (access := _nvidia_access(i.opcode) or _amd_access(i.opcode))
-    )
+    found = Counter((*kind, in_rows(i)) for i in instructions if (kind := access(i.opcode)))
     return tuple(Access(store, rows, width, n) for (store, width, rows), n in sorted(found.items()))
-
-
-TENSOR_COPY = 1 << 10  # bytes; a tensor copy moves whole rows, and all that matters is that it is wide
-
-
-def _nvidia_access(opcode: str) -> tuple[bool, int] | None:
-    name, *modifiers = opcode.split(".")
-    if name in ("UTMALDG", "UBLKCP", "UTMASTG"):
-        return name == "UTMASTG", TENSOR_COPY
-    if name not in ("LDG", "LDGSTS", "LD", "STG", "ST"):
-        return None
-    bits = [int(m.strip("US")) for m in modifiers if re.fullmatch(r"[US]?(8|16|32|64|128|256)", m)]
-    return name in ("STG", "ST"), (bits[-1] if bits else 32) // 8
-
-
-_AMD_WIDTHS = {"byte": 1, "short": 2, "ushort": 2, "dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16,
-               "ubyte": 1, "sbyte": 1, "sshort": 2, "b8": 1, "b16": 2, "b32": 4, "b64": 8, "b96": 12, "b128": 16,
-               "u8": 1, "i8": 1, "u16": 2, "i16": 2}  # fmt: skip
-
-
-def _amd_access(opcode: str) -> tuple[bool, int] | None:
-    match = re.match(r"(?:global|buffer|flat)_(load|store)_(?:lds_|d16_)?([a-z]+(?:x\d|\d+)?)", opcode)
-    return (match[1] == "store", _AMD_WIDTHS[match[2]]) if match else None
 
 
 def in_rows(instruction: Instruction) -> bool:
@@ -240,15 +185,19 @@ def _row_lines() -> frozenset[int]:
 
 def programs_at_once(limits: Limits, registers: int, lanes: int, warps: int, shared: int, tensor_columns: int) -> int:
     """How many programs a multiprocessor runs at a time; 0 where one does not fit."""
+    return min(room(limits, registers, lanes, warps, shared, tensor_columns).values())
+
+
+def room(limits: Limits, registers: int, lanes: int, warps: int, shared: int, tensor_columns: int) -> dict[str, int]:
+    """For how many programs each thing that a multiprocessor has is enough."""
     registers_of_warp = -(-max(registers, 1) * lanes // limits.granularity) * limits.granularity
-    if shared > limits.shared_of_program or tensor_columns > limits.tensor_columns:
-        return 0
-    fitting = [
-        limits.programs,
-        limits.threads // (warps * lanes),
-        limits.registers // 4 // registers_of_warp * 4 // warps,  # a quarter belongs to each of four schedulers
-        limits.shared // max(shared + limits.shared_reserved, 1),
-    ]
+    memory, columns = limits.shared // max(shared + limits.shared_reserved, 1), limits.programs
     if tensor_columns:
-        fitting.append(limits.tensor_columns // tensor_columns)
-    return min(fitting)
+        columns = limits.tensor_columns // tensor_columns
+    return {
+        "programs": limits.programs,
+        "threads": limits.threads // (warps * lanes),
+        "registers": limits.registers // 4 // registers_of_warp * 4 // warps,  # a quarter for each of four schedulers
+        "shared memory": memory if shared <= limits.shared_of_program else 0,
+        "tensor memory": columns,
+    }

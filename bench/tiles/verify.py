@@ -15,9 +15,11 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from bench.tiles import assembly, flow, program
 from bench.tiles import read as reader
+from bench.tiles.assembly import TENSOR_COPY
 from bench.tiles.compile import Launch, Problem, backward_launches, compile_launch, forward_launches
-from bench.tiles.read import LIMITS, TENSOR_COPY, Access, Binary, disassembly, read
+from bench.tiles.read import LIMITS, Access, Binary, disassembly, read
 from isa_triton import tiles
 from isa_triton.kernels.launch import in_one_kernel
 from isa_triton.partition import Partition
@@ -175,7 +177,8 @@ class Verifier:
         return self.cache / "facts" / case.target / f"{_READER}-{case.launch.key}.json"
 
 
-_READER = hashlib.sha256(Path(reader.__file__).read_bytes()).hexdigest()[:8]  # another reader may read other facts
+_READERS = (assembly, flow, program, reader)
+_READER = hashlib.sha256(b"".join(Path(str(module.__file__)).read_bytes() for module in _READERS)).hexdigest()[:8]
 
 
 def _binary(facts: dict[str, Any]) -> Binary:

@@ -30,27 +30,33 @@ def forward_kernel(
 
     A program takes BLOCK_M queries of a group: grid (maps * groups * heads * query blocks,).
     A group that fits in one block of keys is scored once and its softmax is exact, however many chunks the value
-    width has. A longer one goes through the same loops block by block, online, and is scored once a chunk.
+    width has. A longer one is folded block by block, online, and scored once a chunk.
     """
     tokens = h.tokens * w.tokens
     block, head, item = unravel(tl.program_id(0), tl.cdiv(tokens, BLOCK_M), heads)
     query = locate(item, head, block * BLOCK_M, h, w, BLOCK_M)
     q_rows = rows(q, query)
-    row_max, row_sum = tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M], tl.float32)  # the last chunk's, for lse
-
+    row_max, row_sum = tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)
     if ONE_BLOCK:
-        product = inner_products(q_rows, rows(k, locate(item, head, 0, h, w, BLOCK_N)), K, BLOCK_K, PRECISION)
+        key = locate(item, head, 0, h, w, BLOCK_N)
+        product = inner_products(q_rows, rows(k, key), K, BLOCK_K, PRECISION)  # [BLOCK_M, BLOCK_N]
+        score = scores(product, scale, bias, down(query), across(key))
+        weight, _, row_max, row_sum = fold_softmax(score, row_max, row_sum)
+
     for chunk in range(0, V, BLOCK_V):
-        row_max, row_sum = tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)
         acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
-        for start in range(0, BLOCK_N if ONE_BLOCK else tokens, BLOCK_N):
-            key = locate(item, head, start, h, w, BLOCK_N)
-            if not ONE_BLOCK:
-                product = inner_products(q_rows, rows(k, key), K, BLOCK_K, PRECISION)  # [BLOCK_M, BLOCK_N]
-            score = scores(product, scale, bias, down(query), across(key))
-            weight, shrink, row_max, row_sum = fold_softmax(score, row_max, row_sum)
+        if ONE_BLOCK:
             values = load(rows(v, key), chunk, V, BLOCK_V)  # [BLOCK_N, BLOCK_V]
-            acc = tl.dot(weight.to(values.dtype), values, acc * shrink[:, None], input_precision=PRECISION)
+            acc = tl.dot(weight.to(values.dtype), values, acc, input_precision=PRECISION)
+        else:
+            row_max, row_sum = tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)
+            for start in range(0, tokens, BLOCK_N):
+                key = locate(item, head, start, h, w, BLOCK_N)
+                product = inner_products(q_rows, rows(k, key), K, BLOCK_K, PRECISION)
+                score = scores(product, scale, bias, down(query), across(key))
+                weight, shrink, row_max, row_sum = fold_softmax(score, row_max, row_sum)
+                values = load(rows(v, key), chunk, V, BLOCK_V)
+                acc = tl.dot(weight.to(values.dtype), values, acc * shrink[:, None], input_precision=PRECISION)
         store(rows(out, query), chunk, acc / row_sum[:, None], V, BLOCK_V)
 
     if lse is not None:

@@ -1,0 +1,108 @@
+"""The roofline's predictions beside what others have measured and published, on an H100.
+
+The points: dense attention forward, fp16, 16384 tokens a batch, 2048 channels in all (as in the FlashAttention-3
+paper), beside its figures for Triton and FlashAttention-2; and windows, D = 32, 6 heads, beside FlashWindowAttention-2.
+What is predicted is OUR kernel with the shipped tile. Beside Triton stands its binary for sm_90; beside
+FlashAttention-2, which multiplies by warps (HMMA), that for sm_80, on the same GPU.
+
+Only the first kind tests the model, for there the algorithm, the compiler and the matrix instructions are the same. Two
+things pull apart there: under load an H100 does not hold the clock of its data sheet, so that predictions are too fast;
+and our kernel finds the pixels of every block of keys anew, which costs it issue slots that theirs has free. The other
+two kinds say how far apart kernels are. Our tiles for sm_80 read q from shared memory for every block of keys, by eight
+warps, and shared memory binds; FlashAttention-2 holds q in registers. Windows are published without the size of the
+batch: 64 maps are taken here, and a small batch, or permutes around the kernel, explain figures that are a fraction of
+what memory allows. No measurement at hand tests the model where memory binds.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from math import exp, log
+from pathlib import Path
+from statistics import mean
+
+from rich import box
+from rich.table import Table
+
+from bench.commands.tiles.common import add_compilers, wide_console, write_json
+from bench.tiles.compile import Problem
+from bench.tiles.passes import Whole, kernel, pass_launches
+from bench.tiles.roofline import MACHINES
+from bench.tiles.verify import Verifier
+from isa_triton.partition import Partition
+
+HELP = "predictions beside published measurements"
+
+
+@dataclass(frozen=True)
+class Point:
+    """A published figure."""
+
+    whose: str
+    tflops: float
+    target: str  # whose binary of ours is like theirs
+    problem: Problem
+    pass_: str = "forward"
+
+
+def _dense(tokens: int, width: int) -> Problem:
+    height = 1 << (tokens.bit_length() - 1) // 2
+    heads, maps = 2048 // width, 16384 // tokens
+    return Problem(Partition.dense((height, tokens // height)), width, width, heads, dtype="float16", maps=maps)
+
+
+def _windows(side: int) -> Problem:
+    return Problem(Partition.local((64, 64), (side, side)), 32, 32, heads=6, dtype="float16", maps=64)
+
+
+DENSE = {  # (tokens, width): TFLOP/s of FlashAttention-2 and of Triton
+    (512, 64): (282, 340),
+    (1024, 64): (306, 382),
+    (16384, 64): (324, 403),
+    (512, 128): (309, 323),
+    (1024, 128): (350, 372),
+    (16384, 128): (370, 395),
+    (512, 256): (275, None),
+}
+WINDOWS = {(8, "forward"): 13.7, (16, "forward"): 60.3, (8, "backward"): 3.1, (16, "backward"): 17.1}
+POINTS = (
+    *(Point("Triton", t, "sm_90", _dense(*shape)) for shape, (_, t) in DENSE.items() if t),
+    *(Point("FlashAttention-2", t, "sm_80", _dense(*shape)) for shape, (t, _) in DENSE.items()),
+    *(Point("FlashWindowAttention-2", t, "sm_90", _windows(side), pass_) for (side, pass_), t in WINDOWS.items()),
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all points there")
+    add_compilers(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    console, verifier = wide_console(), Verifier(args.cache)
+    rows, ratios = list[dict[str, object]](), list[float]()
+    table = Table(box=box.SIMPLE_HEAD)
+    columns = ("pass", "tokens", "width", "heads", "maps", "binary", "PREDICTED TFLOP/s", "published", "by",
+               "predicted / published", "bound by")  # fmt: skip
+    for column in columns:
+        table.add_column(column, justify="left" if column in ("pass", "by", "bound by") else "right")
+    for point in POINTS:
+        gpu, problem = MACHINES["H100"]._replace(target=point.target), point.problem
+        kernels = [kernel(x, problem, gpu, verifier) for x in pass_launches(point.target, problem, point.pass_)]
+        whole = Whole(problem, point.pass_, gpu, kernels)
+        tflops = whole.flops / whole.seconds / 1e12
+        bound = ", ".join(dict.fromkeys(k.prediction.bound for k in kernels))
+        rows.append({"whose": point.whose, "pass": point.pass_, "tokens": problem.partition.tokens,
+                     "width": problem.key_width, "published": point.tflops, "predicted": tflops})  # fmt: skip
+        ratios.append(tflops / point.tflops)
+        table.add_row(
+            point.pass_, str(problem.partition.tokens), str(problem.key_width), str(problem.heads), str(problem.maps),
+            point.target, f"{tflops:.0f}" if tflops >= 100 else f"{tflops:.1f}", f"{point.tflops:g}", point.whose,
+            f"{tflops / point.tflops:.2f}", bound,
+        )  # fmt: skip
+    console.print(table)
+    middle = exp(mean(map(log, ratios)))
+    console.print(f"{len(rows)} points; predicted / published {min(ratios):.2f} to {max(ratios):.2f}, "
+                  f"geometric mean {middle:.2f}", highlight=False)  # fmt: skip
+    if args.json is not None:
+        write_json(args.json, rows)

@@ -1,0 +1,235 @@
+"""What a kernel's programs do, read from Triton's intermediate form: loops, products, loads and stores.
+
+Triton's IR (TTIR) is what every target is compiled from: helpers are inlined, constants folded, what a loop need not
+repeat is hoisted, while loops, shapes and the tensors behind pointers are still there to read. What is counted here is
+what the kernel asks for; which instructions do it, the machine code says.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Callable, Iterable, Mapping
+from math import prod
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from bench.tiles.assembly import Frames
+from bench.tiles.compile import Launch, Problem
+from bench.tiles.flow import Nest
+
+Expression = Any  # an integer, the name of one of a kernel's arguments, or (operation, expression, expression)
+
+OPERATIONS: dict[str, Callable[[Any, Any], Any]] = {
+    "addi": operator.add, "subi": operator.sub, "muli": operator.mul, "divsi": operator.floordiv,
+    "divui": operator.floordiv, "remsi": operator.mod, "remui": operator.mod, "minsi": np.minimum, "maxsi": np.maximum,
+    "shli": operator.lshift, "shrsi": operator.rshift, "shrui": operator.rshift,
+}  # fmt: skip
+
+
+class Loop(NamedTuple):
+    """`for i in range(start, stop, step)`."""
+
+    start: Expression
+    stop: Expression
+    step: Expression
+
+    def trips(self, values: Mapping[str, Any]) -> float:
+        """How often it runs with these values of the kernel's arguments, the mean over all programs."""
+        start, stop, step = (evaluate(bound, values) for bound in self)
+        return float(np.mean(np.maximum(0, -((start - stop) // step))))
+
+
+class Op(NamedTuple):
+    """A product of matrices, or a load or a store of a tile."""
+
+    kind: str  # "dot", "load" or "store"
+    shape: tuple[int, ...]  # of a dot: M, N, K
+    itemsize: int  # of a dot's factors
+    argument: str  # of the kernel, where the tile lies: "q" and so on; of a dot ""
+    loops: Nest  # around it
+
+
+class Work(NamedTuple):
+    """What all programs of a launch ask for together."""
+
+    flops: float  # of products, 2 to a multiply-add, masked rows and padded widths included
+    pixels: float  # bytes of q, k, v and their like, masked lanes not counted
+    others: float  # bytes of bias, lse, delta and partial sums
+    distinct: int  # bytes read at different addresses, and written: what must move at least
+    rows: float  # the part of the pixels' tiles that masks of tokens leave
+    columns: float  # and the part that masks of channels leave
+
+    @property
+    def bytes(self) -> float:
+        return self.pixels + self.others
+
+    @property
+    def reread(self) -> float:
+        """Bytes asked for more than once: a cache should have them."""
+        return self.bytes - self.distinct
+
+
+def read_program(ttir: str) -> tuple[list[Loop], list[Op], dict[Frames, Nest]]:
+    """Loops, what is done in them, and the loops around each place in the source where something is done."""
+    where = _locations(ttir)
+    values: dict[str, Expression] = {}  # of scalars
+    origin: dict[str, str] = {}  # what a value is derived from in the first place: of a pointer, a pointer
+    varies: dict[str, set[int]] = {}  # the loops that a value changes with
+    loops, ops, written = list[Loop](), list[Op](), set[int]()
+    regions, changing = list[int | None](), list[set[int]]()
+    places: dict[Frames, Nest] = {}
+    for line in map(str.strip, ttir.splitlines()):
+        if line.startswith("}"):
+            regions.pop()
+        nest, loop = tuple(region for region in regions if region is not None), None
+        result, *operands = _NAME.findall(line) or [""]
+        varies[result] = {i for name in operands for i in varies.get(name, ())}
+        if match := _FOR.search(line):
+            loop = len(loops)
+            loops.append(Loop(*(_expression(name, values, origin) for name in match.groups()[1:])))
+            values[match[1]] = loops[-1].start
+            carried = re.findall(r"(%[\w.]+) = (%[\w.]+)", line.partition("iter_args")[2])
+            origin.update(carried)
+            varies |= {name: {*nest, loop} for name in (match[1], *(name for name, _ in carried))}
+            varies[result] = set(nest)
+        elif match := _CONSTANT.match(line):
+            values[match[1]] = int(match[2])
+        elif match := _SCALAR.match(line):
+            values[match[1]] = match[2], *(_expression(name, values, origin) for name in match.groups()[2:])
+        elif "tt.get_program_id x" in line:
+            values[result] = "program"
+        elif match := _RESULT.match(line):
+            origin[match[1]] = match[2]
+        if match := _DEED.search(line):
+            ops.append(_op(match[1], line, origin, nest))
+            changing.append(varies[result] if ops[-1].kind == "load" else set(nest))
+            written |= set(nest) if ops[-1].kind == "store" else set()
+            if at := _PLACE.search(line):
+                places[where.get(at[1], ())] = nest
+        if line.endswith("{"):
+            regions.append(loop)
+    hoisted = [_hoisted(op, changes | written) for op, changes in zip(ops, changing, strict=True)]
+    return loops, hoisted, places
+
+
+def _hoisted(op: Op, kept: set[int]) -> Op:
+    """The operation where the compiler moves it: a load out of loops that do not change it, and that store nothing."""
+    nest = list(op.loops)
+    while nest and nest[-1] not in kept:
+        nest.pop()
+    return op._replace(loops=tuple(nest))
+
+
+def work(loops: tuple[Loop, ...], ops: tuple[Op, ...], launch: Launch, problem: Problem) -> Work:
+    """What a launch of `problem` asks for."""
+    partition, programs, often = problem.partition, prod(launch.grid), trips(loops, launch)
+    tokens = partition.h.size * partition.w.size / partition.groups  # of a group, those inside the map: the mean
+    pixels = problem.maps * problem.heads * partition.h.size * partition.w.size
+    flops = seats = existing = columns = others = 0.0
+    distinct = set[tuple[str, str, int]]()
+    for kind, shape, itemsize, argument, nest in ops:
+        times = programs * prod(often[loop] for loop in nest)
+        if kind == "dot":
+            flops += 2 * prod(shape) * times
+        elif argument in PAIRS:
+            others += times * itemsize * prod(_part(partition.tokens, block) * block for block in shape)
+            tables = dict(launch.integers)["slots"] if argument == "partials" else 1
+            distinct.add((kind, argument, tables * problem.heads * partition.tokens**2 * itemsize))
+        elif len(shape) == 1:
+            others += times * itemsize * shape[0] * _part(tokens, shape[0], partition.tokens)
+            distinct.add((kind, argument, pixels * itemsize))
+        else:
+            width = problem.key_width if argument in KEY_WIDE else problem.value_width
+            bytes_ = times * itemsize * prod(shape)
+            in_rows, in_columns = _part(tokens, shape[0], partition.tokens), _part(width, shape[1])
+            seats += bytes_
+            columns += bytes_ * in_columns
+            existing += bytes_ * in_rows * in_columns
+            distinct.add((kind, argument, pixels * width * itemsize))
+    moved = sum(size for _, _, size in distinct)
+    return Work(flops, existing, others, moved, existing / columns, columns / seats)
+
+
+PAIRS = ("bias", "partials")  # arguments that hold a number for every pair of tokens
+KEY_WIDE = ("q", "k", "dq", "dk")  # arguments of the key width; other maps have the value width
+
+
+def trips(loops: Iterable[Loop], launch: Launch) -> list[float]:
+    """How often each loop of a launch runs each time that it is entered."""
+    values = {**dict(launch.integers), "program": np.arange(prod(launch.grid))}
+    return [loop.trips(values) for loop in loops]
+
+
+def evaluate(expression: Expression, values: Mapping[str, Any]) -> Any:
+    """The value of a scalar of TTIR.
+
+    Raises:
+        KeyError: it depends on something that `values` does not have.
+    """
+    if isinstance(expression, str):
+        return values[expression]
+    if isinstance(expression, int):
+        return expression
+    name, a, b = expression
+    return OPERATIONS[name](evaluate(a, values), evaluate(b, values))
+
+
+def _part(wanted: float, block: int, of: int | None = None) -> float:
+    """The part of blocks over `of` (or `wanted`) things that `wanted` things fill."""
+    total = wanted if of is None else of
+    return wanted / (-(-total // block) * block)
+
+
+# -- the text ----------------------------------------------------------------------------------------------------------
+
+_FOR = re.compile(r"scf\.for (%[\w.]+) = (%[\w.]+) to (%[\w.]+) step (%[\w.]+)")
+_CONSTANT = re.compile(r"(%[\w.]+) = arith\.constant (-?\d+) : i\d+")
+_SCALAR = re.compile(r"(%[\w.]+) = arith\.(\w+) (%[\w.]+), (%[\w.]+) : i\d+ ")
+_NAME = re.compile(r"%[\w.]+")
+_RESULT = re.compile(r"(%[\w.]+) = [^%]*(%[\w.]+)")  # of something else: what it is derived from comes first
+_DEED = re.compile(r"\btt\.(dot|load|store|descriptor_load|descriptor_store)\b")
+_TENSOR = re.compile(r"tensor<((?:\d+x)+)(?:!tt\.ptr<)?[a-z]+(\d+)")
+_PLACE = re.compile(r"loc\((#loc\d*)\)$")
+_LOCATION = re.compile(
+    r'(#loc\d*) = loc\((?:"([^"]+)":(\d+):\d+|"[^"]*"\((#loc\d*)\)|callsite\((#loc\d*) at (#loc\d*)\))\)'
+)
+
+
+def _expression(name: str, values: Mapping[str, Expression], origin: Mapping[str, str]) -> Expression:
+    while name not in values and name in origin:  # conversions between integers
+        name = origin[name]
+    return values.get(name, name.removeprefix("%"))
+
+
+def _op(kind: str, line: str, origin: Mapping[str, str], nest: Nest) -> Op:
+    shapes = [tuple(map(int, shape.split("x")[:-1])) for shape, _ in _TENSOR.findall(line)]
+    itemsize = max(8, int(_TENSOR.findall(line)[0][1])) // 8
+    if kind == "dot":
+        (m, k), (_, n) = shapes[:2]
+        return Op(kind, (m, n, k), itemsize, "", nest)
+    name = _NAME.findall(line.partition(kind)[2])[0]
+    while name in origin:
+        name = origin[name]
+    return Op(kind.removeprefix("descriptor_"), shapes[-1], itemsize, name.removeprefix("%").partition(".")[0], nest)
+
+
+def _locations(ttir: str) -> dict[str, Frames]:
+    """What the IR calls its places in the source."""
+    found: dict[str, Frames] = {}
+    lines = {match[1]: match for match in map(_LOCATION.match, ttir.splitlines()) if match}
+
+    def frames(name: str) -> Frames:
+        if name not in found:
+            match = lines.get(name)
+            if match is None:  # unknown
+                found[name] = ()
+            elif match[2]:
+                found[name] = ((Path(match[2]).name, int(match[3])),)
+            else:
+                found[name] = tuple(frame for inner in match.groups()[3:] if inner for frame in frames(inner))
+        return found[name]
+
+    return {name: frames(name) for name in lines}

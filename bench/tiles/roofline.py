@@ -1,0 +1,156 @@
+"""A roofline that says what it assumes: how long a launch should take on a GPU that nobody has at hand.
+
+Every figure that comes from here is a PREDICTION. Its inputs are the machine code (instructions of every unit, counted
+times the trips of their loops), the bytes and products that Triton's IR asks for, and a table of data-sheet rates.
+
+    time = launch + slowest + (alone - slowest) * waves
+
+`slowest` is the time of the unit that is busiest over the whole launch, on the multiprocessor with most programs.
+`alone` is what one wave of programs would take if it overlapped nothing: the sum of all units' times for one program,
+and a memory latency each time that it waits for what it has asked for just before; where products are formed in
+between, whichever of the two is longer. The programs that a multiprocessor runs at a time hide each other's
+waits, so that this remainder is paid once a wave: with many programs at a time only the slowest unit counts.
+
+Where it is off, as `python -m bench tiles calibrate` shows: clocks are those of the data sheet, but matrix units at
+full load draw more power than they may, which costs a fifth and more of them. Banks of shared memory never conflict
+here, and schedulers are perfect. What is read again comes from L2, whatever its size, and L2 is one cache.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from math import ceil, inf, prod
+from typing import NamedTuple
+
+from bench.tiles.compile import Launch, Problem
+from bench.tiles.flow import Stretch
+from bench.tiles.program import Work, trips, work
+from bench.tiles.read import Binary
+from isa_triton.tiles import ARITHMETIC
+
+
+class Machine(NamedTuple):
+    """A GPU's rates, dense and at the clock of the data sheet."""
+
+    name: str
+    target: str
+    units: int  # multiprocessors
+    clock: float  # Hz
+    matrix: dict[str, float]  # FLOP/s by arithmetic, as `isa_triton.tiles.ARITHMETIC` names it
+    warp_matrix: float  # the part of that rate that matrix instructions of a single warp (HMMA) reach
+    fma: int  # lanes a clock, of a multiprocessor; the next two likewise
+    alu: int  # 0: it shares those of fma
+    special: int
+    issue: float  # instructions of warps that a multiprocessor begins in a clock
+    shared: int  # bytes a clock, of a multiprocessor
+    l2: float  # bytes/s
+    dram: float  # bytes/s
+    latency: float  # seconds, of memory under load
+
+
+# Multiprocessors, matrix rates and memory bandwidth: the vendors' data sheets of A100 (80 GB SXM), H100 SXM5, H200 SXM,
+# B200 (one GPU of HGX) and MI300X; clocks are those at which these rates hold. Lanes: CUDA C++ Programming Guide,
+# "Arithmetic Instructions" (results a clock), and AMD's CDNA3 white paper (4 SIMDs of 16 lanes; a quarter of them for
+# special functions). HMMA on H100: 62.9 % of the peak that wgmma has (arXiv 2501.12084); on B200 it is assumed that a
+# multiprocessor does as much as H100's. Shared memory: 32 banks of 4 bytes a clock. L2: 5120 bytes a clock (A100 white
+# paper), assumed for H100 too and for each of B200's two dies, and 60 % of that to be within reach; MI300X: the peak of
+# its Infinity Cache. Latency: about 480 clocks without load on A100 and H100 (arXiv 2402.13499), assumed to double
+# under load; MI300X's is assumed.
+MACHINES = {
+    machine.name: machine
+    for machine in (
+        Machine("A100", "sm_80", 108, 1.41e9, {"16-bit": 312e12, "tf32": 156e12}, 1.0,
+                64, 64, 16, 4, 128, 0.6 * 5120 * 1.41e9, 2.039e12, 0.68e-6),
+        Machine("H100", "sm_90", 132, 1.83e9, {"16-bit": 989.4e12, "tf32": 494.7e12}, 0.629,
+                128, 64, 16, 4, 128, 0.6 * 5120 * 1.83e9, 3.35e12, 0.52e-6),
+        Machine("H200", "sm_90", 132, 1.83e9, {"16-bit": 989.4e12, "tf32": 494.7e12}, 0.629,
+                128, 64, 16, 4, 128, 0.6 * 5120 * 1.83e9, 4.8e12, 0.52e-6),
+        Machine("B200", "sm_100", 148, 1.85e9, {"16-bit": 2250e12, "tf32": 1125e12}, 0.31,
+                128, 64, 16, 4, 128, 0.6 * 10240 * 1.85e9, 8.0e12, 0.52e-6),
+        Machine("MI300X", "gfx942", 304, 2.1e9, {"16-bit": 1307.4e12, "tf32": 653.7e12, "ieee": 163.4e12}, 1.0,
+                64, 0, 16, 5, 128, 17.2e12, 5.3e12, 0.8e-6),
+    )
+}  # fmt: skip
+LAUNCH = 3e-6  # seconds between the starts of dependent kernels that do nothing; assumed for all
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """How long a launch is predicted to take, and why."""
+
+    seconds: float
+    bound: str  # the slowest unit, or "latency" where what programs wait for and do not overlap takes longer still
+    busy: dict[str, float]  # seconds of each unit, on the multiprocessor that has most programs
+    at_once: int  # programs of a multiprocessor
+    waves: int  # of them
+    work: Work
+    flops: float  # that matrix instructions do; more than the products have where warps repeat them
+
+
+def predict(launch: Launch, problem: Problem, binary: Binary, machine: Machine) -> Prediction:
+    """A prediction for a launch of `problem` on `machine`.
+
+    Raises:
+        ValueError: not even one program fits on a multiprocessor.
+    """
+    if not binary.programs:
+        raise ValueError(f"no program of {launch.name} fits on a multiprocessor of {machine.name}")
+    programs, asked = prod(launch.grid), work(binary.loops, binary.ops, launch, problem)
+    most = ceil(programs / machine.units)  # programs of the busiest multiprocessor
+    waves = ceil(most / binary.programs)
+    laps = trips(binary.loops, launch)
+    times = [prod(laps[loop] for loop in stretch.nest) for stretch in binary.stretches]
+
+    flops = _matrix_flops(binary, times, asked.flops / programs)
+    rate = machine.matrix.get(ARITHMETIC[problem.dtype], inf) / machine.units
+    if binary.matrix and all(kind.startswith("HMMA") for kind in binary.matrix):
+        rate *= machine.warp_matrix
+    busy: dict[str, float] = defaultdict(float)
+    alone = 0.0  # seconds of one program, as busy is until all have been added
+    for stretch, often, products in zip(binary.stretches, times, flops, strict=True):
+        here = {"matrix": products / rate, **_core_seconds(stretch, binary, machine)}
+        # operands stream through shared memory while they are multiplied; the other units serve one instruction stream
+        together = max(here["matrix"], here["shared"]) + max(here["special"], here["fma"], here["alu"], here["issue"])
+        alone += often * (max(together, stretch.late * machine.latency) + stretch.waits * machine.latency)
+        for name, seconds in here.items():
+            busy[name] += often * seconds
+    busy = {name: most * seconds for name, seconds in busy.items()}
+    busy |= {"L2": asked.bytes / machine.l2, "DRAM": asked.distinct / machine.dram}  # which all multiprocessors share
+    slowest = max(busy, key=lambda name: busy[name])
+    unhidden = waves * max(0.0, alone - busy[slowest] / most)
+    return Prediction(
+        seconds=LAUNCH + busy[slowest] + unhidden,
+        bound="latency" if unhidden > busy[slowest] else slowest,
+        busy=busy,
+        at_once=min(most, binary.programs),
+        waves=waves,
+        work=asked,
+        flops=programs * sum(often * products for often, products in zip(times, flops, strict=True)),
+    )
+
+
+def _matrix_flops(binary: Binary, times: list[float], asked: float) -> list[float]:
+    """A program's matrix FLOPs in each stretch: what the instructions say, or else their part of what is asked for."""
+    stretches = binary.stretches
+    if all(stretch.flops is not None for stretch in stretches):
+        return [binary.warps * (stretch.flops or 0) for stretch in stretches]
+    instructions = [stretch.units.get("matrix", 0) for stretch in stretches]
+    of_one = asked / sum(often * n for often, n in zip(times, instructions, strict=True))
+    return [n * of_one for n in instructions]
+
+
+def _core_seconds(stretch: Stretch, binary: Binary, machine: Machine) -> dict[str, float]:
+    """Seconds that a program keeps the units of a multiprocessor busy, going through a stretch once."""
+    counts = Counter(stretch.units)
+    lanes = binary.warps * (64 if machine.target.startswith("gfx9") else 32)
+    if not machine.alu:
+        counts["fma"] += counts.pop("alu", 0)
+    clocks = {
+        "special": lanes * counts["special"] / machine.special,
+        "fma": lanes * counts["fma"] / machine.fma,
+        "alu": lanes * counts["alu"] / (machine.alu or machine.fma),
+        "issue": binary.warps * sum(counts.values()) / machine.issue,
+        "shared": binary.warps * stretch.shared / machine.shared,
+    }
+    return {name: n / machine.clock for name, n in clocks.items()}

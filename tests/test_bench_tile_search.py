@@ -1,0 +1,272 @@
+"""The search for tiles: its steps, its choice, what it writes, and a search that is small enough to run here."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from math import log2
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench.__main__ import main
+from bench.commands.tiles.common import make_problem
+from bench.commands.tiles.report import BOUNDS
+from bench.tiles.compile import Launch, gpu
+from bench.tiles.passes import Whole
+from bench.tiles.program import Op
+from bench.tiles.read import Access, Binary
+from bench.tiles.roofline import MACHINES
+from bench.tiles.search import KERNELS, Finding, Searcher, Task, choose, write
+from isa_triton import tiles
+from isa_triton.tiles import Tile
+
+ROOT = Path(__file__).parent.parent
+PROBLEM = make_problem(64, 64, 64)
+TILE = Tile(64, 64, 32, 32, 4, 2)
+
+# -- steps -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", list(KERNELS))
+@pytest.mark.parametrize("target", ["sm_80", "sm_100", "gfx942"])
+def test_neighbours_differ_in_one_field_and_no_block_is_larger_than_what_it_cuts(step: str, target: str) -> None:
+    task = Task(target, make_problem(49, 39, 64, bias=True), step)
+    tile = task.clipped(Tile(256, 256, 512, 512))
+    assert tile[:4] == (64, 64, 64, 64)
+    neighbours = list(task.neighbours(tile))
+    assert neighbours
+    for other in neighbours:
+        (change,) = [(a, b) for a, b in zip(tile, other, strict=True) if a != b]
+        assert change[1] in (change[0] // 2, 2 * change[0], change[0] - 1, change[0] + 1)
+        assert all(16 <= block <= 64 for block in other[:4])
+        assert step != "group" or other.block_m == other.block_n == 64  # a group is one block
+
+
+def test_what_cannot_fit_is_left_out() -> None:
+    task = Task("sm_90", make_problem(1024, 256, 512), "forward")
+    assert task.may_fit(Tile(64, 64, 64, 64, 4, 2))
+    assert not task.may_fit(Tile(256, 256, 64, 64, 4, 2))  # 640 scores and sums a thread
+    assert not task.may_fit(Tile(64, 256, 256, 64, 8, 4))  # three stages of 160 KB
+    exact = Task("sm_90", make_problem(64, 64, 64, dtype="float32"), "forward")
+    assert not exact.may_fit(Tile(64, 64, 64, 64, 1, 1))  # 8192 products a thread without matrix units
+
+
+def test_a_search_starts_at_what_is_shipped() -> None:
+    shipped = Task("sm_90", PROBLEM, "forward").shipped()
+    assert shipped[0] == tiles.lookup("sm_90", "forward", 64, 64, "bfloat16", 64)
+    assert all(tile.block_m <= 64 and tile.block_v <= 64 for tile in shipped)
+
+
+# -- the search, on binaries whose best is known -----------------------------------------------------------------------
+
+BEST = Tile(32, 64, 64, 16, 2, 3)
+
+
+@dataclass(frozen=True)
+class PlantedTask(Task):
+    def launch(self, tile: Tile) -> Launch:
+        return Launch("isa_triton.kernels.forward", "forward_kernel", gpu("sm_90"), {}, {}, {}, {"tile": tile}, (132,))
+
+
+@dataclass
+class Planted:
+    """Stands in for compilers: the further a tile is from the best, the more its binary moves."""
+
+    sound: bool = True
+    seen: dict[Tile, Binary] = field(default_factory=dict)
+
+    def known(self, case: Any) -> Binary | None:
+        return self.seen.get(case.launch.options["tile"])
+
+    def __call__(self, case: Any) -> Binary | str:
+        tile = case.launch.options["tile"]
+        steps = [abs(log2(a) - log2(b)) for a, b in zip(tile[:5], BEST[:5], strict=True)]
+        far = int(sum(steps)) + abs(tile.num_stages - BEST.num_stages)
+        load = Op("load", (64, 64), 2, "q", ()), Op("store", (64, 64), 2, "out", ())
+        again = [Op("load", (64, 64), 2, "k", ())] * 40 * far
+        spill = 8 if tile.num_warps == BEST.num_warps and not self.sound else 0
+        accesses = (Access(False, True, 16, 1), Access(True, True, 16, 1))
+        found = Binary(64, spill, spill // 4, 0, 0, 4, 2, 1, {"HGMMA": 1}, 0, accesses, (), (*load, *again))
+        self.seen[tile] = found
+        return found
+
+    def submit(self, function: Any, case: Any) -> Future[Any]:
+        done: Future[Any] = Future()
+        done.set_result(function(case))
+        return done
+
+
+def searched(planted: Planted, found: list[Finding] | None = None) -> list[Finding]:
+    note = (lambda _: None) if found is None else found.append
+    searcher = Searcher(planted, planted, MACHINES["H100"], note)
+    return searcher.search(PlantedTask("sm_90", PROBLEM, "forward"))
+
+
+def test_a_search_goes_to_the_best_and_names_its_neighbours() -> None:
+    found: list[Finding] = []
+    ranked = searched(Planted(), found)
+    assert ranked[0].tile == BEST
+    assert {finding.tile for finding in found} == {finding.tile for finding in ranked}
+    assert set(Task("sm_90", PROBLEM, "forward").neighbours(BEST)) <= {finding.tile for finding in ranked}
+
+
+def test_an_interrupted_search_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    planted = Planted()
+    first = searched(planted)
+    monkeypatch.delattr(Planted, "__call__")  # nothing can be compiled any more
+    assert [f.tile for f in searched(planted)] == [f.tile for f in first]
+
+
+def test_what_spills_ranks_behind() -> None:
+    best = searched(Planted(sound=False))[0]
+    assert best.offences == []
+    assert best.tile.num_warps != BEST.num_warps
+    assert best.tile[:4] == BEST[:4]
+
+
+# -- the choice --------------------------------------------------------------------------------------------------------
+
+
+def finding(step: str, us: float, offences: Sequence[str] = (), task: Task | None = None) -> Finding:
+    task = task or Task("sm_90", PROBLEM, step)
+    return Finding(task, TILE, "H100", None, list(offences), None, measured=us * 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("us", "chosen"),
+    [
+        ({"group": 5, "queries": 2, "keys": 2}, "queries keys"),
+        ({"group": 4, "queries": 2, "keys": 3, "dk": 1, "dv": 1.5}, "group"),
+        ({"queries": 2, "keys": 3, "dk": 1, "dv": 1.5}, "queries dk dv"),
+        ({"group": 4.4, "queries": 2, "keys": 2, "pairs": 1}, "group"),
+        ({"group": 5.5, "queries": 2, "keys": 2, "pairs": 1}, "queries keys pairs"),
+        ({"forward": 3}, "forward"),
+    ],
+)
+def test_the_fastest_way_to_do_a_pass_is_chosen(us: dict[str, float], chosen: str) -> None:
+    tried = {step: [finding(step, us[step])] if step in us else [] for step in KERNELS}
+    assert " ".join(f.task.step for f in choose(tried)) == chosen
+
+
+def test_a_sound_way_is_preferred() -> None:
+    tried = {step: [finding(step, us)] for step, us in {"queries": 2, "keys": 3}.items()}
+    assert [f.task.step for f in choose(tried | {"group": [finding("group", 1, ["spills"])]})] == ["queries", "keys"]
+
+
+# -- the files ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the shipped files, which may be written to."""
+    shutil.copytree(tiles.FOLDER, tmp_path / "tiles")
+    monkeypatch.setattr(tiles, "FOLDER", tmp_path / "tiles")
+    for cached in (tiles._lookup, tiles._entries):
+        cached.cache_clear()
+    return tmp_path / "tiles"
+
+
+def test_what_is_written_is_found(folder: Path) -> None:
+    before = json.loads((folder / "sm_90.json").read_text())
+    tile = Tile(64, 64, 16, 16, 2, 5)
+    problem = make_problem(49, 80, 96)
+    chosen = [
+        Finding(Task("sm_90", problem, step), tile, "H100", None, [], None, measured=1e-5)
+        for step in ("queries", "keys", "pairs")
+    ]
+    assert write(chosen) == folder / "sm_90.json"
+    after = json.loads((folder / "sm_90.json").read_text())
+    assert len(after) == len(before) + 4  # dv, which comes with dk, has a line too
+    assert all(entry in after for entry in before)
+    for step in ("queries", "keys", "pairs"):
+        assert tiles.lookup("sm_90", step, 80, 96, "float16", 50) == tile
+    with pytest.raises(LookupError):
+        tiles.lookup("sm_90", "values", 80, 96, "float16", 50)
+    assert next(entry for entry in after if entry.get("evidence"))["evidence"]["how"] == "measured"
+    write(chosen)
+    assert json.loads((folder / "sm_90.json").read_text()) == after
+
+
+# -- the command line --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ("report --target sm_80 --gpu H100", "--gpu H100 has the target sm_90"),
+        ("report --tile 64 64 48 64 4 2", "powers of two"),
+        ("report --tile 64 64 64 64 4 2 --step queries", "--step must be of the forward pass"),
+        ("report --dtype int8", "invalid choice"),
+        ("search --target sm_70", "invalid choice"),
+        ("search --shapes nowhere.json", "--shapes nowhere.json is not a list of problems"),
+        ("search --measure 3", "--measure needs a GPU"),
+        ("plot --pass backward --tokens 4096 --step group", "no tile of group is shipped"),
+    ],
+)
+def test_wrong_arguments_are_named(
+    arguments: str, named: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(SystemExit):
+        main(["tiles", *arguments.split()])
+    assert named in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_the_promised_bounds_are_looked_at() -> None:
+    seen = {(p.partition.tokens, p.key_width, p.value_width, pass_): bound for p, pass_, bound in BOUNDS}
+    assert seen == {
+        (64, 256, 512, "forward"): 1.3, (256, 256, 512, "forward"): 1.3,
+        (64, 256, 512, "backward"): 2.0, (256, 256, 512, "backward"): 2.0,
+        (49, 32, 32, "forward"): 2.0, (64, 32, 32, "forward"): 2.0,
+        (49, 32, 32, "backward"): 3.0, (64, 32, 32, "backward"): 3.0,
+    }  # fmt: skip
+
+
+def test_a_pass_cannot_do_less_than_its_inputs_and_outputs() -> None:
+    problem = make_problem(64, 256, 512, "local", maps=2)
+    forward, backward = (Whole(problem, pass_, MACHINES["H100"], []) for pass_ in ("forward", "backward"))
+    pixels = 2 * 64 * 64
+    assert forward.bytes == pixels * 2 * (256 + 256 + 512 + 512)
+    assert backward.bytes == pixels * 2 * (2 * 256 + 2 * 512 + 2 * 256 + 512)
+    assert forward.flops == pixels * 64 * 2 * (256 + 512)
+    assert backward.flops == pixels * 64 * 2 * (3 * 256 + 2 * 512)
+
+
+TWICE = """
+import shutil, sys
+from pathlib import Path
+from bench.__main__ import main
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    search = "tiles search --tokens 16 --widths 16 16 --target gfx942 --jobs 1".split() + ["--cache", str(folder)]
+    main([*search, "--json", str(folder / "first.json")])
+    shutil.rmtree(folder / "triton")
+    main([*search, "--json", str(folder / "second.json")])
+"""
+
+
+def test_a_search_runs_here_and_compiles_nothing_the_second_time(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    script = tmp_path / "twice.py"
+    script.write_text(TWICE)
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path)], capture_output=True, text=True, check=False, cwd=ROOT,
+        env=environment | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("PREDICTED") == 2
+    first, second = (json.loads((tmp_path / name).read_text()) for name in ("first.json", "second.json"))
+    assert first == second
+    ranks = [(bool(row["offences"]), row["predicted_seconds"]) for row in first]
+    assert len(ranks) > 3
+    assert ranks == sorted(ranks)
+    assert not (tmp_path / "triton").exists()
