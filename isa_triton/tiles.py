@@ -1,6 +1,7 @@
 """Which tile each kernel runs with: data, one file a GPU architecture, written by the tuner and looked up here.
 
-An entry is made for one step and arithmetic, and serves up to so many channels and tokens. A look-up takes the smallest
+An entry is made for one step and arithmetic (or one dtype of it, which then goes first), and serves up to so many
+channels and tokens. A look-up takes the smallest
 entry that is large enough; nobody tunes anything on a user's first call. To run with a tile that is not in the files,
 build a `Tile` and hand it to the launcher.
 """
@@ -69,7 +70,7 @@ def lookup(target: str, step: str, key_width: int, value_width: int, dtype: str,
         raise ValueError(f"step must be one of {STEPS}, got {step!r}")
     if dtype not in ARITHMETIC:
         raise ValueError(f"dtype must be one of {tuple(ARITHMETIC)}, got {dtype!r}")
-    return _lookup(target, step, key_width, value_width, ARITHMETIC[dtype], tokens)
+    return _lookup(target, step, key_width, value_width, dtype, tokens)
 
 
 def backward(target: str, key_width: int, value_width: int, dtype: str, tokens: int) -> BackwardTiles:
@@ -90,15 +91,16 @@ def backward(target: str, key_width: int, value_width: int, dtype: str, tokens: 
 
 
 @lru_cache(maxsize=4096)
-def _lookup(target: str, step: str, key_width: int, value_width: int, arithmetic: str, tokens: int) -> Tile:
+def _lookup(target: str, step: str, key_width: int, value_width: int, dtype: str, tokens: int) -> Tile:
     def limits(entry: dict[str, Any]) -> tuple[float, ...]:
         return tuple(entry[name] or inf for name in _LIMITS)  # null: any number
 
     def serves(entry: dict[str, Any]) -> bool:
         wanted = zip((key_width, value_width, tokens), limits(entry), strict=True)
-        return entry["step"] == step and entry["arithmetic"] == arithmetic and all(n <= limit for n, limit in wanted)
+        arithmetic = entry["arithmetic"] in (dtype, ARITHMETIC[dtype])
+        return entry["step"] == step and arithmetic and all(n <= limit for n, limit in wanted)
 
-    entries = sorted(filter(serves, _entries(target)), key=limits)
+    entries = sorted(filter(serves, _entries(target)), key=lambda entry: (limits(entry), entry["arithmetic"] != dtype))
     if not entries or entries[0]["tile"] is None:
         raise LookupError(f"no tile of {step!r} for groups of {tokens} tokens, widths {key_width} and {value_width}")
     return Tile(*entries[0]["tile"])
@@ -128,7 +130,7 @@ def _wrong(entry: Any) -> str | None:
     """What is wrong with an entry of a file, or None."""
     if not isinstance(entry, dict) or not {"step", "arithmetic", *_LIMITS, "tile"} <= entry.keys():
         return f"must be an object with step, arithmetic, {', '.join(_LIMITS)} and tile, got {entry!r}"
-    if entry["step"] not in STEPS or entry["arithmetic"] not in ARITHMETIC.values():
+    if entry["step"] not in STEPS or entry["arithmetic"] not in {*ARITHMETIC, *ARITHMETIC.values()}:
         return f"knows no step {entry['step']!r} of arithmetic {entry['arithmetic']!r}"
     if any(not (entry[name] is None or (type(entry[name]) is int and entry[name] > 0)) for name in _LIMITS):
         return f"{', '.join(_LIMITS)} must be positive integers or null, got {[entry[name] for name in _LIMITS]}"

@@ -41,7 +41,7 @@ def test_the_issue_s_targets_have_files() -> None:
 def test_entries_are_well_formed(target: str) -> None:
     for e in tiles._entries(target):
         assert e["step"] in tiles.STEPS
-        assert e["arithmetic"] in tiles.ARITHMETIC.values()
+        assert e["arithmetic"] in {*tiles.ARITHMETIC, *tiles.ARITHMETIC.values()}
         if e["tile"] is None:
             assert e["step"] in ("group", "values")
             continue
@@ -93,6 +93,14 @@ def test_the_smallest_entry_that_is_large_enough_is_taken(files: Path) -> None:
     found = [tiles.lookup("sm_90", "forward", *n[:2], "float16", n[2]) for n in
              [(32, 32, 64), (33, 1, 64), (32, 32, 65), (64, 64, 65), (1, 65, 1)]]  # fmt: skip
     assert found == [small, wide, long, any_, any_]
+
+
+def test_an_entry_of_the_dtype_goes_before_one_of_its_arithmetic(files: Path) -> None:
+    both, own = Tile(16, 16, 16, 16, 4, 1), Tile(32, 32, 32, 32, 4, 1)
+    entries = [entry("forward", 32, 32, 64, both), {**entry("forward", 32, 32, 64, own), "arithmetic": "float16"}]
+    (files / "sm_90.json").write_text(json.dumps(entries))
+    assert tiles.lookup("sm_90", "forward", 8, 8, "float16", 8) == own
+    assert tiles.lookup("sm_90", "forward", 8, 8, "bfloat16", 8) == both
 
 
 def test_backward_leaves_out_what_does_not_serve(files: Path) -> None:
