@@ -1,9 +1,8 @@
 """Which tile each kernel runs with: data, one file a GPU architecture, written by the tuner and looked up here.
 
 An entry is made for one step and arithmetic (or one dtype of it, which then goes first), and serves up to so many
-channels and tokens. A look-up takes the smallest
-entry that is large enough; nobody tunes anything on a user's first call. To run with a tile that is not in the files,
-build a `Tile` and hand it to the launcher.
+channels and tokens. A look-up takes the smallest entry that is large enough; nobody tunes anything on a user's first
+call. To run with a tile that is not in the files, build a `Tile` and hand it to the launcher.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """``python -m bench check``: both backends against the formula in fp64, and on a GPU how long they take.
 
 Without --cases a few named cases are checked; with it hypothesis draws that many for each backend, and shrinks a wrong
-one. On the CPU the kernels are interpreted, on small maps and without bf16, which Triton's interpreter gets wrong.
+one; check.png shows how much of the budget was used. On the CPU the kernels are interpreted, on small maps and without
+bf16, which Triton's interpreter gets wrong.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import sys
 from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -26,10 +28,12 @@ from bench import measure
 from bench.arguments import device, positive
 from bench.cases import NAMES, Case, errors, strategy
 from bench.files import write_text
+from bench.results import plt
 from isa_triton import fused, partitioned_attention
 
 HELP = "both backends against fp64, forward and backward: check.csv, with times on a GPU"
 COLUMNS = ("backend", "case", "dtype", "logits", "seed", *NAMES, "forward_ms", "backward_ms")
+FLOOR = 1e-4  # of the plot: no error at all is drawn there
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -79,6 +83,8 @@ def run(args: argparse.Namespace) -> None:
             draw(sheet, backend, args.cases, args.seed, console)
     path = args.out / "check.csv"
     write_text(path, sheet.csv())
+    if args.cases is not None:
+        plot(sheet, args.out / "check.png")
     console.print(sheet.table() if args.cases is None else sheet.worst())
     console.print(f"{len(sheet.rows)} cases, {len(sheet.wrong)} beyond the error budget. Wrote {path}", highlight=False)
     for backend, case in sheet.wrong[-1:]:
@@ -145,7 +151,7 @@ def draw(sheet: Sheet, backend: str, cases: int, first: int, console: Console) -
 
         @seed(first)
         @settings(max_examples=cases, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-        @given(strategy(dtypes, longest=10 if interpreted else 24))
+        @given(strategy(dtypes, longest=6 if interpreted else 24))
         def property_(case: Case) -> None:
             right = sheet.check(backend, case)
             progress.advance(task)
@@ -156,6 +162,27 @@ def draw(sheet: Sheet, backend: str, cases: int, first: int, console: Console) -
         except AssertionError:
             if not sheet.wrong:
                 raise
+
+
+def plot(sheet: Sheet, path: Path) -> None:
+    """How much of the budget was used: the median of all cases (mark) and the worst (line's end)."""
+    groups = list(dict.fromkeys((backend, case.dtype) for backend, case, *_ in sheet.rows))
+    figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
+    for i, key in enumerate(groups):
+        for j, name in enumerate(NAMES):
+            parts = [p[name] for backend, case, p, _ in sheet.rows if (backend, case.dtype) == key and name in p]
+            x, low, high = j + (i - len(groups) / 2) * 0.12, median(parts), max(parts)
+            label = f"{key[0]}, {_name(key[1])}" if j == 0 else None
+            axes.vlines(x, max(low, FLOOR), max(high, FLOOR), colors=f"C{i}", linewidth=2)
+            axes.plot(x, max(low, FLOOR), marker="osv^D"[i], color=f"C{i}", markersize=5, linestyle="", label=label)
+    axes.axhline(1.0, color="black", linewidth=1)
+    axes.set(yscale="log", xticks=range(len(NAMES)), ylabel="error / what the budget allows, median to worst",
+             title=f"{len(sheet.rows)} random cases against fp64")  # fmt: skip
+    axes.set_xticklabels(NAMES)
+    axes.legend(fontsize="small", ncols=2)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
 
 
 def seconds(case: Case, backend: str, device: str) -> tuple[float, float]:
