@@ -7,6 +7,7 @@ and ISA_TRITON_SEED repeats.
 from __future__ import annotations
 
 import os
+from typing import Any
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -20,10 +21,10 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SWEEP, SEED = int(os.environ.get("ISA_TRITON_SWEEP", 0)), int(os.environ.get("ISA_TRITON_SEED", 0))
 
 
-def drawn(examples: int, largest: int) -> object:
+def drawn(examples: int, largest: int) -> Any:
     """A test over cases on maps of up to `largest` pixels a side."""
 
-    def decorate(test: object) -> object:
+    def decorate(test: Any) -> Any:
         phases = (Phase.explicit, Phase.generate, Phase.shrink)
         limits = settings(
             max_examples=SWEEP or examples, deadline=None, database=None, phases=phases,

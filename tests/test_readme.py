@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,6 +24,19 @@ def test_the_examples_run(example: str, tmp_path: Path, monkeypatch: pytest.Monk
     weights = head_weights("conv", "bn", "conv_seg", (2048, 512, 256, 19))
     torch.save({"state_dict": as_published(weights, "mmseg")}, "isanet_r50-d8.pth")  # the file one of them loads
     exec(compile(example, "README.md", "exec"), {})
+
+
+def test_the_sharded_script_runs_as_printed(tmp_path: Path) -> None:
+    (script,) = re.findall(r"<!-- sharded -->\n```python\n(.*?)```", README, re.DOTALL)
+    (command,) = re.findall(r"<!-- sharded run -->\n```sh\n(.*?)\n```", README, re.DOTALL)
+    assert command == "torchrun --nproc-per-node 2 map.py"
+    (tmp_path / "map.py").write_text(script)
+    arguments = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "map.py"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PET_STANDALONE": "1"}  # any port
+    run = subprocess.run(
+        [sys.executable, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    assert "(1, 32, 64, 96) -> (1, 19, 256, 384) of which here (1, 19, 128, 384)" in run.stdout
 
 
 def test_linked_files_exist() -> None:

@@ -171,6 +171,8 @@ def plot(sheet: Sheet, path: Path) -> None:
     for i, key in enumerate(groups):
         for j, name in enumerate(NAMES):
             parts = [p[name] for backend, case, p, _ in sheet.rows if (backend, case.dtype) == key and name in p]
+            if not parts:
+                continue
             x, low, high = j + (i - len(groups) / 2) * 0.12, median(parts), max(parts)
             label = f"{key[0]}, {_name(key[1])}" if j == 0 else None
             axes.vlines(x, max(low, FLOOR), max(high, FLOOR), colors=f"C{i}", linewidth=2)

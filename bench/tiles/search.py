@@ -260,6 +260,9 @@ def write(chosen: Iterable[Finding]) -> Path:
     path = tiles.FOLDER / f"{chosen[0].task.target}.json"
     entries = [*json.loads(path.read_text()), *(entry for finding in chosen for entry in _entries(finding))]
     latest = {tuple(entry[name] for name in _LIMITS): entry for entry in entries}
+    for finding in chosen:  # what one dtype had to itself would go before what is written now
+        step, _, *limits = (_entries(finding)[0][name] for name in _LIMITS)
+        latest.pop((step, finding.task.problem.dtype, *limits), None)
     lines = [f"  {json.dumps(entry)}" for entry in sorted(latest.values(), key=_order)]
     write_text(path, "[\n" + ",\n".join(lines) + "\n]\n")
     tiles._entries.cache_clear()
@@ -299,7 +302,8 @@ def _entries(finding: Finding) -> list[dict[str, Any]]:
 def _order(entry: dict[str, Any]) -> tuple[Any, ...]:
     arithmetic = "16-bit", "tf32", "ieee"
     limits = (entry[name] or inf for name in ("key_width", "value_width", "tokens"))
-    return arithmetic.index(entry["arithmetic"]), tiles.STEPS.index(entry["step"]), *limits
+    kind = ARITHMETIC.get(entry["arithmetic"], entry["arithmetic"])
+    return arithmetic.index(kind), tiles.STEPS.index(entry["step"]), *limits
 
 
 def _padded(width: int) -> int:

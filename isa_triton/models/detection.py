@@ -1,0 +1,116 @@
+"""ISA inside networks of others: a residual block that starts as the identity, put behind any of their modules.
+
+The paper adds one to Mask R-CNN (arXiv 1907.12273, its experiment on COCO); torchvision's is taken as it is.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar, Unpack
+
+from torch import Tensor, nn
+
+from ..modules import Conv1x1, ConvNormReLU, InterlacedSparseSelfAttention, ISAOptions, NormLayer
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+class ISABlock(nn.Module):
+    """ISA in residual form, x + BN(W ISA(x)), whose batch normalisation starts at zero: the identity at first.
+
+    The non-local block's way into a trained network (Wang et al., arXiv 1711.07971, section 3.3), around ISA.
+
+    Args:
+        channels: C, of the map.
+        key_channels, value_channels: widths of attention; 256 and 512 as published.
+        partition_size: (P_h, P_w) of both stages.
+        norm_layer: makes a normalisation from its channels; one that learns its scale.
+        options: see `InterlacedSparseSelfAttention`.
+
+    x [B, C, H, W] -> [B, C, H, W].
+
+    Raises:
+        ValueError: a normalisation without a learned scale; else as `InterlacedSparseSelfAttention`.
+        TypeError: x is not one feature map.
+
+    >>> block, x = ISABlock(64, 32, 64), torch.randn(2, 64, 13, 20)
+    >>> torch.equal(block(x), x)
+    True
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        key_channels: int = 256,
+        value_channels: int = 512,
+        *,
+        partition_size: tuple[int, int] = (8, 8),
+        norm_layer: NormLayer = nn.BatchNorm2d,
+        **options: Unpack[ISAOptions],
+    ) -> None:
+        super().__init__()
+        self.isa = InterlacedSparseSelfAttention(
+            channels,
+            key_channels,
+            value_channels,
+            value_channels,
+            partition_size=partition_size,
+            norm_layer=norm_layer,
+            **options,
+        )
+        self.output = ConvNormReLU(Conv1x1(value_channels, channels), norm_layer, activation=nn.Identity)
+        scale: Any = getattr(self.output.norm, "weight", None)
+        if not isinstance(scale, nn.Parameter):
+            raise ValueError(f"norm_layer must make a normalisation that learns its scale, got {self.output.norm}")
+        nn.init.zeros_(scale)  # not the convolution: batch normalisation divides what is constant by almost nothing
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x must be one feature map [B, C, H, W], got {type(x).__name__}: follow another module")
+        return x + self.output(self.isa(x))
+
+
+def insert(model: Model, after: str, block: nn.Module) -> Model:
+    """Put a block behind a module of a network, in place: what the module returned goes through the block.
+
+    The module and the block become a sequence in the module's place, so the names of its weights get a ".0" and the
+    block's a ".1": load what was saved before first.
+
+    Args:
+        model: any network, as torchvision's Mask R-CNN, Faster R-CNN and ResNets.
+        after: the module's name, as in ``model.named_modules()``: "backbone.body.layer3.4" puts the block before the
+            last residual block of stage 3 of a ResNet-50, "backbone.body.layer3" behind the stage.
+        block: takes the module's output to the same shape, as `ISABlock` does.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        TypeError: a block that is no module.
+        ValueError: no module of that name.
+
+    >>> model = torchvision.models.detection.maskrcnn_resnet50_fpn()  # doctest: +SKIP
+    >>> insert(model, after="backbone.body.layer3.4", block=ISABlock(1024))  # doctest: +SKIP
+    """
+    if not isinstance(block, nn.Module):
+        raise TypeError(f"block must be a torch.nn.Module, got {type(block).__name__}")
+    module = find(model, after)
+    parent, _, name = after.rpartition(".")
+    model.get_submodule(parent).register_module(name, nn.Sequential(module, block).train(module.training))
+    return model
+
+
+def find(model: nn.Module, name: str) -> nn.Module:
+    """A module inside a network by its name.
+
+    Raises:
+        ValueError: no such module; the message lists those beside which it was sought.
+    """
+    module, found = model, ""
+    for part in name.split("."):
+        children = dict(module.named_children())
+        if part not in children:
+            where = f"{found!r} of {type(model).__name__}" if found else type(model).__name__
+            names = ", ".join(children) or "none"
+            raise ValueError(f"after must name a module, got {name!r}: those in {where} are {names}")
+        module, found = children[part], f"{found}.{part}".removeprefix(".")
+    return module
