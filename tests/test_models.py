@@ -283,7 +283,7 @@ def test_mask_rcnn_trains_with_a_block() -> None:
         boxes = torch.tensor([[left, top, right, bottom]], dtype=torch.float32)
         targets.append({"boxes": boxes, "labels": torch.tensor([1]), "masks": mask[None].to(torch.uint8)})
     optimiser, losses = torch.optim.SGD(model.parameters(), lr=0.002, momentum=0.9), []
-    for _ in range(7):
+    for _ in range(5):
         loss = sum(model(images, targets).values())
         optimiser.zero_grad()
         loss.backward()

@@ -3,8 +3,8 @@
 Every image has grey rectangles on noise and, somewhere, one pixel of a colour: the key. The class of a rectangle's
 pixels is the key's colour. A backbone of two 3x3 convolutions sees two pixels far; the head behind it has to fetch the
 rest. What a head can connect bounds what it can learn: a pixel that the key does not reach can only guess, so of the
-share s of pixels reached and c colours, accuracy is at most s + (1 - s) / c, its ceiling. Both stages of ISA together
-reach every pixel, one alone does not; that is the paper's argument, and here is where it is tested.
+share s of pixels reached and c colours, accuracy is s + (1 - s) / c at best, up to luck: its ceiling. Both stages of
+ISA together reach every pixel, one alone does not; that is the paper's argument, and here is where it is tested.
 
 All heads see the same images in the same order, for as many steps; accuracy is over the rectangles' pixels of images
 that no training has seen.
@@ -274,7 +274,7 @@ def table(rows: Sequence[Row]) -> Table:
     """A line a head: mean accuracy and spread (standard deviation) over the seeds, beside its ceiling."""
     title = f"Accuracy after {rows[0].steps} steps; a guess is right in 1 of {len(COLOURS)}"
     result = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    for column in ("head", "parameters", "reached", "ceiling", "accuracy", "spread", "seeds", "seconds a run"):
+    for column in ("head", "parameters", "reached", "ceiling", "accuracy", "spread", "seeds", "s a run"):
         result.add_column(column, justify="left" if column == "head" else "right", no_wrap=True)
     for head in dict.fromkeys(row.head for row in rows):
         runs = [row for row in rows if row.head == head]
