@@ -151,7 +151,7 @@ class SelfAttention2d(nn.Module):
         if padded:
             x = pad_to_multiple(x, self.partition_size)
         recompute = self.recompute and torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        q, k = (_recomputed(f, x) if recompute else f(x) for f in (self.query, self.key))
+        q, k = (recomputed(f, x) if recompute else f(x) for f in (self.query, self.key))
         y = self.output(attend_maps(q, k, self.value(x), self.partition((x.shape[2], x.shape[3])), self.backend))
         return crop(y, size) if padded else y
 
@@ -393,7 +393,7 @@ def crop(x: Tensor, size: Sequence[int]) -> Tensor:
     return x[:, :, top : top + size[0], left : left + size[1]]
 
 
-def _recomputed(layers: nn.Module, x: Tensor) -> Tensor:
+def recomputed(layers: nn.Module, x: Tensor) -> Tensor:
     """layers(x), of which backward keeps x alone and computes the rest again."""
     return checkpoint(layers, x, use_reentrant=False, context_fn=lambda: (nullcontext(), _buffers_kept(layers)))
 

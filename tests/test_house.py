@@ -32,7 +32,8 @@ ARROWS = {
         "isa_triton.checkpoints",
         "isa_triton.models",
     },
-    "isa_triton.sharding": {"isa_triton.modules"},
+    "isa_triton.exchange": set(),
+    "isa_triton.sharding": {"isa_triton.exchange", "isa_triton.modules"},
     "isa_triton": {"isa_triton.partition", "isa_triton.functional", "isa_triton.modules"},
     "reference": {"reference"},
     "bench": {"bench", "isa_triton", "reference"},
@@ -101,7 +102,7 @@ def test_the_library_works_without_triton() -> None:
     assert output.split() == ["1", "4", "9", "11"]
 
 
-@pytest.mark.parametrize("name", ["partition", "functional", "modules"])
+@pytest.mark.parametrize("name", ["partition", "tiles", "functional", "modules", "checkpoints", "exchange"])
 def test_examples_in_docstrings(name: str) -> None:
     module = importlib.import_module(f"isa_triton.{name}")
     results = doctest.testmod(module, extraglobs={"torch": torch})

@@ -34,7 +34,8 @@ from bench.__main__ import main
 from bench.commands import sharding as bench
 from bench.workload import Workload
 from isa_triton import InterlacedSparseSelfAttention, ISAHead, ISAModule, Partition, SelfAttention2d
-from isa_triton.sharding import MapParallel, columns, deal, even_cuts, exchanged, groups, halo, slabs, windows
+from isa_triton.exchange import columns, deal, even_cuts, exchanged, groups, halo, slabs, windows
+from isa_triton.sharding import MapParallel
 from tests.cases import relative_error
 
 SIZES = ((24, 16), (33, 20), (40, 56))

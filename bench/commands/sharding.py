@@ -39,7 +39,8 @@ from bench.arguments import positive, size
 from bench.providers import isa_module
 from bench.results import format_size, short, write_whole
 from bench.workload import PASSES, Pass, Workload
-from isa_triton.sharding import MapParallel, even_cuts
+from isa_triton.exchange import even_cuts
+from isa_triton.sharding import MapParallel
 
 HELP = "one map over several devices, run and simulated (torchrun -m bench sharding): sharding.csv, sharding.png"
 LINKS = (25.0, 50.0, 450.0)  # GB/s each way: two speeds of networks between machines, one of links within
