@@ -7,7 +7,13 @@ from torch import Tensor
 
 
 def allowed_error(
-    name: str, exact: Tensor, eager: Tensor, dtype: torch.dtype, natural: float = 0.0, recomputed: float = 0.0
+    name: str,
+    exact: Tensor,
+    eager: Tensor,
+    dtype: torch.dtype,
+    natural: float = 0.0,
+    recomputed: float = 0.0,
+    equal: int = 0,
 ) -> float:
     """The largest difference from the fp64 result that a kernel may show.
 
@@ -22,8 +28,23 @@ def allowed_error(
         natural: how large the terms are whose sum the result is, for gradients through the softmax: a group of one
             token has dq = 0, as the difference of two such terms.
         recomputed: the relative uncertainty of probabilities formed again from lse, fp32's eps * max |lse|.
+        equal: how many equal terms a result may be a sum of: their roundings, in fp32, add up instead of averaging out.
     """
     eps, largest = torch.finfo(dtype).eps, float(exact.abs().max())
     error_of_eager = float((eager.double() - exact).abs().max())
     rounding = 4 * eps * largest + eps * natural + 2 * recomputed * max(largest, natural)
+    rounding += equal * min(eps, torch.finfo(torch.float32).eps) * max(largest, natural)
     return (3 if name.startswith("d") else 2) * error_of_eager + rounding
+
+
+def natural_scales(inputs: dict[str, Tensor], scale: float, groups: int) -> dict[str, float]:
+    """How large the terms are whose sums dq, dk and dbias are.
+
+    Args:
+        inputs: q, k, v and the gradients do and dlse.
+        scale: of the scores.
+        groups: over all maps.
+    """
+    q, k, v, do, dlse = (inputs[name].double() for name in ("q", "k", "v", "do", "dlse"))
+    ds, scale = float(do.norm(dim=-1).max() * v.norm(dim=-1).max() + dlse.abs().max()), abs(scale)
+    return {"dq": scale * ds * float(k.abs().max()), "dk": scale * ds * float(q.abs().max()), "dbias": ds * groups**0.5}

@@ -5,15 +5,14 @@ A few named cases cover every feature once; `strategy` describes the space that 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench.budget import allowed_error
+from bench.budget import allowed_error, natural_scales
 from isa_triton import Partition, partitioned_attention_with_lse
 from reference.attention import long_range_groups, short_range_groups
 
@@ -71,22 +70,21 @@ class Case:
     def inputs(self, device: str = "cpu") -> dict[str, Tensor]:
         """q, k, v, bias if there is one, and the gradients do and dlse that arrive."""
         generator = torch.Generator(device).manual_seed(self.seed)
+
+        def normal(*sizes: int) -> Tensor:
+            return torch.randn(sizes, generator=generator, device=device)
+
         here, (K, V), tokens = (self.maps, *self.size, self.heads), self.widths, self.partition.tokens
         shapes = {"q": (*here, K), "k": (*here, K), "v": (*here, V), "do": (*here, V)}
-        made = {name: laid_out(self.layout, shape, generator).to(self.dtype) for name, shape in shapes.items()}
+        made = {name: laid_out(self.layout, shape, normal).to(self.dtype) for name, shape in shapes.items()}
         if self.bias:  # transposed in memory, as a table's permutation is
-            bias = torch.randn(tokens, tokens, self.heads, generator=generator, device=device).to(self.dtype)
-            made["bias"] = bias.permute(2, 0, 1)
-        return made | {"dlse": laid_out(self.layout, (*here, 1), generator)[..., 0]}
+            made["bias"] = normal(tokens, tokens, self.heads).to(self.dtype).permute(2, 0, 1)
+        return made | {"dlse": laid_out(self.layout, (*here, 1), normal)[..., 0]}
 
 
-def laid_out(layout: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """A normal [B, H, W, heads, width] tensor that lies in memory as `layout` says."""
+def laid_out(layout: str, shape: tuple[int, ...], make: Callable[..., Tensor]) -> Tensor:
+    """A [B, H, W, heads, width] tensor that lies in memory as `layout` says, of what `make` makes of sizes."""
     b, h, w, heads, width = shape
-
-    def make(*sizes: int) -> Tensor:
-        return torch.randn(sizes, generator=generator, device=generator.device)
-
     match layout:
         case "nchw":
             return make(b, heads, width, h, w).permute(0, 3, 4, 1, 2)
@@ -100,8 +98,9 @@ def laid_out(layout: str, shape: tuple[int, ...], generator: torch.Generator) ->
             return make(1, 1, w, 1, width).expand(shape)
         case "scalar":
             return make(1).expand(shape)
-        case _:
+        case "contiguous":
             return make(*shape)
+    raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
 
 
 def strategy(dtypes: tuple[torch.dtype, ...], longest: int = 12, widest: int = 80) -> Any:
@@ -144,11 +143,13 @@ def errors(case: Case, backend: str, device: str = "cpu") -> dict[str, float]:
     if not all(result.isfinite().all() for result in plain):  # fp16 has overflowed where a backend need not
         plain = _derivatives({name: x.float() for name, x in inputs.items()}, case)
     eager = dict(zip(NAMES, plain, strict=False))
-    natural, uncertain = _natural(inputs, case), torch.finfo(torch.float32).eps * float(exact["lse"].abs().max())
+    natural = natural_scales(inputs, case.scale, case.maps * case.partition.groups)
+    uncertain = torch.finfo(torch.float32).eps * float(exact["lse"].abs().max())
+    equal = case.partition.tokens if case.layout in ("expanded", "scalar") else 0
     parts = {}
     for name, result in got.items():
         recomputed = uncertain if name.startswith("d") or abs(case.logits) > 100 else 0.0
-        allowed = allowed_error(name, exact[name], eager[name], case.dtype, natural.get(name, 0.0), recomputed)
+        allowed = allowed_error(name, exact[name], eager[name], case.dtype, natural.get(name, 0.0), recomputed, equal)
         limit = torch.finfo(result.dtype).max  # beyond it infinity is the rounded result
         error = float((result.double().clamp(-limit, limit) - exact[name].clamp(-limit, limit)).abs().max())
         parts[name] = error / allowed if allowed else float(error > 0) * float("inf") if error else 0.0
@@ -160,32 +161,37 @@ def _derivatives(inputs: dict[str, Tensor], case: Case, backend: str | None = No
     leaves = {name: inputs[name].detach().requires_grad_() for name in ("q", "k", "v", "bias") if name in inputs}
     q, k, v, bias = leaves["q"], leaves["k"], leaves["v"], leaves.get("bias")
     if backend is None:
-        out, lse = formula(q, k, v, bias, case)
+        out, lse = formula(q, k, v, bias, case.scale, case.groups(), case.partition.w.tokens)
     else:
         out, lse = partitioned_attention_with_lse(q, k, v, case.partition, bias=bias, scale=case.scale, backend=backend)
     upstream = inputs["do"], inputs["dlse"].to(lse.dtype)
     return out.detach(), lse.detach(), *torch.autograd.grad((out, lse), list(leaves.values()), upstream)
 
 
-def formula(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, case: Case) -> tuple[Tensor, Tensor]:
-    """out and lse, group by group."""
-    out, lse, columns = torch.zeros_like(v), torch.zeros_like(q[..., 0]), case.partition.w.tokens
-    for pixels in case.groups():
+def formula(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    groups: Iterable[tuple[slice, slice]],
+    columns: int,
+) -> tuple[Tensor, Tensor]:
+    """out and lse in the precision of the arguments, group by group.
+
+    Args:
+        groups: the rows and columns of every group's pixels.
+        columns: of tokens in a group that is whole, by which bias numbers them.
+    """
+    out, lse = torch.zeros_like(v), torch.zeros_like(q[..., 0])
+    for pixels in groups:
         here = (slice(None), *pixels)
         h, w = q[here].shape[1:3]
         qs, ks, vs = (x[here].flatten(1, 2).transpose(1, 2) for x in (q, k, v))  # [B, heads, T, width]
-        scores = qs @ ks.mT * case.scale
+        scores = qs @ ks.mT * scale
         if bias is not None:
             tokens = (torch.arange(h)[:, None] * columns + torch.arange(w)).flatten()
             scores = scores + bias[:, tokens][:, :, tokens]
         out[here] = (scores.softmax(-1) @ vs).transpose(1, 2).unflatten(1, (h, w))
         lse[here] = scores.logsumexp(-1).transpose(1, 2).unflatten(1, (h, w))
     return out, lse
-
-
-def _natural(inputs: dict[str, Tensor], case: Case) -> dict[str, float]:
-    """How large the terms are whose sums dq, dk and dbias are."""
-    q, k, v, do, dlse = (inputs[name].double() for name in ("q", "k", "v", "do", "dlse"))
-    ds = float(do.norm(dim=-1).max() * v.norm(dim=-1).max() + dlse.abs().max())
-    scale, groups = abs(case.scale), prod((case.maps, case.partition.groups))
-    return {"dq": scale * ds * float(k.abs().max()), "dk": scale * ds * float(q.abs().max()), "dbias": ds * groups**0.5}

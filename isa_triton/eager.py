@@ -199,7 +199,7 @@ class _Chunk:
 def _chunks(partition: Partition, maps: dict[str, Tensor], bias: Tensor | None) -> Iterator[_Chunk]:
     q, v = maps["q"], maps["v"]
     on_cpu = q.device.type == "cpu"
-    like = q.new_empty(0, dtype=lse_dtype(q.dtype) if on_cpu else q.dtype)  # CPUs multiply halves 20 times slower
+    like = q.new_empty(0, dtype=lse_dtype(q.dtype) if on_cpu else q.dtype)  # CPUs multiply halves far more slowly
     scratch, budget = _Scratch(like), (_CHUNK_BYTES_CPU if on_cpu else _CHUNK_BYTES_ELSEWHERE) // like.element_size()
     for piece in partition.pieces():
         tokens = piece[0].tokens * piece[1].tokens
@@ -224,8 +224,8 @@ def _boxes(extents: Sequence[int], volume: int) -> Iterator[tuple[slice, ...]]:
 def _fused_is_faster(q: Tensor, v: Tensor, bias: Tensor | None) -> bool:
     """Whether torch's fused attention beats matmul, softmax, matmul on a chunk [n, T, width] in cache.
 
-    Its kernels want equal widths. Measured on CPUs at widths up to 128: 1.05-1.4x faster with a bias, and without one
-    from 256 tokens on; slower below (and at ISA's own 256 and 512). Elsewhere it saves the scores' way through memory.
+    Its kernels want equal widths. On CPUs it was, at widths up to 128, faster with a bias, and without one from 256
+    tokens on; slower below (and at ISA's own 256 and 512). Elsewhere it saves the scores' way through memory.
     """
     if q.shape[-1] != v.shape[-1]:
         return False

@@ -213,8 +213,8 @@ def test_fused_exports_and_decomposes() -> None:
 
 
 def test_onnx_runtime_runs_what_was_exported(tmp_path: Path) -> None:
-    pytest.importorskip("onnxscript")
-    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript", reason="onnxscript, which writes ONNX files, is not installed")
+    onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
     fused, x = fuse(layer("isa").float()), torch.randn(1, 6, 9, 11)
     path = str(tmp_path / "isa.onnx")
     torch.onnx.export(decompose(torch.export.export(fused, (x,))), f=path)

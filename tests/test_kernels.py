@@ -15,7 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.budget import allowed_error
+from bench.budget import allowed_error, natural_scales
+from bench.cases import formula, laid_out
 from isa_triton.kernels import launch
 from isa_triton.partition import Partition
 from isa_triton.tiles import BackwardTiles, Tile
@@ -82,6 +83,11 @@ class Case:
             else:
                 yield [range(a * tokens, min((a + 1) * tokens, size)) for a in range(groups)]
 
+    def slices(self) -> Iterator[tuple[slice, slice]]:
+        """The same as pairs of slices."""
+        groups_h, groups_w = ([slice(r.start, r.stop, r.step) for r in axis] for axis in self.axes())
+        yield from product(groups_h, groups_w)
+
     def tiles(self) -> tuple[Tile, BackwardTiles]:
         block = max(16, 1 << (prod(self.tokens) - 1).bit_length())
         if self.form == "one":
@@ -145,72 +151,39 @@ STEEP = [
 
 
 # ------------------------------------------------------------------------------------------------------------ oracle
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, case: Case, scale: float | None = None
-) -> tuple[Tensor, Tensor]:
-    """out and lse in the precision of the arguments, group by group."""
-    (groups_h, groups_w), columns = case.axes(), case.tokens[1]
-    out, lse = torch.zeros(*q.shape[:4], v.shape[4], dtype=v.dtype), torch.zeros(q.shape[:4], dtype=q.dtype)
-    for ys, xs in product(groups_h, groups_w):
-        y, x = torch.tensor(ys)[:, None], torch.tensor(xs)[None, :]
-        tokens = (torch.arange(len(ys))[:, None] * columns + torch.arange(len(xs))).flatten()
-        queries, keys, values = (t[:, y, x].flatten(1, 2).transpose(1, 2) for t in (q, k, v))
-        scores = queries @ keys.mT * (case.scale if scale is None else scale)
-        if bias is not None:
-            scores = scores + bias[:, tokens][:, :, tokens]
-        context = (scores.softmax(-1) @ values).transpose(1, 2).unflatten(1, (len(ys), len(xs)))
-        every = torch.arange(q.shape[0])[:, None, None]
-        out = out.index_put((every, y, x), context)
-        lse = lse.index_put((every, y, x), scores.logsumexp(-1).transpose(1, 2).unflatten(1, (len(ys), len(xs))))
-    return out, lse
-
-
 def derivatives(inputs: dict[str, Tensor], case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
     """Outputs and gradients in one precision, in fp64's clothes."""
     q, k, v, do, dlse = (inputs[name].to(dtype) for name in ("q", "k", "v", "do", "dlse"))
     leaves = [t.clone().requires_grad_() for t in (q, k, v)]
     if case.bias:
         leaves.append(inputs["bias"].to(dtype).clone().requires_grad_())
-    out, lse = attend(*leaves[:3], leaves[3] if case.bias else None, case)
+    out, lse = formula(*leaves[:3], leaves[3] if case.bias else None, case.scale, case.slices(), case.tokens[1])
     gradients = torch.autograd.grad([out, lse], leaves, [do, dlse])
     names = ["out", "lse", "dq", "dk", "dv", "dbias"]
     return dict(zip(names, (t.detach().double() for t in (out, lse, *gradients)), strict=False))
 
 
 # ----------------------------------------------------------------------------------------------------------- tensors
-def laid_out(layout: str, shape: tuple[int, ...], dtype: torch.dtype, fill: float | None = None) -> Tensor:
-    """A [B, H, W, heads, width] tensor that lies in memory as `layout` says: normal, or filled with a number."""
-    b, h, w, heads, width = shape
-
-    def make(*sizes: int) -> Tensor:
-        return torch.randn(sizes).to(dtype) if fill is None else torch.full(sizes, fill, dtype=dtype)
-
-    match layout:
-        case "nchw":
-            return make(b, heads, width, h, w).permute(0, 3, 4, 1, 2)
-        case "sliced":  # a piece of a wider tensor on a larger map
-            return make(b, h + 3, w + 2, heads, 2 * width + 3)[:, 1:-2, 1:-1, :, 3 : width + 3]
-        case "heads_first":
-            return make(b, heads, h, w, width).permute(0, 2, 3, 1, 4)
-        case "expanded" if fill is None:  # stride 0 along maps, rows and heads
-            return make(1, 1, w, 1, width).expand(shape)
-        case "scalar" if fill is None:
-            return make(1).expand(shape)
-        case _:
-            return make(*shape)
+def poisoned(case: Case, like: Tensor) -> Tensor:
+    """An output, laid out as the case's inputs are unless elements share memory there, all NaN."""
+    layout = "contiguous" if case.layout == "expanded" else case.layout
+    return laid_out(layout, tuple(like.shape), lambda *sizes: torch.full(sizes, float("nan"), dtype=case.dtype))
 
 
 def arguments(case: Case) -> dict[str, Tensor]:
     torch.manual_seed(0)
     pixels, (key, value) = (case.maps, *case.size, case.heads), case.widths
     of_gradient = "scalar" if case.layout == "expanded" else case.layout
+
+    def make(*sizes: int) -> Tensor:
+        return torch.randn(sizes).to(case.dtype)
+
     made = {
-        "q": laid_out(case.layout, (*pixels, key), case.dtype),
-        "k": laid_out(case.layout, (*pixels, key), case.dtype),
-        "v": laid_out(case.layout, (*pixels, value), case.dtype),
-        "do": laid_out(of_gradient, (*pixels, value), case.dtype),
-        "dlse": laid_out(of_gradient, (*pixels, 1), torch.float32)[..., 0],
+        name: laid_out(case.layout, (*pixels, width), make)
+        for name, width in zip("qkv", (key, key, value), strict=True)
     }
+    made["do"] = laid_out(of_gradient, (*pixels, value), make)
+    made["dlse"] = laid_out(of_gradient, (*pixels, 1), lambda *sizes: torch.randn(sizes))[..., 0]
     if case.bias:
         tokens = case.partition.tokens
         made["bias"] = torch.randn(tokens, tokens, case.heads).to(case.dtype).permute(2, 0, 1)
@@ -224,8 +197,7 @@ def run(case: Case, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     assert k is not None
     assert v is not None
     partition, (tile, tiles), nan = case.partition, case.tiles(), float("nan")
-    out, dv = (laid_out(case.layout, tuple(v.shape), case.dtype, nan) for _ in range(2))
-    dq, dk = (laid_out(case.layout, tuple(q.shape), case.dtype, nan) for _ in range(2))
+    out, dq, dk, dv = (poisoned(case, x) for x in (v, q, k, v))
     lse, delta = (torch.full(q.shape[:4], nan) for _ in range(2))
     partials = None
     if bias is not None:
@@ -248,15 +220,6 @@ def run(case: Case, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     return results
 
 
-def natural_scales(inputs: dict[str, Tensor], case: Case) -> dict[str, float]:
-    """How large the terms are whose sum each gradient through the softmax is."""
-    dp = float(inputs["do"].double().norm(dim=-1).max() * inputs["v"].double().norm(dim=-1).max())
-    dp += float(inputs["dlse"].double().abs().max())
-    largest = {name: float(inputs[name].double().abs().max()) for name in ("q", "k")}
-    groups = case.maps * prod(case.groups)
-    return {"dq": case.scale * dp * largest["k"], "dk": case.scale * dp * largest["q"], "dbias": dp * groups**0.5}
-
-
 def check(case: Case) -> None:
     """Within the budget. Scores are fp32, known to eps times their size, and a peaked softmax amplifies that, by luck
     more in one version than in the other; where backward recomputes p from lse, p is known to eps * |lse| only.
@@ -264,7 +227,7 @@ def check(case: Case) -> None:
     inputs = arguments(case)
     got = run(case, inputs)
     exact, eager = derivatives(inputs, case, torch.float64), derivatives(inputs, case, case.dtype)
-    natural = natural_scales(inputs, case)
+    natural = natural_scales(inputs, case.scale, case.maps * prod(case.groups))
     uncertain = torch.finfo(torch.float32).eps * float(exact["lse"].abs().max())
     for name, result in got.items():
         recomputed = case.logits > 100 or (name.startswith("d") and case.form != "one")
