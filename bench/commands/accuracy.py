@@ -1,13 +1,16 @@
-"""``python -m bench accuracy``: what long-range context buys, on a task that cannot be solved without it.
+"""``python -m bench accuracy``: what long-range context buys, on tasks that cannot be solved without it.
 
-Every image has grey rectangles on noise and, somewhere, one pixel of a colour: the key. The class of a rectangle's
-pixels is the key's colour. A backbone of two 3x3 convolutions sees two pixels far; the head behind it has to fetch the
-rest. What a head can connect bounds what it can learn: a pixel that the key does not reach can only guess, so of the
-share s of pixels reached and c colours, accuracy is s + (1 - s) / c at best, up to luck: its ceiling. Both stages of
-ISA together reach every pixel, one alone does not; that is the paper's argument, and here is where it is tested.
+`bench/tasks.py` draws the images; the class of a pixel depends on what lies far from it. A backbone of two 3x3
+convolutions sees two pixels far, the network behind it has to fetch the rest: a head that labels pixels, or, as the
+paper does it in a classifier, ISA blocks inside a network that labels whole images.
 
-All heads see the same images in the same order, for as many steps; accuracy is over the rectangles' pixels of images
-that no training has seen.
+In the task of the keys, what a head can connect bounds what it can learn: a pixel that the key does not reach can only
+guess, so of the share s of pixels reached and c classes, accuracy is s + (1 - s) / c at best, up to luck: its ceiling.
+Both stages of ISA together reach every pixel, one alone does not; that is the paper's argument, and here is where it is
+tested.
+
+All networks of a task see the same images in the same order, for as many steps; accuracy is over what is labelled in
+images that no training has seen.
 """
 
 from __future__ import annotations
@@ -16,13 +19,14 @@ import argparse
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import product, starmap
+from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,48 +34,21 @@ from matplotlib import pyplot as plt
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 import reference
 from bench import opponents
 from bench.arguments import positive
 from bench.commands.paper import parameters
 from bench.results import write_whole
+from bench.tasks import IGNORED, SIZE, TASKS, Drawn, Task
 from isa_triton import ISAModule, SelfAttention2d
+from isa_triton.models.detection import ISABlock
 from reference.attention import Groups
 
-HELP = "a task that needs long-range context, learned with every head: accuracy.csv, accuracy_*.png"
-SIZE = (24, 32)  # of the images and of every map
-COLOURS = torch.eye(3)  # red, green and blue
+HELP = "tasks that need long-range context, learned with every head: accuracy.csv, accuracy_*.png"
 SIGHT = 5  # pixels across, what two 3x3 convolutions see
 CHANNELS, KEYS = 32, 16  # widths of maps and values, and of keys
-IGNORED = -1  # the class of pixels outside the rectangles
-
-# -- the task ----------------------------------------------------------------------------------------------------------
-
-
-def draw(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Images [count, 3, H, W], classes [count, H, W], and where the keys are [count, H, W]."""
-    H, W = SIZE
-
-    def uniform(low: int, high: int) -> int:
-        return int(torch.randint(low, high, (), generator=generator))
-
-    images = 0.3 * torch.rand(count, 3, H, W, generator=generator)
-    classes = torch.full((count, H, W), IGNORED)
-    keys = torch.zeros(count, H, W, dtype=torch.bool)
-    for image, class_, key in zip(images, classes, keys, strict=True):
-        colour = uniform(0, len(COLOURS))
-        for _ in range(4):
-            h, w = uniform(3, 9), uniform(3, 9)
-            top, left = uniform(0, H - h + 1), uniform(0, W - w + 1)
-            image[:, top : top + h, left : left + w] = 1
-            class_[top : top + h, left : left + w] = colour
-        y, x = uniform(0, H), uniform(0, W)
-        image[:, y, x] = 2 * COLOURS[colour]
-        class_[y, x], key[y, x] = IGNORED, True
-    return images + 0.05 * torch.randn(images.shape, generator=generator), classes, keys
-
 
 # -- what a head connects ----------------------------------------------------------------------------------------------
 
@@ -103,9 +80,9 @@ def criss_cross(known: Tensor) -> Tensor:
     return within(reference.short_range_groups, row, known) | within(reference.short_range_groups, column, known)
 
 
-def share_reached(stages: Sequence[Stage], classes: Tensor, keys: Tensor) -> float:
-    """The share of the rectangles' pixels that the key reaches through the backbone and these stages."""
-    known = F.max_pool2d(keys.float().unsqueeze(1), SIGHT, 1, SIGHT // 2).squeeze(1).bool()
+def share_reached(stages: Sequence[Stage], classes: Tensor, evidence: Tensor) -> float:
+    """The share of the labelled pixels that the evidence reaches through the backbone and these stages."""
+    known = F.max_pool2d(evidence.float().unsqueeze(1), SIGHT, 1, SIGHT // 2).squeeze(1).bool()
     for stage in stages:
         known = stage(known)
     return float(known[classes != IGNORED].float().mean())
@@ -158,56 +135,129 @@ HEADS = {
     "ISA P=4": Head(partial(isa, 4), (long_range(4), short_range(4))),
     "ISA P=4, 8": Head(partial(isa, 4, 8), (long_range(8), short_range(8))),
 }
-QUICK = ("none", "dense", "ISA", "long", "short")
-QUESTIONS = {  # a plot each
-    "heads": ("ISA against what it is compared with", ("none", "NL", "SA", "RCCA", "CGNL", "dense", "ISA")),
-    "stages": (
-        "The order of the stages, and one alone (twice: with the parameters of both)",
-        ("none", "ISA", "short-long", "long", "long twice", "short", "short twice", "dense"),
-    ),
-    "partition_sizes": ("The partition size", ("ISA P=2", "ISA P=4", "ISA", "ISA P=4, 8")),
-}
 
 
-def network(head: str) -> nn.Sequential:
-    """A backbone that sees `SIGHT` pixels, a head, and a classifier of pixels: [B, 3, H, W] -> [B, colours, H, W]."""
+def head_network(head: str, task: Task) -> nn.Module:
+    """A backbone that sees `SIGHT` pixels, a head, and a classifier of pixels: [B, C, H, W] -> [B, classes, H, W]."""
     return nn.Sequential(
-        reference.ConvNormReLU(3, CHANNELS, 3),
-        reference.ConvNormReLU(CHANNELS, CHANNELS, 3),
+        *backbone(task),
         HEADS[head].build(),
         reference.ConvNormReLU(CHANNELS, CHANNELS),
-        nn.Conv2d(CHANNELS, len(COLOURS), 1),
+        nn.Conv2d(CHANNELS, task.classes, 1),
     )
 
+
+def block_network(blocks: int, task: Task) -> nn.Module:
+    """The backbone, three 1x1 convolutions, ISA blocks (residual) behind the first `blocks` of them, and a classifier
+    of images: [B, C, H, W] -> [B, classes].
+    """
+    layers: list[nn.Module] = []
+    for place in range(3):
+        layers.append(reference.ConvNormReLU(CHANNELS, CHANNELS))
+        if place < blocks:
+            layers.append(ISABlock(CHANNELS, KEYS, CHANNELS))
+    pooled = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(CHANNELS, task.classes)
+    return nn.Sequential(*backbone(task), *layers, *pooled)
+
+
+def backbone(task: Task) -> tuple[nn.Module, nn.Module]:
+    return reference.ConvNormReLU(task.channels, CHANNELS, 3), reference.ConvNormReLU(CHANNELS, CHANNELS, 3)
+
+
+# -- what is asked -----------------------------------------------------------------------------------------------------
+
+Build = Callable[[Task], nn.Module]
+
+
+class Experiment(NamedTuple):
+    """Networks that learn one task, for so many steps unless told otherwise; those of `quick` for a first look."""
+
+    task: str
+    networks: Mapping[str, Build]
+    quick: tuple[str, ...]
+    steps: int
+    of_images: bool = False  # one class an image in place of one a pixel
+
+
+def with_heads(*names: str) -> dict[str, Build]:
+    return {name: partial(head_network, name) for name in names}
+
+
+EXPERIMENTS = {
+    "keys": Experiment("keys", with_heads(*HEADS), ("none", "dense", "ISA", "long", "short"), 400),
+    "mosaics": Experiment("mosaics", with_heads("none", "SA", "dense", "ISA", "long", "short"), ("none", "ISA"), 200),
+    "blocks": Experiment(
+        "mosaics",
+        {
+            "no block": partial(block_network, 0),
+            "1 block": partial(block_network, 1),
+            "3 blocks": partial(block_network, 3),
+        },
+        ("no block", "1 block"),
+        200,
+        of_images=True,
+    ),
+}
+QUESTIONS = {  # a plot each: its title, the experiment that answers it, and whom it shows
+    "heads": (
+        "Keys: ISA against what it is compared with",
+        "keys",
+        ("none", "NL", "SA", "RCCA", "CGNL", "dense", "ISA"),
+    ),
+    "stages": (
+        "Keys: the order of the stages, and one alone (twice: with the parameters of both)",
+        "keys",
+        ("none", "ISA", "short-long", "long", "long twice", "short", "short twice", "dense"),
+    ),
+    "partition_sizes": ("Keys: the partition size", "keys", ("ISA P=2", "ISA P=4", "ISA", "ISA P=4, 8")),
+    "mosaics": ("Mosaics of digits: the class of a stroke", "mosaics", tuple(EXPERIMENTS["mosaics"].networks)),
+    "blocks": ("Mosaics of digits: ISA blocks in a classifier", "blocks", tuple(EXPERIMENTS["blocks"].networks)),
+}
 
 # -- runs --------------------------------------------------------------------------------------------------------------
 
 
+class Run(NamedTuple):
+    """One network, one seed: it decides the images and the first weights."""
+
+    experiment: str
+    network: str
+    seed: int
+    steps: int
+
+
 @dataclass(frozen=True)
 class Row:
-    """What one head learned from one seed."""
+    """What one network learned from one seed."""
 
-    head: str
+    experiment: str
+    network: str
     seed: int
     steps: int
     parameters: int
-    reached: float  # share of pixels
-    ceiling: float  # of accuracy
+    reached: float | None  # share of pixels, where it is known what decides
+    ceiling: float | None  # of accuracy
     accuracy: float
     seconds: float
 
 
-def learn(head: str, seed: int, steps: int, batch: int = 16, rate: float = 0.003, tested: int = 256) -> Row:
-    """Train a head from scratch and test it; the seed decides the images and the first weights."""
+def learn(run: Run, batch: int = 16, rate: float = 0.003, tested: int = 256) -> Row:
+    """Train a network from scratch and test it."""
     start = time.perf_counter()
-    generator = torch.Generator().manual_seed(seed)
-    images, classes, keys = draw(tested, generator)
-    torch.manual_seed(seed)
-    model = network(head).train()
+    experiment = EXPERIMENTS[run.experiment]
+    task, generator = TASKS[experiment.task], Generator().manual_seed(run.seed)
+
+    def draw(count: int, unseen: bool) -> Drawn:
+        drawn = task.draw(count, generator, unseen)
+        return drawn._replace(classes=drawn.classes.amax((1, 2))) if experiment.of_images else drawn
+
+    test = draw(tested, True)
+    torch.manual_seed(run.seed)
+    model = experiment.networks[run.network](task).train()
     optimiser = torch.optim.AdamW(model.parameters(), lr=rate)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, rate, total_steps=steps)
-    for _ in range(steps):
-        x, y, _ = draw(batch, generator)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, rate, total_steps=run.steps)
+    for _ in range(run.steps):
+        x, y, _ = draw(batch, False)
         loss = F.cross_entropy(model(x), y, ignore_index=IGNORED)
         optimiser.zero_grad()
         loss.backward()
@@ -215,100 +265,138 @@ def learn(head: str, seed: int, steps: int, batch: int = 16, rate: float = 0.003
         schedule.step()
     model.eval()
     with torch.no_grad():
-        found = torch.cat([model(x).argmax(1) for x in images.split(batch)])
-    reached = share_reached(HEADS[head].stages, classes, keys)
-    return Row(
-        head,
-        seed,
-        steps,
-        parameters(model),
-        reached=round(reached, 4),
-        ceiling=round(reached + (1 - reached) / len(COLOURS), 4),
-        accuracy=round(float((found == classes)[classes != IGNORED].float().mean()), 4),
-        seconds=round(time.perf_counter() - start, 1),
-    )
+        found = torch.cat([model(x).argmax(1) for x in test.images.split(batch)])
+    reached = ceiling = None
+    if test.evidence is not None:
+        reached = round(share_reached(HEADS[run.network].stages, test.classes, test.evidence), 4)
+        ceiling = round(reached + (1 - reached) / task.classes, 4)
+    accuracy = round(float((found == test.classes)[test.classes != IGNORED].float().mean()), 4)
+    seconds = round(time.perf_counter() - start, 1)
+    return Row(*run, parameters(model), reached, ceiling, accuracy, seconds)
 
 
-def learn_all(runs: Sequence[tuple[str, int, int]], workers: int) -> Iterator[Row]:
-    """`learn` for every (head, seed, steps), in so many processes of one thread each: networks this small fill one."""
+def learn_all(runs: Sequence[Run], workers: int) -> Iterator[Row]:
+    """`learn` every run, in so many processes of one thread each: networks this small fill one."""
     if workers == 1:
-        yield from starmap(learn, runs)
+        yield from map(learn, runs)
         return
     pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,))
     with pool:
-        yield from pool.map(learn, *zip(*runs, strict=True))
+        yield from pool.map(learn, runs)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--out", type=Path, default=Path("out"), metavar="DIR", help="folder of the results (default: out)")
-    add("--heads", nargs="+", choices=HEADS, metavar="NAME", help=f"of {', '.join(HEADS)} (default: all)")
-    add("--seeds", type=positive, metavar="N", help="runs of every head (default: 3; 1 with --quick)")
-    add("--steps", type=positive, default=400, help="training steps of a run (default: 400)")
+    add("--experiments", nargs="+", choices=EXPERIMENTS, default=list(EXPERIMENTS), help="default: all")
+    names = list(dict.fromkeys(name for experiment in EXPERIMENTS.values() for name in experiment.networks))
+    add("--networks", nargs="+", choices=names, metavar="NAME", help=f"of {', '.join(names)} (default: all)")
+    add("--seeds", type=positive, metavar="N", help="runs of every network (default: 3; 1 with --quick)")
+    steps = ", ".join(f"{experiment.steps} of {name}" for name, experiment in EXPERIMENTS.items())
+    add("--steps", type=positive, help=f"training steps of a run (default: {steps})")
     add("--workers", type=positive, default=os.cpu_count(), metavar="N", help="processes (default: one a core)")
-    add("--quick", action="store_true", help=f"one seed of {', '.join(QUICK)} unless told otherwise")
+    add("--quick", action="store_true", help="one seed of a few networks unless told otherwise")
+
+
+def plan(args: argparse.Namespace) -> list[Run]:
+    """What the arguments ask for, seed by seed.
+
+    Raises:
+        argparse.ArgumentError: nothing, or what needs a package that is missing.
+    """
+    runs = []
+    for seed in range(args.seeds or (1 if args.quick else 3)):
+        for name in dict.fromkeys(args.experiments):
+            experiment = EXPERIMENTS[name]
+            asked = args.networks or (experiment.quick if args.quick else experiment.networks)
+            steps = args.steps or experiment.steps
+            runs += [Run(name, network, seed, steps) for network in experiment.networks if network in asked]
+    if not runs:
+        chosen = ", ".join(args.experiments)
+        raise argparse.ArgumentError(None, f"--networks: none of {', '.join(args.networks)} takes part in {chosen}")
+    if any(EXPERIMENTS[run.experiment].task == "mosaics" for run in runs) and not find_spec("sklearn"):
+        message = (
+            "the digits are scikit-learn's, which is missing: pip install scikit-learn, or ask for --experiments keys"
+        )
+        raise argparse.ArgumentError(None, message)
+    return runs
 
 
 def run(args: argparse.Namespace) -> None:
     console = Console()
     console.width = max(console.width, 90)  # rather wrapped by the terminal than cut off
-    names = args.heads or (QUICK if args.quick else tuple(HEADS))
-    seeds = range(args.seeds or (1 if args.quick else 3))
-    runs = [(name, seed, args.steps) for seed, name in product(seeds, dict.fromkeys(names))]
     rows: list[Row] = []
     path = args.out / "accuracy.csv"
-    for row in learn_all(runs, args.workers):
+    for row in learn_all(plan(args), args.workers):
         rows.append(row)
-        console.print(f"seed {row.seed}, {row.head}: {row.accuracy:.3f} in {row.seconds:.0f} s", highlight=False)
+        said = f"seed {row.seed}, {row.experiment}, {row.network}: {row.accuracy:.3f} in {row.seconds:.0f} s"
+        console.print(said, highlight=False)
         write_whole(path, tuple(Row.__dataclass_fields__), (tuple(asdict(row).values()) for row in rows))
-    console.print(table(rows))
+    for name in dict.fromkeys(row.experiment for row in rows):
+        console.print(table([row for row in rows if row.experiment == name]))
     written = [path]
-    for name, (title, heads) in QUESTIONS.items():
-        if asked := [row for head in heads for row in rows if row.head == head]:
+    for name, (title, experiment, networks) in QUESTIONS.items():
+        if asked := [
+            row for network in networks for row in rows if (row.experiment, row.network) == (experiment, network)
+        ]:
             written.append(args.out / f"accuracy_{name}.png")
             plot(asked, title, written[-1])
     console.print("Wrote", *written, sep="\n  ", highlight=False)
 
 
+def chance(experiment: str) -> float:
+    """The accuracy of a guess."""
+    return 1 / TASKS[EXPERIMENTS[experiment].task].classes
+
+
 def table(rows: Sequence[Row]) -> Table:
-    """A line a head: mean accuracy and spread (standard deviation) over the seeds, beside its ceiling."""
-    title = f"Accuracy after {rows[0].steps} steps; a guess is right in 1 of {len(COLOURS)}"
+    """A line a network: mean accuracy and spread (standard deviation) over the seeds, beside its ceiling."""
+    name = rows[0].experiment
+    title = f"{name}: accuracy after {rows[0].steps} steps; a guess is right in 1 of {round(1 / chance(name))}"
     result = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    for column in ("head", "parameters", "reached", "ceiling", "accuracy", "spread", "seeds", "s a run"):
-        result.add_column(column, justify="left" if column == "head" else "right", no_wrap=True)
-    for head in dict.fromkeys(row.head for row in rows):
-        runs = [row for row in rows if row.head == head]
+    for column in ("network", "parameters", "reached", "ceiling", "accuracy", "spread", "seeds", "s a run"):
+        result.add_column(column, justify="left" if column == "network" else "right", no_wrap=True)
+    for network in dict.fromkeys(row.network for row in rows):
+        runs = [row for row in rows if row.network == network]
         accuracies = [row.accuracy for row in runs]
         result.add_row(
-            head,
+            network,
             f"{runs[0].parameters:,}",
-            f"{statistics.mean(row.reached for row in runs):.2f}",
-            f"{statistics.mean(row.ceiling for row in runs):.3f}",
-            f"{statistics.mean(accuracies):.3f}",
+            mean("{:.2f}", [row.reached for row in runs]),
+            mean("{:.3f}", [row.ceiling for row in runs]),
+            mean("{:.3f}", accuracies),
             f"{statistics.stdev(accuracies):.3f}" if len(runs) > 1 else "-",
             str(len(runs)),
-            f"{statistics.mean(row.seconds for row in runs):.0f}",
+            mean("{:.0f}", [row.seconds for row in runs]),
         )
     return result
 
 
+def mean(form: str, values: Sequence[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    return form.format(statistics.mean(known)) if known else "-"
+
+
 def plot(rows: Sequence[Row], title: str, path: Path) -> None:
-    """Draw a head a line: a dot for every seed, a bar to their mean, and a mark at the ceiling."""
-    heads = list(dict.fromkeys(row.head for row in rows))
-    figure, axes = plt.subplots(figsize=(8, 1.4 + 0.42 * len(heads)), layout="constrained")
-    for head in heads:
-        runs = [row for row in rows if row.head == head]
-        first, accuracies = head == heads[0], [row.accuracy for row in runs]
-        axes.barh(head, statistics.mean(accuracies), color="#0072B2" if head.startswith("ISA") else "0.75", height=0.6)
-        axes.plot(accuracies, [head] * len(runs), "o", color="black", markersize=4, label="a seed" if first else None)
-        ceiling = statistics.mean(row.ceiling for row in runs)
-        label = "ceiling: what the head's reach allows" if first else None
-        axes.plot([ceiling], [head], "|", color="#D55E00", markersize=20, markeredgewidth=2.5, label=label)
-    axes.axvline(1 / len(COLOURS), color="0.4", linewidth=1, linestyle=(0, (2, 2)), label="a guess")
+    """Draw a network a line: a dot for every seed, a bar to their mean, and a mark at the ceiling."""
+    networks = list(dict.fromkeys(row.network for row in rows))
+    figure, axes = plt.subplots(figsize=(8, 1.4 + 0.42 * len(networks)), layout="constrained")
+    for network in networks:
+        runs = [row for row in rows if row.network == network]
+        accuracies, ceilings = [row.accuracy for row in runs], [row.ceiling for row in runs if row.ceiling is not None]
+        colour = "#0072B2" if network.startswith("ISA") else "0.75"
+        axes.barh(network, statistics.mean(accuracies), color=colour, height=0.6)
+        axes.plot(accuracies, [network] * len(runs), "o", color="black", markersize=4, label="a seed")
+        if ceilings:
+            style = {"color": "#D55E00", "markersize": 20, "markeredgewidth": 2.5}
+            label = "ceiling: what the head's reach allows"
+            axes.plot([statistics.mean(ceilings)], [network], "|", label=label, **style)
+    axes.axvline(chance(rows[0].experiment), color="0.4", linewidth=1, linestyle=(0, (2, 2)), label="a guess")
     axes.invert_yaxis()
-    axes.set(xlim=(0, 1.02), xlabel="accuracy on the rectangles' pixels")
+    axes.set(xlim=(0, 1.02), xlabel="accuracy on images that no training has seen")
     figure.suptitle(title, fontsize=12)
-    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))  # one of each kind
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
