@@ -26,6 +26,15 @@ Weights = dict[str, Any]
 Theirs = Callable[["Published", Tensor], Tensor]
 
 
+class BatchNorm(nn.BatchNorm2d):
+    """On NCHW maps: PyTorch sums those that are channels_last in fp32 on a CPU, 20,000 pixels with an error of 1e-5,
+    and later layers amplify it.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.contiguous())
+
+
 @dataclass
 class Published:
     """A layer of some layout, as arithmetic on the tensors of its checkpoint; training updates the statistics."""
@@ -42,6 +51,7 @@ class Published:
         """Batch normalisation and the activation behind it."""
         parts = ("running_mean", "running_var", "weight", "bias")
         mean, variance, scale, shift = (self.weights[f"{name}.{part}"] for part in parts)
+        x = x.contiguous()  # see BatchNorm
         if self.abn:
             x = F.batch_norm(x, mean, variance, scale.abs() + ABN_EPS, shift, self.training)
             return F.leaky_relu(x, 0.01)
@@ -70,16 +80,19 @@ def attended(attention: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor) 
 def assert_same(
     ours: nn.Module, convert: Callable[[Weights], Weights], theirs: Theirs, net: Published, x: Tensor
 ) -> None:
-    """Equal to 1e-5 in fp32 in evaluation, and to 1e-11 in fp64 in training.
-
-    Batches whose contexts hardly differ are divided by their small deviation, and rounding with them: in fp32 either
-    side is up to 1e-3 away from its own result in fp64.
+    """Equal to 1e-11 in fp64, and in fp32 to 1e-5 and twice their error in training, where rounding is amplified:
+    batches whose contexts hardly differ are divided by their small deviation.
     """
-    dtype, tolerance = (torch.float64, 1e-11) if net.training else (torch.float32, 1e-5)
-    weights = {name: tensor.to(dtype) for name, tensor in net.weights.items()}
-    ours.to(dtype).load_state_dict(convert(weights))
-    actual, expected = ours.train(net.training)(x.to(dtype)), theirs(replace(net, weights=weights), x.to(dtype))
-    assert relative_error(actual, expected) < tolerance
+
+    def both(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        weights = {name: tensor.to(dtype, copy=True) for name, tensor in net.weights.items()}
+        ours.to(dtype).load_state_dict(convert(weights))
+        return ours.train(net.training)(x.to(dtype)), theirs(replace(net, weights=weights), x.to(dtype))
+
+    (actual, expected), (actual_64, expected_64) = both(torch.float32), both(torch.float64)
+    assert relative_error(actual_64, expected_64) < 1e-11
+    allowed = 1e-5 + (2 * relative_error(expected.double(), expected_64) if net.training else 0)
+    assert relative_error(actual.double(), expected_64) < allowed
 
 
 # -- the authors' layout -----------------------------------------------------------------------------------------------
@@ -170,7 +183,7 @@ def activation(abn: bool) -> dict[str, Any]:
 @pytest.mark.parametrize("ps", [[P], [P, (2, 3)]], ids=["one", "two"])
 def test_the_authors_module(size: tuple[int, int], training: bool, abn: bool, ps: list[tuple[int, int]]) -> None:
     weights = openseg_weights((C, K, V, O), len(ps), abn)
-    module = ISAModule(C, K, V, O, partition_sizes=ps, dropout=0.0, **activation(abn))
+    module = ISAModule(C, K, V, O, partition_sizes=ps, dropout=0.0, norm_layer=BatchNorm, **activation(abn))
     convert = partial(from_openseg, inplace_abn=abn)
     theirs = partial(openseg_module, prefix="net.", ps=ps)
     net = Published({f"net.{name}": x for name, x in weights.items()}, training, abn)
@@ -182,7 +195,9 @@ def test_the_authors_module(size: tuple[int, int], training: bool, abn: bool, ps
 @pytest.mark.parametrize("abn", [False, True])
 def test_the_authors_network(size: tuple[int, int], training: bool, abn: bool) -> None:
     net, convert = Published(openseg_network(1, abn), training, abn), partial(from_openseg, inplace_abn=abn)
-    head = ISAHead(BACKBONE, HEAD, CLASSES, key_channels=K, partition_size=P, dropout=0.0, **activation(abn))
+    head = ISAHead(
+        BACKBONE, HEAD, CLASSES, key_channels=K, partition_size=P, dropout=0.0, norm_layer=BatchNorm, **activation(abn)
+    )
     assert_same(
         head, convert, partial(openseg_head, ps=[P]), net, torch.randn(1 if size == (97, 97) else 2, BACKBONE, *size)
     )
@@ -190,7 +205,7 @@ def test_the_authors_network(size: tuple[int, int], training: bool, abn: bool) -
 
 def test_the_authors_network_with_several_down_factors_and_without_a_bias() -> None:
     net, ps = Published(openseg_network(branches=2, bias=False)), [P, (2, 3)]
-    head = ISAHead(BACKBONE, HEAD, CLASSES, key_channels=K, partition_size=ps, dropout=0.0)
+    head = ISAHead(BACKBONE, HEAD, CLASSES, key_channels=K, partition_size=ps, dropout=0.0, norm_layer=BatchNorm)
     assert_same(head, from_openseg, partial(openseg_head, ps=ps), net, torch.randn(1, BACKBONE, 9, 13))
 
 
@@ -250,7 +265,7 @@ def as_published(weights: Weights, layout: str) -> Weights:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_other_peoples_heads(size: tuple[int, int], training: bool, layout: str) -> None:
     *names, _, convert = LAYOUTS[layout]
-    head = ISAHead(BACKBONE, HEAD, CLASSES, key_channels=K, partition_size=P, dropout=0.0)
+    head = ISAHead(BACKBONE, HEAD, CLASSES, key_channels=K, partition_size=P, dropout=0.0, norm_layer=BatchNorm)
     theirs = partial(published_head, conv=names[0], norm=names[1], classifier=names[2])
     net = Published(head_weights(*names), training)
     assert_same(

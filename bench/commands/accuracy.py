@@ -238,12 +238,12 @@ class Row:
     reached: float | None  # share of pixels, where it is known what decides
     ceiling: float | None  # of accuracy
     accuracy: float
-    seconds: float
+    cpu_seconds: float
 
 
 def learn(run: Run, batch: int = 16, rate: float = 0.003, tested: int = 256) -> Row:
     """Train a network from scratch and test it."""
-    start = time.perf_counter()
+    start = time.process_time()
     experiment = EXPERIMENTS[run.experiment]
     task, generator = TASKS[experiment.task], Generator().manual_seed(run.seed)
 
@@ -271,7 +271,7 @@ def learn(run: Run, batch: int = 16, rate: float = 0.003, tested: int = 256) -> 
         reached = round(share_reached(HEADS[run.network].stages, test.classes, test.evidence), 4)
         ceiling = round(reached + (1 - reached) / task.classes, 4)
     accuracy = round(float((found == test.classes)[test.classes != IGNORED].float().mean()), 4)
-    seconds = round(time.perf_counter() - start, 1)
+    seconds = round(time.process_time() - start, 1)
     return Row(*run, parameters(model), reached, ceiling, accuracy, seconds)
 
 
@@ -329,7 +329,7 @@ def run(args: argparse.Namespace) -> None:
     path = args.out / "accuracy.csv"
     for row in learn_all(plan(args), args.workers):
         rows.append(row)
-        said = f"seed {row.seed}, {row.experiment}, {row.network}: {row.accuracy:.3f} in {row.seconds:.0f} s"
+        said = f"seed {row.seed}, {row.experiment}, {row.network}: {row.accuracy:.3f} in {row.cpu_seconds:.0f} CPU s"
         console.print(said, highlight=False)
         write_whole(path, tuple(Row.__dataclass_fields__), (tuple(asdict(row).values()) for row in rows))
     for name in dict.fromkeys(row.experiment for row in rows):
@@ -354,7 +354,7 @@ def table(rows: Sequence[Row]) -> Table:
     name = rows[0].experiment
     title = f"{name}: accuracy after {rows[0].steps} steps; a guess is right in 1 of {round(1 / chance(name))}"
     result = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    for column in ("network", "parameters", "reached", "ceiling", "accuracy", "spread", "seeds", "s a run"):
+    for column in ("network", "parameters", "reached", "ceiling", "accuracy", "spread", "seeds", "CPU s a run"):
         result.add_column(column, justify="left" if column == "network" else "right", no_wrap=True)
     for network in dict.fromkeys(row.network for row in rows):
         runs = [row for row in rows if row.network == network]
@@ -367,7 +367,7 @@ def table(rows: Sequence[Row]) -> Table:
             mean("{:.3f}", accuracies),
             f"{statistics.stdev(accuracies):.3f}" if len(runs) > 1 else "-",
             str(len(runs)),
-            mean("{:.0f}", [row.seconds for row in runs]),
+            mean("{:.0f}", [row.cpu_seconds for row in runs]),
         )
     return result
 
