@@ -121,7 +121,7 @@ class Head:
 HEADS = {
     "none": Head(nn.Identity, ()),
     "NL": Head(partial(opponents.FusedNonLocal, CHANNELS), (everywhere,)),
-    "SA": Head(partial(reference.SA, CHANNELS, KEYS, CHANNELS, CHANNELS, dropout=0.0), (everywhere,)),
+    "SA": Head(partial(opponents.FusedSA, CHANNELS, KEYS, CHANNELS, CHANNELS, dropout=0.0), (everywhere,)),
     "RCCA": Head(partial(opponents.FusedRCCA, CHANNELS), (criss_cross, criss_cross)),
     "CGNL": Head(partial(reference.CGNL, CHANNELS), (everywhere,)),
     "dense": Head(partial(Beside, "dense"), (everywhere,)),
@@ -185,7 +185,7 @@ def with_heads(*names: str) -> dict[str, Build]:
 
 EXPERIMENTS = {
     "keys": Experiment("keys", with_heads(*HEADS), ("none", "dense", "ISA", "long", "short"), 400),
-    "mosaics": Experiment("mosaics", with_heads("none", "SA", "dense", "ISA", "long", "short"), ("none", "ISA"), 200),
+    "mosaics": Experiment("mosaics", with_heads("none", "dense", "ISA", "long", "short"), ("none", "ISA"), 200),
     "blocks": Experiment(
         "mosaics",
         {
