@@ -1,6 +1,7 @@
-"""Who is measured: a registry of implementations, each at attention level and at module level.
+"""Who is measured: a registry of implementations, at attention level, at module level, and as segmentation heads.
 
-A provider is a name, a way to draw it, and two small builders; a new one is one more entry at the end of this file.
+A provider is a name, a way to draw it, and up to three small builders; a new one is one more entry at the end of this
+file.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import reference
-from bench import opponents, peers
+from bench import heads, opponents, peers
 from bench.workload import Workload
-from isa_triton import InterlacedSparseSelfAttention, Partition, fused, partitioned_attention
+from isa_triton import InterlacedSparseSelfAttention, ISAHead, Partition, fused, partitioned_attention
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -28,7 +29,8 @@ class Provider:
     """One implementation, how the plots draw it, and what makes its two forms from a workload.
 
     `attention` builds a function of q, k [B, H, W, 1, K] and v [B, H, W, 1, V] that returns the context, laid out as v;
-    `module` builds a module from x [B, C, H, W] to [B, C, H, W]. What has only one of the two leaves the other out.
+    `module` builds a module from x [B, C, H, W] to [B, C, H, W], `head` one from [B, 4 C, H, W] to [B, C, H, W]. What
+    has no form at a level leaves it out.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Provider:
     line: str
     attention: Callable[[Workload], Attend] | None = None
     module: Callable[[Workload], nn.Module] | None = None
+    head: Callable[[Workload], nn.Module] | None = None
     kernels: bool = False  # made for GPUs alone: counted anywhere, run and timed there
     package: str = "torch"  # that has to be installed
     compiles: bool = False  # on a first call, which is not timed
@@ -47,7 +50,7 @@ class Provider:
         """Why there is nothing to count or to run for a workload, or None."""
         if not find_spec(self.package):
             return f"needs {self.package}, which is not installed (pip install {self.package})"
-        if (self.attention if workload.level == "attention" else self.module) is None:
+        if getattr(self, workload.level) is None:
             return f"has no form of its own at {workload.level} level"
         return self.refuses(workload)
 
@@ -66,9 +69,10 @@ class Provider:
         if workload.level == "attention":
             assert self.attention is not None
             return self.attention(workload)
-        assert self.module is not None
+        make = self.module if workload.level == "module" else self.head
+        assert make is not None
         with _defaults(device, workload.dtype):  # Module.to cannot move parameters that a counter follows
-            return self.module(workload).train(workload.training)
+            return make(workload).train(workload.training)
 
 
 @contextmanager
@@ -124,6 +128,18 @@ def _padding(workload: Workload) -> tuple[int, int, int, int]:
     return pad_h // 2, pad_h - pad_h // 2, pad_w // 2, pad_w - pad_w // 2
 
 
+class UnfusedModule(nn.Module):
+    """The block beside its input, through conv1x1 + BN + ReLU and dropout: the paper's ISA module."""
+
+    def __init__(self, workload: Workload) -> None:
+        super().__init__()
+        self.block = UnfusedBlock(workload)
+        self.fuse, self.dropout = reference.ConvNormReLU(2 * workload.channels, workload.channels), nn.Dropout2d(0.05)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.fuse(torch.cat([x, self.block(x)], 1)))
+
+
 def dense_stage(workload: Workload, stage: type[reference.SelfAttention] = reference.SelfAttention) -> nn.Module:
     """The authors' self-attention block over all pixels of its input, C -> C channels."""
     return stage(workload.channels, workload.key_channels, workload.value_channels, workload.channels, "dense")
@@ -148,6 +164,28 @@ def isa_module(workload: Workload, backend: str = "auto") -> nn.Module:
     return InterlacedSparseSelfAttention(
         *widths, partition_size=workload.partition_size, padding="zeros", backend=backend
     )
+
+
+def isa_head(workload: Workload) -> nn.Module:
+    """Ours before its classifier, with the published order of things."""
+    head = ISAHead(
+        workload.in_channels,
+        workload.channels,
+        num_classes=1,
+        key_channels=workload.key_channels,
+        partition_size=workload.partition_size,
+    )
+    return nn.Sequential(head.reduce, head.isa)
+
+
+def behind_conv(block: Callable[[Workload], nn.Module]) -> Callable[[Workload], nn.Module]:
+    """conv3x3 + BN + ReLU to C channels, and the block."""
+    return lambda workload: heads.behind_conv(lambda _: block(workload))(workload.in_channels, workload.channels)
+
+
+def base_oc(workload: Workload, module: type[reference.SA] = reference.SA) -> nn.Module:
+    """The authors' dense baseline: values as wide as keys, fused with its input."""
+    return module(workload.channels, workload.key_channels, workload.key_channels, workload.channels)
 
 
 def cgnl_attention(expand: Callable[[Tensor], Tensor] = lambda x: x) -> Callable[[Workload], Attend]:
@@ -193,6 +231,7 @@ PROVIDERS = {
             line="-",
             attention=lambda workload: reference.dense_attention,
             module=dense_stage,
+            head=behind_conv(base_oc),
         ),
         Provider(
             name="dense-sdpa",
@@ -202,6 +241,7 @@ PROVIDERS = {
             line="--",
             attention=lambda workload: opponents.fused_attention,
             module=lambda workload: dense_stage(workload, opponents.FusedSelfAttention),
+            head=behind_conv(partial(base_oc, module=opponents.FusedSA)),
         ),
         Provider(
             name="nonlocal",
@@ -229,9 +269,7 @@ PROVIDERS = {
             colour="#5E3C08",
             marker="h",
             line="-.",
-            module=lambda workload: reference.SA(
-                workload.channels, workload.key_channels, workload.key_channels, workload.channels
-            ),
+            module=base_oc,
         ),
         Provider(
             name="rcca",
@@ -241,6 +279,7 @@ PROVIDERS = {
             line=":",
             attention=criss_cross_twice(reference.criss_cross_attention),
             module=lambda workload: reference.RCCA(workload.channels),
+            head=lambda workload: reference.RCCAHead(workload.in_channels, workload.channels),
             refuses=multiples_of(8),
         ),
         Provider(
@@ -262,6 +301,7 @@ PROVIDERS = {
             line="-.",
             attention=cgnl_attention(),
             module=lambda workload: reference.CGNL(workload.channels),
+            head=behind_conv(lambda workload: reference.CGNL(workload.channels)),
             refuses=multiples_of(16),
         ),
         Provider(
@@ -281,6 +321,7 @@ PROVIDERS = {
             marker="<",
             line="-.",
             module=lambda workload: opponents.SingleMapPPM(workload.channels, workload.channels),
+            head=lambda workload: opponents.SingleMapPPM(workload.in_channels, workload.channels),
             refuses=multiples_of(4),
         ),
         Provider(
@@ -330,6 +371,7 @@ PROVIDERS = {
             line="-.",
             attention=unfused_attention,
             module=UnfusedBlock,
+            head=behind_conv(UnfusedModule),
         ),
         Provider(
             name="isa",
@@ -339,6 +381,7 @@ PROVIDERS = {
             line="-",
             attention=isa_attention,
             module=isa_module,
+            head=isa_head,
         ),
         Provider(
             name="isa-triton",

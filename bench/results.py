@@ -226,6 +226,8 @@ _TITLES: dict[tuple[Level, Pass], str] = {
     ("attention", "training"): "attention alone, forward + backward",
     ("module", "forward"): "whole block with its projections, forward",
     ("module", "training"): "whole block, forward + backward",
+    ("head", "forward"): "whole segmentation head, forward",
+    ("head", "training"): "whole segmentation head, forward + backward",
 }
 
 

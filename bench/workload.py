@@ -8,9 +8,10 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-Level = Literal["attention", "module"]
+Level = Literal["attention", "module", "head"]
 Pass = Literal["forward", "training"]
 LEVELS: tuple[Level, ...] = get_args(Level)
+BLOCK_LEVELS: tuple[Level, ...] = ("attention", "module")  # what all share in a head is not in it
 PASSES: tuple[Pass, ...] = get_args(Pass)
 
 
@@ -18,7 +19,8 @@ PASSES: tuple[Pass, ...] = get_args(Pass)
 class Workload:
     """One attention problem on a map of height x width pixels.
 
-    Level "attention" is q, k, v -> context; level "module" is the whole block with its projections, C -> C channels.
+    Level "attention" is q, k, v -> context; level "module" is the whole block with its projections, C -> C channels;
+    level "head" is the segmentation head as published, from a backbone's map of 4 C channels to its context of C.
     Pass "forward" is inference (no autograd, BN in evaluation); pass "training" is forward plus backward with respect
     to every input and parameter.
     """
@@ -42,22 +44,28 @@ class Workload:
     def training(self) -> bool:
         return self.pass_ == "training"
 
+    @property
+    def in_channels(self) -> int:
+        """Width of a module's or a head's input."""
+        return 4 * self.channels if self.level == "head" else self.channels
+
     def inputs(self, device: str | torch.device = "cpu") -> tuple[Tensor, ...]:
-        """Attention: q, k [B, H, W, 1, K] and v [B, H, W, 1, V]; module: x [B, C, H, W]. Normal entries, fixed seed."""
+        """Normal entries from a fixed seed: q, k [B, H, W, 1, K] and v [B, H, W, 1, V], or x [B, C or 4 C, H, W]."""
         here = (self.batch, self.height, self.width, 1)
         widths = (self.key_channels, self.key_channels, self.value_channels)
         attention: list[tuple[int, ...]] = [(*here, width) for width in widths]
-        tensors = self._normal(attention if self.level == "attention" else [self._map], device, seed=0)
+        tensors = self._normal(
+            attention if self.level == "attention" else [self._map(self.in_channels)], device, seed=0
+        )
         return tuple(tensor.requires_grad_(self.training) for tensor in tensors)
 
     def upstream(self, device: str | torch.device = "cpu") -> Tensor:
         """The gradient that arrives at the output; a dense one, since that of sum() is expanded and too cheap."""
         shape = (self.batch, self.height, self.width, 1, self.value_channels)
-        return self._normal([shape if self.level == "attention" else self._map], device, seed=1)[0]
+        return self._normal([shape if self.level == "attention" else self._map(self.channels)], device, seed=1)[0]
 
-    @property
-    def _map(self) -> tuple[int, ...]:
-        return self.batch, self.channels, self.height, self.width
+    def _map(self, channels: int) -> tuple[int, ...]:
+        return self.batch, channels, self.height, self.width
 
     def _normal(self, shapes: list[tuple[int, ...]], device: str | torch.device, seed: int) -> list[Tensor]:
         generator = torch.Generator(device).manual_seed(seed)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import csv
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 
 import reference
+from bench import measure
 from bench.commands.paper import (
     AUTHORS,
     CHANNELS,
@@ -20,8 +22,12 @@ from bench.commands.paper import (
     parameters,
     run,
 )
+from bench.providers import PROVIDERS
+from bench.workload import Workload
 from tests.cases import relative_error
 
+# Who is timed as a whole head, and what it is in the paper's table
+PROVIDED = {"isa": "ISA", "unfused": "ISA", "dense": "SA", "dense-sdpa": "SA", "rcca": "RCCA", "ppm": "PPM"}
 # GFLOPs that the script leaves for the modules without the 3x3 convolution before them
 ALONE = {"SA": (85.9, 110.4, 309.3, 1168.3, 4535.6), "ISA": (36.8, 43.4, 76.8, 166.5, 384.6)}
 
@@ -86,3 +92,12 @@ def test_heads_compute_a_map() -> None:
         assert head(x).shape == (2, 16, 9, 11)
         single = torch.cat([head.eval()(x[i : i + 1]) for i in range(2)])
         assert relative_error(single, head(x)) < 1e-5
+
+
+@pytest.mark.parametrize(("provider", "module"), PROVIDED.items())
+def test_the_heads_that_are_timed_are_those_of_the_paper(provider: str, module: str) -> None:
+    workload = Workload("head", "forward", 24, 40)
+    flops, _ = measure.count(partial(measure.step, PROVIDERS[provider], workload))
+    assert flops == pytest.approx(count(HEADS[module], 24, 40).exact, rel=2e-3)
+    with torch.device("meta"):
+        assert parameters(PROVIDERS[provider].build(workload, "meta")) == parameters(HEADS[module]())

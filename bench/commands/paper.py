@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bench import measure
-from bench.arguments import positive
 from bench.heads import CONTEXTS
 from bench.results import format_size, write_whole
 
@@ -39,12 +38,8 @@ AUTHORS = {
     "PPM": (309.3, 355.3, 618.6, 1237.1, 2474.0),
     "ASPP": (245.9, 282.4, 491.8, 983.6, 1967.2),
 }
-
-
-HEADS: dict[str, Callable[[], nn.Module]] = {
-    name: partial(CONTEXTS[name], CHANNELS, 512)
-    for name in AUTHORS  # before their classifiers
-}
+# Before their classifiers.
+HEADS: dict[str, Callable[[], nn.Module]] = {name: partial(CONTEXTS[name], CHANNELS, 512) for name in AUTHORS}
 # What exact counting has and the script has not: the second convolutions of key and query, convolutions of padded
 # pixels, and (less) biases.
 BEYOND = ("second", "padding", "biases")
@@ -95,9 +90,6 @@ def parameters(module: nn.Module) -> int:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--out", type=Path, default=Path("out"), metavar="DIR", help="folder of paper.csv (default: out)")
-    add("--time", action="store_true", help="also time the heads, fused, on this CPU, forward: paper_seconds.csv")
-    add("--rounds", type=positive, default=3, help="at most so many timed calls of each (default: 3)")
-    add("--longest-call", type=float, default=12.0, metavar="S", help="do not time what takes longer (default: 12)")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -131,31 +123,3 @@ def run(args: argparse.Namespace) -> None:
         console.print(f"  {name} without its 3x3 convolution {parameters(block):,}", highlight=False)
     write_whole(args.out / "paper.csv", COLUMNS, lines)
     console.print(f"Wrote {args.out / 'paper.csv'}", highlight=False)
-    if args.time:
-        path = args.out / "paper_seconds.csv"
-        write_whole(path, ("module", "height", "width", "seconds"), seconds(args, counts, console))
-        console.print(f"Wrote {path}", highlight=False)
-
-
-def seconds(
-    args: argparse.Namespace, counts: dict[tuple[str, tuple[int, int]], Counted], console: Console
-) -> Iterator[tuple[object, ...]]:
-    """Median forward seconds of the heads on each map, where all that fit are called in turns."""
-    rate = measure.matmul_rate(torch.float32)
-    modules = {name: head().eval() for name, head in HEADS.items()}
-    for map_ in MAPS:
-        predicted = {name: counts[name, map_].exact / rate for name in HEADS}
-        for name, time in predicted.items():
-            if time > args.longest_call:
-                console.print(f"{format_size(map_)} {name}: would take about {time:.0f} s", highlight=False)
-        fitting = [name for name, time in predicted.items() if time <= args.longest_call]
-        x = torch.ones(1, CHANNELS, *map_) if fitting else torch.empty(0)
-        steps = {name: step(modules[name], x) for name in fitting}
-        for name, time in measure.seconds(steps, rounds=args.rounds, budget=args.longest_call).items():
-            console.print(f"{format_size(map_)} {name}: {time:.2f} s", highlight=False)
-            yield name, *map_, round(time, 4)
-
-
-def step(module: nn.Module, x: Tensor) -> measure.Step:
-    """One call of a head."""
-    return torch.no_grad()(lambda: (module(x),))

@@ -23,7 +23,7 @@ from bench import survey
 from bench.arguments import check_partition_size, size
 from bench.providers import Attend, Provider
 from bench.results import QUANTITIES, Quantity, Row, format_size, short
-from bench.workload import LEVELS, PASSES, Level, Workload, closed_form_flops
+from bench.workload import BLOCK_LEVELS, PASSES, Level, Workload, closed_form_flops
 from isa_triton import InterlacedSparseSelfAttention, ISAModule, Partition, SelfAttention2d, partitioned_attention
 
 HELP = "cost against the partition size, the order and parallel sizes: partitions.csv, partition_sizes_*.png"
@@ -115,7 +115,7 @@ def run(args: argparse.Namespace) -> None:
     for window in windows:
         check_partition_size(window, args.size)
     plan: list[tuple[Workload, Sequence[Provider]]] = []
-    for level, pass_, window in product(LEVELS, args.passes, windows):
+    for level, pass_, window in product(BLOCK_LEVELS, args.passes, windows):
         modules = MODULES if level == "module" and window == args.partition_size else ()
         plan.append((survey.workload(args, level, pass_, args.size, window), STAGES + modules))
     rows = survey.conduct(args, args.out / "partitions.csv", plan)
@@ -128,7 +128,7 @@ def run(args: argparse.Namespace) -> None:
 def plot(rows: Sequence[Row], window: tuple[int, int], path: Path) -> None:
     """Draw a pass: each quantity against the partition size at both levels, and bars of the blocks at one size."""
     figure, axes = plt.subplots(3, 3, figsize=(16, 13), layout="constrained", height_ratios=(1, 1, 0.9))
-    for (i, level), (j, quantity) in product(enumerate(LEVELS), enumerate(QUANTITIES)):
+    for (i, level), (j, quantity) in product(enumerate(BLOCK_LEVELS), enumerate(QUANTITIES)):
         draw_sizes(axes[i, j], [row for row in rows if row.level == level], quantity)
         axes[i, j].set_title(f"{quantity.title}, {_TITLES[level]}", fontsize=12)
         axes[i, j].set_ylabel(quantity.unit)

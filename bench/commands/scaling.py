@@ -12,7 +12,7 @@ from bench import survey
 from bench.arguments import check_partition_size, size
 from bench.providers import COMPARED, PROVIDERS
 from bench.results import QUANTITIES, format_size, plot, summary
-from bench.workload import LEVELS, PASSES
+from bench.workload import BLOCK_LEVELS, LEVELS, PASSES
 
 HELP = "FLOPs, memory and time across resolutions: scaling.csv, flops.png, memory.png, time.png"
 SIZES = ((32, 32), (64, 64), (64, 128), (97, 97), (128, 128), (128, 256), (256, 256), (512, 512))
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="maps in pixels, 64 or 64x128, height first (default: " + " ".join(map(format_size, SIZES)) + ")",
     )
     add("--passes", nargs="+", choices=PASSES, default=list(PASSES), help="default: both")
-    add("--level", nargs="+", choices=LEVELS, default=list(LEVELS), help="default: both")
+    add("--level", nargs="+", choices=LEVELS, default=list(BLOCK_LEVELS), help="default: attention module")
     add("--partition-size", type=size, default=(8, 8), metavar="P", help="8 or 8x4, height first (default: 8)")
     survey.add_arguments(parser)
 
