@@ -33,6 +33,13 @@ class FusedSelfAttention(reference.SelfAttention):
         return fused_attention(q, k, v)
 
 
+class FusedSA(reference.SA):
+    """The ISA authors' dense baseline with torch's fused attention inside."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return fused_attention(q, k, v)
+
+
 def dense_partition_attention(q: Tensor, k: Tensor, v: Tensor, backend: str = "auto") -> Tensor:
     """Dense attention as ours over the dense partition: by the kernels, its memory is linear in the pixels."""
     return partitioned_attention(q, k, v, Partition.dense((q.shape[1], q.shape[2])), backend=backend)
@@ -75,6 +82,14 @@ class FusedRCCA(reference.RCCA):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return criss_cross_attention(q, k, v, backend=self.backend)
+
+
+class FusedRCCAHead(reference.RCCAHead):
+    """CCNet's head with our attention over rows and columns inside."""
+
+    def __init__(self, in_channels: int, channels: int) -> None:
+        super().__init__(in_channels, channels)
+        self.attention = FusedRCCA(channels)
 
 
 class SingleMap(nn.Module):

@@ -73,5 +73,8 @@ class SA(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (f(x).permute(0, 2, 3, 1).unsqueeze(3) for f in (self.query, self.key, self.value))  # [B, H, W, 1, .]
-        context = self.output(dense_attention(q, k, v).squeeze(3).permute(0, 3, 1, 2))
+        context = self.output(self.attend(q, k, v).squeeze(3).permute(0, 3, 1, 2))
         return self.dropout(self.fuse(torch.cat([context, x], 1)))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return dense_attention(q, k, v)

@@ -17,10 +17,8 @@ from bench.commands.paper import (
     MAPS,
     add_arguments,
     count,
-    isa_head,
     parameters,
     run,
-    sa_head,
 )
 from tests.cases import relative_error
 
@@ -63,19 +61,19 @@ def test_the_modules_alone_are_the_authors_too(written: dict[tuple[str, int, int
 
 def test_parameters_of_the_published_sizes(written: dict[tuple[str, int, int], dict[str, str]]) -> None:
     assert written["ISA", 128, 128]["parameters"] == "11804672"
-    assert parameters(isa_head()[1]) == 2_366_464
+    assert parameters(list(HEADS["ISA"]().children())[1]) == 2_366_464
 
 
 def test_differences_are_what_they_are_called() -> None:
     pixels, padded = 97 * 97, 104 * 104
-    isa = count(isa_head, 97, 97)
+    isa = count(HEADS["ISA"], 97, 97)
     assert isa.beyond["second"] == 2 * 2 * 2 * 256 * 256 * padded
     assert isa.beyond["padding"] == 2 * 2 * 512 * (256 + 256 + 512 + 512) * (padded - pixels)
     assert isa.beyond["biases"] == -(512 + 2 * (256 + 256 + 512 + 512) + 512) * pixels
     attention = 2 * 768 * padded * (padded // 64 + 64)
     convolutions = 2 * 512 * pixels * (9 * CHANNELS + 1024) + 2 * padded * (2 * 512 * 1536 + 4 * 256 * 256)
     assert isa.exact == attention + convolutions
-    sa = count(sa_head, 64, 128)
+    sa = count(HEADS["SA"], 64, 128)
     assert sa.beyond["padding"] == 0
     assert sa.exact == 2 * 64 * 128 * (9 * CHANNELS * 512 + 512 * (4 * 256 + 1024) + 2 * 256 * 256 + 64 * 128 * 512)
 

@@ -245,11 +245,21 @@ def test_examples_in_docstrings(name: str) -> None:
 # -- the same functions by our attention -------------------------------------------------------------------------------
 
 
+def without_dropout(head: Any) -> nn.Module:
+    head.dropout.p = 0.0
+    return head
+
+
 @pytest.mark.parametrize(
     ("fused", "plain"),
     [
         (lambda: opponents.FusedNonLocal(6), lambda: reference.NonLocal(6)),
         (lambda: opponents.FusedRCCA(16), lambda: reference.RCCA(16)),
+        (lambda: opponents.FusedSA(16, 4, 6, 8, dropout=0.0), lambda: reference.SA(16, 4, 6, 8, dropout=0.0)),
+        (
+            lambda: without_dropout(opponents.FusedRCCAHead(16, 8)),
+            lambda: without_dropout(reference.RCCAHead(16, 8)),
+        ),
     ],
 )
 @pytest.mark.parametrize("size", [(5, 7), (1, 7), (4, 1), (1, 1)], ids=str)

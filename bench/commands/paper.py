@@ -22,11 +22,10 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import reference
 from bench import measure
 from bench.arguments import positive
+from bench.heads import CONTEXTS
 from bench.results import format_size, write_whole
-from isa_triton import ISAHead
 
 HELP = "FLOPs of the paper's heads under the authors' conventions and exactly: paper.csv"
 CHANNELS = 2048
@@ -42,23 +41,9 @@ AUTHORS = {
 }
 
 
-def isa_head() -> nn.Sequential:
-    """Ours, before the classifier."""
-    head = ISAHead(CHANNELS, 512, num_classes=1)
-    return nn.Sequential(head.reduce, head.isa)
-
-
-def sa_head() -> nn.Sequential:
-    """The authors' dense baseline after the same 3x3 convolution."""
-    return nn.Sequential(reference.ConvNormReLU(CHANNELS, 512, 3), reference.SA(512, 256, 256, 512))
-
-
 HEADS: dict[str, Callable[[], nn.Module]] = {
-    "ISA": isa_head,
-    "SA": sa_head,
-    "RCCA": partial(reference.RCCAHead, CHANNELS, 512),
-    "PPM": partial(reference.PPM, CHANNELS, 512),
-    "ASPP": partial(reference.ASPP, CHANNELS, 256),
+    name: partial(CONTEXTS[name], CHANNELS, 512)
+    for name in AUTHORS  # before their classifiers
 }
 # What exact counting has and the script has not: the second convolutions of key and query, convolutions of padded
 # pixels, and (less) biases.
@@ -110,7 +95,7 @@ def parameters(module: nn.Module) -> int:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--out", type=Path, default=Path("out"), metavar="DIR", help="folder of paper.csv (default: out)")
-    add("--time", action="store_true", help="also time the heads on this CPU, forward, interleaved: paper_seconds.csv")
+    add("--time", action="store_true", help="also time the heads, fused, on this CPU, forward: paper_seconds.csv")
     add("--rounds", type=positive, default=3, help="at most so many timed calls of each (default: 3)")
     add("--longest-call", type=float, default=12.0, metavar="S", help="do not time what takes longer (default: 12)")
 
@@ -141,8 +126,9 @@ def run(args: argparse.Namespace) -> None:
     console.print("Parameters:", highlight=False)
     for name in HEADS:
         console.print(f"  {name} {counts[name, MAPS[0]].parameters:,}", highlight=False)
-    for name, head in (("ISA", isa_head), ("SA", sa_head)):
-        console.print(f"  {name} without its 3x3 convolution {parameters(head()[1]):,}", highlight=False)
+    for name in ("ISA", "SA"):
+        _, block = HEADS[name]().children()
+        console.print(f"  {name} without its 3x3 convolution {parameters(block):,}", highlight=False)
     write_whole(args.out / "paper.csv", COLUMNS, lines)
     console.print(f"Wrote {args.out / 'paper.csv'}", highlight=False)
     if args.time:
