@@ -150,13 +150,6 @@ def train(recipe: Recipe, args: argparse.Namespace, here: Processes, console: Co
         raise InputError(f"{checkpoint} was trained {difference(saved['recipe'], recipe)}: give another --out")
     state = Run(recipe, len(data.ids), here, saved)
     rows = read_log(log, state.iteration)
-    console.print(
-        f"{recipe.head} on {recipe.backbone}, {recipe.data_set} with {len(paths)} images:"
-        f" {recipe.iterations} iterations of {recipe.batch} crops of {format_size(recipe.crop)},"
-        f" learning rate {recipe.lr}, weight decay {recipe.weight_decay}"
-        + (f"; goes on after iteration {state.iteration}" if saved else ""),
-        highlight=False,
-    )
     loader = DataLoader(
         Samples(data, paths, recipe),
         batch_sampler=list(batches(state.iteration, recipe, here.rank, here.count)),
@@ -166,7 +159,14 @@ def train(recipe: Recipe, args: argparse.Namespace, here: Processes, console: Co
     )
     bar = progress(console, "iteration", "loss {task.fields[loss]:.4f}")
     task = bar.add_task("", total=recipe.iterations, completed=state.iteration, loss=math.nan)
-    with bar, signals() as asked:
+    with signals() as asked, bar:
+        console.print(
+            f"{recipe.head} on {recipe.backbone}, {recipe.data_set} with {len(paths)} images: {recipe.iterations}"
+            f" iterations of {recipe.batch} crops of {format_size(recipe.crop)}, learning rate {recipe.lr},"
+            f" weight decay {recipe.weight_decay}" + (f"; goes on after iteration {state.iteration}" if saved else ""),
+            highlight=False,
+            soft_wrap=True,
+        )
         begin = time.perf_counter()
         for images, labels in loader:
             loss = state.step(images, labels)

@@ -18,7 +18,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from bench.training import InputError
-from bench.training.recipe import IGNORED, Dice, Recipe, seed_of
+from bench.training.recipe import IGNORED, Recipe, Stream, seed_of
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet: what torchvision's weights expect
 UNKNOWN = 254  # in a table of labels: no file may hold it
@@ -261,7 +261,7 @@ class Samples(Dataset[tuple[Tensor, Tensor]]):
         epoch, place = divmod(n, len(self.paths))
         image, label = self.paths[_order(self.seed, epoch, len(self.paths))[place]]
         with torch.random.fork_rng(devices=()):
-            torch.manual_seed(seed_of(self.seed, Dice.AUGMENTATION, n))
+            torch.manual_seed(seed_of(self.seed, Stream.AUGMENTATION, n))
             x, y = self.augment(*load(image, label, self.classes))
         return x.as_subclass(Tensor), y.as_subclass(Tensor).squeeze(0)
 
@@ -269,7 +269,7 @@ class Samples(Dataset[tuple[Tensor, Tensor]]):
 @lru_cache(maxsize=4)
 def _order(seed: int, epoch: int, length: int) -> np.ndarray:
     """In which order an epoch takes the files."""
-    return np.random.default_rng(seed_of(seed, Dice.ORDER, epoch)).permutation(length)
+    return np.random.default_rng(seed_of(seed, Stream.ORDER, epoch)).permutation(length)
 
 
 def batches(first: int, recipe: Recipe, rank: int, processes: int) -> Iterable[list[int]]:

@@ -74,14 +74,14 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return total / (labels != IGNORED).sum().clamp(min=1)
 
 
-class Dice(IntEnum):
-    """What is decided by chance, each from numbers of its own."""
+class Stream(IntEnum):
+    """What chance decides, each from random numbers of its own."""
 
     ORDER = 0  # of the samples of an epoch
     AUGMENTATION = 1  # of a sample
     DROPOUT = 2  # of a process in an iteration
 
 
-def seed_of(seed: int, what: Dice, *numbers: int) -> int:
+def seed_of(seed: int, what: Stream, *numbers: int) -> int:
     """A seed for a generator that is a function of all of these, and of nothing else."""
     return int(np.random.SeedSequence((seed, what, *numbers)).generate_state(1, np.uint64)[0])

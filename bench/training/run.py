@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from bench import heads
 from bench.files import replacing
 from bench.training import InputError
-from bench.training.recipe import Dice, Recipe, seed_of
+from bench.training.recipe import Recipe, Stream, seed_of
 from isa_triton.models.segmentation import IANet, ianet
 from isa_triton.sharding import ShardedBatchNorm2d
 
@@ -122,7 +122,7 @@ class Run:
         """One iteration on this process's images [B, 3, H, W] and labels [B, H, W]; its loss."""
         for group in self.optimiser.param_groups:
             group["lr"] = self.recipe.learning_rate(self.iteration)
-        torch.manual_seed(seed_of(self.recipe.seed, Dice.DROPOUT, self.iteration, self.here.rank))
+        torch.manual_seed(seed_of(self.recipe.seed, Stream.DROPOUT, self.iteration, self.here.rank))
         images, labels = (x.to(self.here.device, non_blocking=True) for x in (images, labels))
         self.model.train()
         with autocast(self.recipe, self.here.device):
