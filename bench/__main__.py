@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from types import ModuleType
 
-from bench.commands import accuracy, inference, paper, partitions, pictures, scaling, sharding, train
+from bench.commands import accuracy, inference, paper, partitions, photograph, pictures, scaling, sharding, train
 
 COMMANDS: dict[str, ModuleType] = {
     "scaling": scaling,
@@ -15,6 +15,7 @@ COMMANDS: dict[str, ModuleType] = {
     "partitions": partitions,
     "inference": inference,
     "pictures": pictures,
+    "photograph": photograph,
     "sharding": sharding,
     "accuracy": accuracy,
     "train": train,
