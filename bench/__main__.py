@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from types import ModuleType
 
-from bench.commands import accuracy, inference, paper, partitions, pictures, scaling, sharding
+from bench.commands import accuracy, inference, paper, partitions, photograph, pictures, scaling, sharding, train
 
 COMMANDS: dict[str, ModuleType] = {
     "scaling": scaling,
@@ -15,8 +15,10 @@ COMMANDS: dict[str, ModuleType] = {
     "partitions": partitions,
     "inference": inference,
     "pictures": pictures,
+    "photograph": photograph,
     "sharding": sharding,
     "accuracy": accuracy,
+    "train": train,
 }
 if find_spec("triton"):  # what looks at kernels has nothing to look at elsewhere
     from bench.commands import check, overhead, tiles

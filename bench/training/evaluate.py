@@ -1,0 +1,97 @@
+"""Mean IoU of a network, from windows that slide over images of several scales, flipped and not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from itertools import product
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchmetrics import MetricCollection
+from torchmetrics.classification import MulticlassConfusionMatrix, MulticlassJaccardIndex
+
+from bench.training.recipe import IGNORED
+
+Network = Callable[[Tensor], Tensor]  # images [B, 3, H, W] -> logits [B, classes, H, W]
+
+
+def starts(length: int, window: int) -> list[int]:
+    """Where windows begin that cover a length in steps of 2/3 of a window; the last one ends where the length does."""
+    last = max(length - window, 0)
+    return [*range(0, last, max(1, 2 * window // 3)), last]
+
+
+def slide(network: Network, x: Tensor, window: tuple[int, int]) -> Tensor:
+    """Logits [1, classes, H, W] of an image x [1, 3, H, W]: the mean over all windows that a pixel lies in.
+
+    An image smaller than the window is padded with zeros on its right and below.
+    """
+    (H, W), (h, w) = x.shape[2:], window
+    x = F.pad(x, (0, max(0, w - W), 0, max(0, h - H)))
+    total, count = x.new_zeros(()), x.new_zeros(1, 1, *x.shape[2:])
+    for top, left in product(starts(x.shape[2], h), starts(x.shape[3], w)):
+        here = (..., slice(top, top + h), slice(left, left + w))
+        logits = network(x[here]).float()
+        if total.dim() == 0:
+            total = logits.new_zeros(1, logits.shape[1], *x.shape[2:])
+        total[here] += logits
+        count[here] += 1
+    return (total / count)[:, :, :H, :W]
+
+
+def probabilities(
+    network: Network,
+    x: Tensor,
+    window: tuple[int, int],
+    scales: Sequence[float] = (1.0,),
+    mirror: Tensor | None = None,
+) -> Tensor:
+    """Class probabilities [1, classes, H, W] of an image x [1, 3, H, W]: the mean over scales and flips.
+
+    Args:
+        network: images -> logits.
+        x: the image.
+        window: (h, w) of what the network sees at once.
+        scales: of the image's sides.
+        mirror: the class that every class becomes in a mirror, [classes]; None: the image is not flipped.
+    """
+    size, total, n = x.shape[2:], x.new_zeros(()), 0
+    for scale in scales:
+        scaled = x if scale == 1 else F.interpolate(x, [max(1, round(scale * s)) for s in size], mode="bilinear")
+        for flipped in (False,) if mirror is None else (False, True):
+            logits = slide(network, scaled.flip(3) if flipped else scaled, window)
+            if flipped:
+                logits = logits.flip(3)[:, mirror]
+            total, n = total + F.interpolate(logits, size, mode="bilinear").softmax(1), n + 1
+    return total / n
+
+
+def intersection_over_union(
+    predicted: Iterable[tuple[Tensor, Tensor]], num_classes: int, device: torch.device
+) -> tuple[list[float | None], float]:
+    """IoU of every class over all pixels of all images, and its mean over the classes that occur.
+
+    Args:
+        predicted: predictions [H, W] and labels [H, W]; under torchrun those of this process, and the result is that
+            of all.
+        num_classes: of both; pixels whose label is `IGNORED` do not count.
+        device: where they are.
+
+    Returns:
+        A value a class, None where neither predictions nor labels have it; and the mean.
+    """
+    metrics = MetricCollection(
+        {
+            "each": MulticlassJaccardIndex(num_classes, average="none", ignore_index=IGNORED),
+            "mean": MulticlassJaccardIndex(num_classes, average="macro", ignore_index=IGNORED),
+            "pixels": MulticlassConfusionMatrix(num_classes, ignore_index=IGNORED),
+        }
+    ).to(device)
+    for prediction, label in predicted:
+        metrics.update(prediction, label)
+    found = metrics.compute()
+    occurs = found["pixels"].sum(0) + found["pixels"].sum(1) > 0
+    return [iou if seen else None for iou, seen in zip(found["each"].tolist(), occurs, strict=True)], float(
+        found["mean"]
+    )

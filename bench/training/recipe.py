@@ -1,0 +1,87 @@
+"""What is trained and how: with the data it says everything about a run, down to the last bit of randomness."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
+
+import numpy as np
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORED = 255  # the class of pixels that no loss and no score counts
+
+# crop, batch, lr, weight_decay, iterations and output_stride, by data set
+RECIPES: dict[str, dict[str, Any]] = {
+    # the authors', arXiv 1907.12273
+    "cityscapes": {"crop": (512, 1024), "batch": 8, "lr": 0.01, "weight_decay": 5e-4, "iterations": 40_000},
+    "ade20k": {"crop": (520, 520), "batch": 16, "lr": 0.02, "weight_decay": 1e-4, "iterations": 150_000},
+    "lip": {
+        "crop": (473, 473),
+        "batch": 32,
+        "lr": 0.007,
+        "weight_decay": 5e-4,
+        "iterations": 110_000,
+        "output_stride": 16,
+    },
+    # ours, after the schedules that are usual for these two
+    "voc": {"crop": (512, 512), "batch": 16, "lr": 0.01, "weight_decay": 5e-4, "iterations": 40_000},
+    "coco": {"crop": (512, 512), "batch": 16, "lr": 0.01, "weight_decay": 1e-4, "iterations": 80_000},
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One run: the authors' recipe (SGD, poly learning rate, auxiliary loss, scale jitter, crop, flip) in numbers.
+
+    Everything random is a function of `seed` and of the number of an iteration or sample, so that an interrupted run
+    goes on as if it had not been.
+    """
+
+    data_set: str
+    head: str  # of `bench.heads`
+    backbone: str
+    channels: int  # of the head
+    partition_size: tuple[int, int]
+    crop: tuple[int, int]
+    batch: int  # of all processes together
+    lr: float
+    weight_decay: float
+    iterations: int
+    output_stride: int = 8
+    weights: str | None = None  # the backbone's first, by torchvision's name
+    precision: str = "float32"  # of autocast
+    seed: int = 0
+    momentum: float = 0.9
+    power: float = 0.9
+    auxiliary: float = 0.4
+    jitter: tuple[float, float] = (0.5, 2.0)
+
+    def learning_rate(self, iteration: int) -> float:
+        """The poly schedule, lr (1 - iteration / iterations)^power."""
+        return self.lr * (1 - iteration / self.iterations) ** self.power
+
+    def loss(self, logits: dict[str, Tensor], labels: Tensor) -> Tensor:
+        """Cross-entropy of "out", and `auxiliary` times that of "aux": [B, classes, H, W] each; labels [B, H, W]."""
+        loss = cross_entropy(logits["out"], labels)
+        return loss + self.auxiliary * cross_entropy(logits["aux"], labels) if "aux" in logits else loss
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """The mean over pixels that have a class, in fp32; 0 where none has."""
+    total = F.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum")
+    return total / (labels != IGNORED).sum().clamp(min=1)
+
+
+class Stream(IntEnum):
+    """What chance decides, each from random numbers of its own."""
+
+    ORDER = 0  # of the samples of an epoch
+    AUGMENTATION = 1  # of a sample
+    DROPOUT = 2  # of a process in an iteration
+
+
+def seed_of(seed: int, what: Stream, *numbers: int) -> int:
+    """A seed for a generator that is a function of all of these, and of nothing else."""
+    return int(np.random.SeedSequence((seed, what, *numbers)).generate_state(1, np.uint64)[0])
