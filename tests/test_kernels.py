@@ -7,7 +7,7 @@ import os
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count, product
 from math import ceil, prod
 
@@ -278,6 +278,18 @@ def test_two_runs_agree_to_the_bit(form: str) -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.parametrize(("pattern", "form"), [("local", "one"), ("interlaced", "many"), ("local", "split")])
+def test_programs_in_any_order_give_the_same_bits(pattern: str, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "PARTIAL_SUMS", 4)  # of dbias: a program sums over several groups
+    tokens = (3, 5) if form == "one" else (3, 6)  # more than a block
+    case = replace(SMALL, pattern=pattern, tokens=tokens, groups=(1, 3), short=(0, 2), form=form)
+    inputs = arguments(case)
+    in_order = run(case, inputs)
+    with guard.shuffled(seed=0):
+        shuffled = run(case, inputs)
+    assert all(torch.equal(in_order[name], shuffled[name]) for name in in_order)
+
+
 @pytest.mark.parametrize("widths", [(256, 512), (64, 64), (39, 39)])
 def test_traffic_of_a_group_that_fits_is_compulsory(widths: Pair) -> None:
     case = Case("interlaced", (8, 8), (2, 3), widths=widths, dtype=torch.float16)
@@ -380,3 +392,18 @@ def test_guard_sees_planted_bugs() -> None:
     with guard.watch() as memory:
         launch.forward(q, q, q, None, torch.empty_like(q), None, 1.0, case.partition, tile)
     assert memory.unwritten(q) == q.numel()
+
+
+def test_shuffled_programs_run_once_each_in_another_order() -> None:
+    case = Case("local", (2, 2), (2, 1), maps=2)
+    partition, tile, q = case.partition, case.tiles()[0], torch.randn(2, *case.size, 1, 32)
+    outcomes = set()
+    for seed in range(4):
+        out, shared = torch.empty_like(q), torch.empty_like(q[:1])
+        with guard.watch() as memory, guard.shuffled(seed):
+            launch.forward(q, q, q, None, out, None, 1.0, partition, tile)
+        assert memory.unwritten(out) == 0
+        with guard.shuffled(seed):  # both maps' outputs in one place: the later program's stays
+            launch.forward(q, q, q, None, shared.expand_as(q), None, 1.0, partition, tile)
+        outcomes |= {torch.equal(out[1, rows], shared[0, rows]) for rows in (slice(2), slice(2, 4))}
+    assert outcomes == {True, False}
