@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from bench import results
 from bench.__main__ import main
+from bench.commands import sharding
 from isa_triton import (
     InterlacedSparseSelfAttention,
     ISAHead,
@@ -112,6 +114,11 @@ COMMANDS = [
     (["scaling", "--providers", "nobody"], "invalid choice: 'nobody'"),
     (["scaling", "--sizes", "16", "--partition-size", "32"], "--partition-size 32x32 is larger than the map 16x16"),
     (["scaling", "--device", "abacus"], "must be a device of this machine, got 'abacus'"),
+    (["scaling", "--longest-call", "nan"], "must be a number from 0, got 'nan'"),
+    (["scaling", "--memory-limit", "-1"], "must be a number from 0, got '-1'"),
+    (["sharding", "--links", "25", "fast"], "must be a number from 0, got 'fast'"),
+    (["paper", "--out", __file__], f"must be a folder to write to, got '{__file__}': {__file__} is not one"),
+    (["pictures", "--out", f"{__file__}/deeper/out"], f"{__file__} is not one"),
     (["check", "--cases", "-1"], "must be a whole number from 1, got '-1'"),
     (["check", "--backends", "cuda"], "invalid choice: 'cuda'"),
     (["overhead", "--rounds", "many"], "must be a whole number from 1, got 'many'"),
@@ -133,6 +140,53 @@ def test_bad_commands_exit_with_2(arguments: list[str], words: str, capsys: pyte
         main(arguments)
     assert caught.value.code == 2
     assert words in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("command", ["scaling", "sharding"])
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("", "must have the columns"),
+        ("provider,level\n", "must have the columns"),
+        ("\0", "must have the columns"),
+        ("\udcff", "is not a CSV"),
+        ("{columns}\nisa\n", "line 2, must hold one"),
+        ("{columns}\n{words}\n", "line 2, must hold one"),
+    ],
+)
+def test_broken_results_are_named(
+    command: str, content: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    columns = {"scaling": results.COLUMNS, "sharding": sharding.COLUMNS}[command]
+    text = content.format(columns=",".join(columns), words=",".join("word" for _ in columns))
+    file = tmp_path / f"{command}.csv"
+    file.write_text(text, errors="surrogateescape")
+    with pytest.raises(SystemExit) as caught:
+        main([command, "--out", str(tmp_path)])
+    assert caught.value.code == 2
+    said = capsys.readouterr().err
+    assert words in said
+    assert str(file) in said
+    assert file.read_text(errors="surrogateescape") == text
+
+
+def test_results_that_cannot_be_read_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "scaling.csv").mkdir()
+    with pytest.raises(SystemExit) as caught:
+        main(["scaling", "--out", str(tmp_path)])
+    assert caught.value.code == 2
+    assert "scaling.csv" in capsys.readouterr().err
+
+
+def test_an_interrupted_command_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sharding, "run", interrupted)
+    with pytest.raises(SystemExit) as caught:
+        main(["sharding"])
+    assert caught.value.code == 130
+    assert capsys.readouterr().err == "interrupted\n"
 
 
 def test_the_table_is_long_enough() -> None:

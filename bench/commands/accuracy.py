@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 import reference
 from bench import opponents
-from bench.arguments import positive
+from bench.arguments import folder, positive
 from bench.commands.paper import parameters
 from bench.results import write_whole
 from isa_triton import ISAModule, SelfAttention2d
@@ -241,7 +241,7 @@ def learn_all(runs: Sequence[tuple[str, int, int]], workers: int) -> Iterator[Ro
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--out", type=Path, default=Path("out"), metavar="DIR", help="folder of the results (default: out)")
+    add("--out", type=folder, default="out", metavar="DIR", help="folder of the results (default: out)")
     add("--heads", nargs="+", choices=HEADS, metavar="NAME", help=f"of {', '.join(HEADS)} (default: all)")
     add("--seeds", type=positive, metavar="N", help="runs of every head (default: 3; 1 with --quick)")
     add("--steps", type=positive, default=400, help="training steps of a run (default: 400)")

@@ -13,7 +13,6 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 from rich import box
@@ -24,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import reference
 from bench import measure
-from bench.arguments import positive
+from bench.arguments import amount, folder, positive
 from bench.results import format_size, write_whole
 from isa_triton import ISAHead
 
@@ -109,10 +108,10 @@ def parameters(module: nn.Module) -> int:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--out", type=Path, default=Path("out"), metavar="DIR", help="folder of paper.csv (default: out)")
+    add("--out", type=folder, default="out", metavar="DIR", help="folder of paper.csv (default: out)")
     add("--time", action="store_true", help="also time the heads on this CPU, forward, interleaved: paper_seconds.csv")
     add("--rounds", type=positive, default=3, help="at most so many timed calls of each (default: 3)")
-    add("--longest-call", type=float, default=12.0, metavar="S", help="do not time what takes longer (default: 12)")
+    add("--longest-call", type=amount, default=12.0, metavar="S", help="do not time what takes longer (default: 12)")
 
 
 def run(args: argparse.Namespace) -> None:
