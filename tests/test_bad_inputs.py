@@ -210,7 +210,9 @@ ENTRY = {"step": "forward", "arithmetic": "ieee", "key_width": None, "value_widt
         (json.dumps([{**ENTRY, "key_width": 0}]), "must be positive integers or null"),
         (json.dumps([{**ENTRY, "tile": [16, 16]}]), "tile must be null or 6 positive integers"),
         (json.dumps([{**ENTRY, "tile": [16, 16, 16, 16, 4, 1.5]}]), "tile must be null or 6 positive integers"),
+        (json.dumps([{**ENTRY, "tile": [16, 16, 16, 16, 0, 1]}]), "tile must be null or 6 positive integers"),
         (json.dumps([{**ENTRY, "tile": [48, 16, 16, 16, 4, 1]}]), "blocks must be powers of two"),
+        (json.dumps([{**ENTRY, "tile": [16, 16, 16, 48, 4, 1]}]), "blocks must be powers of two"),
     ],
 )
 def test_bad_tile_files_are_named(content: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,10 +48,14 @@ class Case:
     layout: str = "contiguous"
     form: str = "one"  # "one" block a group, "many", or many with dk and dv in passes of their own
     logits: float = 3.0
+    blocks: Pair | None = None  # of queries and keys, where the form does not say
 
     def __str__(self) -> str:
         named = f"{self.pattern}-{self.tokens}-{self.groups}-{self.short}-{self.widths}-{self.heads}x{self.maps}"
-        return f"{named}-{'bias-' * self.bias}{str(self.dtype)[6:]}-{self.layout}-{self.form}".replace(", ", ".")
+        blocks = f"-{self.blocks}" if self.blocks else ""
+        return f"{named}-{'bias-' * self.bias}{str(self.dtype)[6:]}-{self.layout}-{self.form}{blocks}".replace(
+            ", ", "."
+        )
 
     @property
     def size(self) -> Pair:
@@ -89,6 +93,9 @@ class Case:
         yield from product(groups_h, groups_w)
 
     def tiles(self) -> tuple[Tile, BackwardTiles]:
+        if self.blocks:
+            tile = Tile(*self.blocks, 32, 32)
+            return tile, BackwardTiles(None, tile, tile, None, tile)
         block = max(16, 1 << (prod(self.tokens) - 1).bit_length())
         if self.form == "one":
             tile = Tile(block, block, 64, 32)
@@ -147,6 +154,10 @@ STEEP = [
     for short, bias, dtype, form, logits in product(
         ((0, 0), (1, 0)), (False, True), DTYPES, ("one", "many"), (300.0, 3000.0)
     )
+]
+UNEVEN = [  # in the first all keys are one block, and the queries three
+    Case("interlaced", (5, 7), (2, 1), (1, 0), (24, 39), bias=True, form="many", blocks=blocks)
+    for blocks in ((16, 64), (16, 32), (32, 16))
 ]
 
 
@@ -253,6 +264,11 @@ def test_large_logits(case: Case) -> None:
     check(case)
 
 
+@pytest.mark.parametrize("case", UNEVEN, ids=str)
+def test_blocks_of_queries_and_keys_may_differ(case: Case) -> None:
+    check(case)
+
+
 def test_the_cases_are_many_and_cover_what_they_promise() -> None:
     assert len(CASES) + len(WIDE) + len(STEEP) >= 300
     assert {c.partition.tokens for c in CASES} == set(FACTORS)
@@ -276,6 +292,17 @@ def test_two_runs_agree_to_the_bit(form: str) -> None:
     inputs = arguments(case)
     first, second = run(case, inputs), run(case, inputs)
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("form", ["one", "many"])
+def test_a_constant_added_to_the_bias_is_added_to_lse_and_changes_nothing_else(form: str) -> None:
+    """Far below and far above what exp holds, also in the rows of queries that a ragged group lacks."""
+    tokens, constant = (3, 5) if form == "one" else (3, 6), torch.tensor([-300.0, 300.0])  # of two heads
+    case = Case("interlaced", tokens, (1, 2), (0, 1), (24, 39), heads=2, bias=True, form=form)
+    inputs = arguments(case)
+    expected, got = run(case, inputs), run(case, inputs | {"bias": inputs["bias"] + constant[:, None, None]})
+    got["lse"] -= constant
+    torch.testing.assert_close(got, expected, atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize(("pattern", "form"), [("local", "one"), ("interlaced", "many"), ("local", "split")])

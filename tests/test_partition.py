@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from itertools import product
 from typing import Any
 
@@ -41,6 +42,8 @@ def test_every_pixel_has_one_seat(size: tuple[int, int]) -> None:
         assert set(pixels) == set(product(range(size[0]), range(size[1])))
         assert all(partition.coordinates(group, 0)[2] for group in range(partition.groups))  # the kernels' invariant
         assert partition.divides == (partition.groups * partition.tokens == size[0] * size[1])
+        members = Counter(group for group, _ in pixels.values())
+        assert partition.pairs == sum(n * n for n in members.values())
 
 
 def test_interlaced_is_the_remainder_and_local_the_quotient() -> None:
