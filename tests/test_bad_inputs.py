@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -44,6 +45,11 @@ PARTITIONS: list[Row] = [
     (lambda: interlaced((4, 6), stride=(2, 2), grid=(2, 2)), TypeError, "give exactly one of stride"),
     (lambda: interlaced((4, 6), stride=2), TypeError, "stride must be a pair of integers (h, w), got 2"),
     (lambda: interlaced((4, 6), stride=(2, 2.5)), TypeError, "stride must be a pair of integers (h, w), got (2, 2.5)"),
+    (lambda: interlaced((4, 6), stride=(2.0, 2)), TypeError, "stride must be a pair of integers (h, w), got (2.0, 2)"),
+    (lambda: interlaced((4, 6), stride=(float("nan"), 2)), TypeError, "stride must be a pair of integers"),
+    (lambda: interlaced((4, 6), stride=(True, 2)), TypeError, "stride must be a pair of integers"),
+    (lambda: interlaced((4, 6), stride=(2, 10**400)), ValueError, "stride must lie between"),
+    (lambda: local(np.zeros((4, 6)), window=(2, 3)), TypeError, "size must be a pair of integers"),
     (lambda: interlaced((4, 6), stride=(2, "3")), TypeError, "stride must be a pair of integers"),
     (lambda: interlaced((4, 6), stride=(0, 2)), ValueError, "stride must lie between (1, 1) and the map's (4, 6)"),
     (lambda: interlaced((4, 6), stride=(5, 2)), ValueError, "got (5, 2)"),
@@ -65,10 +71,27 @@ ATTENTION: list[Row] = [
     (lambda: partitioned_attention(None, Q, Q, WINDOWS), TypeError, "q must be a torch.Tensor, got NoneType"),
     (lambda: partitioned_attention(Q, Q, Q, WINDOWS, bias=1.0), TypeError, "bias must be a torch.Tensor, got float"),
     (lambda: partitioned_attention(Q.bool(), Q, Q, WINDOWS), TypeError, "q must be one of torch.float16, "),
+    (
+        lambda: partitioned_attention(Q.to(torch.complex64), Q, Q, WINDOWS),
+        TypeError,
+        "q must be one of torch.float16, ",
+    ),
+    (
+        lambda: partitioned_attention(Q, Q.to_sparse(), Q, WINDOWS),
+        TypeError,
+        "k must be a dense tensor, got torch.spars",
+    ),
+    (
+        lambda: partitioned_attention(Q, Q, torch.nested.nested_tensor(list(Q), layout=torch.jagged), WINDOWS),
+        TypeError,
+        "v must be a dense tensor, got nested",
+    ),
     (lambda: partitioned_attention(Q[0], Q, Q, WINDOWS), ValueError, "q must be [B, H, W, heads, width], got shape"),
     (lambda: partitioned_attention(Q, Q, Q[:, :2], WINDOWS), ValueError, "v must be [1, 4, 6, 1, 'V']"),
     (lambda: partitioned_attention(Q, Q.half(), Q, WINDOWS), TypeError, "k must have the dtype of q"),
     (lambda: partitioned_attention(Q, Q, Q, WINDOWS, scale=float("inf")), ValueError, "scale must be finite, got inf"),
+    (lambda: partitioned_attention(Q, Q, Q, WINDOWS, scale=float("nan")), ValueError, "scale must be finite, got nan"),
+    (lambda: partitioned_attention(Q, Q, Q, WINDOWS, scale=-(10**400)), ValueError, "scale must be finite, got -1"),
     (lambda: partitioned_attention(Q, Q, Q, WINDOWS, scale=[1]), TypeError, "scale must be a number or None"),
     (lambda: partitioned_attention(Q, Q, Q, WINDOWS, backend=None), ValueError, "backend must be one of 'auto'"),
     (
@@ -82,6 +105,9 @@ MODULES: list[Row] = [
     (lambda: stage(padding="reflect"), ValueError, "padding must be one of 'zeros', 'mask', got 'reflect'"),
     (lambda: stage(backend="cuda"), ValueError, "backend must be one of 'auto', 'triton', 'eager', got 'cuda'"),
     (lambda: stage(partition_size=(8,)), ValueError, "partition_size must be two integers (P_h, P_w)"),
+    (lambda: stage(partition_size=8), ValueError, "two integers (P_h, P_w) of at least 1, got 8"),
+    (lambda: stage(partition_size=None), ValueError, "two integers (P_h, P_w) of at least 1, got None"),
+    (lambda: stage(partition_size=(True, 8)), ValueError, "got (True, 8)"),
     (lambda: stage(partition_size=(0, 8)), ValueError, "partition_size must be two integers"),
     (lambda: stage(partition_size=(8.0, 8)), ValueError, "got (8.0, 8)"),
     (lambda: stage(0, 2, 3), ValueError, "in_channels must be an integer of at least 1, got 0"),
@@ -95,8 +121,12 @@ MODULES: list[Row] = [
     (lambda: isa(padding=None), ValueError, "padding must be one of"),
     (lambda: isa()(X[:, 1:]), ValueError, "x must be [B, 4, H, W]"),
     (lambda: ISAModule(4, 2, 3, 4, partition_sizes=()), ValueError, "partition_sizes must hold at least one"),
+    (lambda: ISAModule(4, 2, 3, 4, partition_sizes=8), ValueError, "partition_sizes must hold at least one (P_h, P_w)"),
+    (lambda: ISAModule(4, 2, 3, 4, partition_sizes=(8, 8)), ValueError, "two integers (P_h, P_w) of at least 1, got 8"),
     (lambda: ISAModule(4, 2, 3, 0), ValueError, "out_channels must be an integer of at least 1, got 0"),
     (lambda: ISAHead(4, 3, 0), ValueError, "num_classes must be an integer of at least 1, got 0"),
+    (lambda: ISAHead(4, 3, 2, partition_size=8), ValueError, "two integers (P_h, P_w) of at least 1, got 8"),
+    (lambda: ISAHead(4, 3, 2, partition_size="88"), ValueError, "two integers (P_h, P_w) of at least 1, got '8'"),
     (lambda: ISAHead(4, "3", 2), ValueError, "channels must be an integer of at least 1, got '3'"),
 ]
 TILES: list[Row] = [
