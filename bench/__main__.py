@@ -36,6 +36,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         COMMANDS[args.command].run(args)
     except argparse.ArgumentError as error:  # arguments that are wrong together
         parser.error(str(error))
+    except OSError as error:  # a file that cannot be read or written
+        parser.error(f"{args.command}: {error}")
+    except KeyboardInterrupt:
+        parser.exit(130, "interrupted\n")
 
 
 if __name__ == "__main__":

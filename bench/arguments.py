@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
+from pathlib import Path
 
 import torch
 
@@ -49,6 +51,26 @@ def device(text: str) -> str:
         reason = str(error).splitlines()[0]
         raise argparse.ArgumentTypeError(f"must be a device of this machine, got {text!r}: {reason}") from error
     return text
+
+
+def amount(text: str) -> float:
+    """A number from 0; "inf" is one."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = float("nan")
+    if not number >= 0:
+        raise argparse.ArgumentTypeError(f"must be a number from 0, got {text!r}")
+    return number
+
+
+def folder(text: str) -> Path:
+    """A folder to write to, whether it is there already or not."""
+    path = Path(text)
+    there = next(place for place in (path, *path.absolute().parents) if os.path.lexists(place))
+    if not os.path.isdir(there) or not os.access(there, os.W_OK | os.X_OK):
+        raise argparse.ArgumentTypeError(f"must be a folder to write to, got {text!r}: {there} is not one")
+    return path
 
 
 def check_partition_size(partition_size: tuple[int, int], size: tuple[int, int]) -> None:

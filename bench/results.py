@@ -5,10 +5,10 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import matplotlib
 import numpy as np
@@ -20,8 +20,13 @@ from bench.files import write_text
 from bench.providers import PROVIDERS
 from bench.workload import LEVELS, PASSES, Level, Pass, Workload, closed_form_flops, closed_form_score_bytes
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # after the choice of a backend without a display
+
+Record = TypeVar("Record", bound="DataclassInstance")
 
 OURS = "isa"  # what the others are compared with
 
@@ -113,19 +118,34 @@ def write_whole(path: Path, columns: Sequence[str], lines: Iterable[Sequence[obj
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a CSV that `write_rows` wrote; none where there is no such file.
+    """As `read_records`, of `Row`."""
+    return read_records(path, Row)
+
+
+def read_records(path: Path, kind: type[Record]) -> list[Record]:
+    """The lines of a CSV whose columns are the fields of a dataclass; none where there is no such file.
 
     Raises:
-        ValueError: the file has other columns.
+        ValueError: the file is something else.
     """
     if not path.exists():
         return []
-    with path.open(newline="") as file:
-        header, *lines = csv.reader(file)
-    if tuple(header) != COLUMNS:
-        raise ValueError(f"{path} must have the columns {','.join(COLUMNS)}, got {','.join(header)}")
-    kinds = [_TYPES.get(str(field.type), str) for field in Row.__dataclass_fields__.values()]
-    return [Row(*(kind(text) for kind, text in zip(kinds, line, strict=True))) for line in lines]
+    columns = [field.name.rstrip("_") for field in fields(kind)]
+    types = [_TYPES.get(str(field.type), str) for field in fields(kind)]
+    try:
+        with path.open(newline="") as file:
+            header, *lines = list(csv.reader(file)) or [[]]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} is not a CSV: {error}") from error
+    if header != columns:
+        raise ValueError(f"{path} must have the columns {','.join(columns)}, got {','.join(header)}")
+    records = []
+    for number, line in enumerate(lines, 2):
+        try:
+            records.append(kind(*(type_(text) for type_, text in zip(types, line, strict=True))))
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}, must hold one {','.join(columns)}, got {line}") from error
+    return records
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from bench import measure
-from bench.arguments import device, positive
+from bench.arguments import amount, device, positive
 from bench.providers import Provider
 from bench.results import Row, read_rows, write_rows
 from bench.workload import Level, Pass, Workload
@@ -30,9 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dtype", choices=DTYPES, default="float32", help="default: float32")
     add("--device", type=device, default="cpu", help="where seconds are measured (default: cpu); the rest is counted")
     add("--rounds", type=positive, default=5, help="at most so many timed calls of each, interleaved (default: 5)")
-    add("--seconds-budget", type=float, default=0.8, metavar="S", help="no call is repeated after S (default: 0.8)")
-    add("--longest-call", type=float, default=5.0, metavar="S", help="skip calls predicted longer (default: 5)")
-    add("--memory-limit", type=float, default=6.0, metavar="GB", help="skip calls that need more (default: 6)")
+    add("--seconds-budget", type=amount, default=0.8, metavar="S", help="no call is repeated after S (default: 0.8)")
+    add("--longest-call", type=amount, default=5.0, metavar="S", help="skip calls predicted longer (default: 5)")
+    add("--memory-limit", type=amount, default=6.0, metavar="GB", help="skip calls that need more (default: 6)")
     add("--fresh", action="store_true", help="forget the CSV in DIR (default: measure what is not in it)")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 
 import torch
 from torch import Tensor
@@ -100,7 +100,7 @@ def _attention(
         scale = q.shape[-1] ** -0.5
     elif not isinstance(scale, (int, float)):
         raise TypeError(f"scale must be a number or None, got {scale!r}")
-    elif not math.isfinite(scale):
+    elif not abs(scale) <= sys.float_info.max:  # nor an integer beyond it
         raise ValueError(f"scale must be finite, got {scale!r}")
     q, k, v = tensors["q"], tensors["k"], tensors["v"]
     backend = _choose(backend, q)
@@ -123,6 +123,8 @@ def _check_kinds(tensors: dict[str, Tensor]) -> None:
             raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
         if x.dtype not in _DTYPES:
             raise TypeError(f"{name} must be one of {', '.join(map(str, _DTYPES))}, got {x.dtype}")
+        if x.layout != torch.strided or x.is_nested:
+            raise TypeError(f"{name} must be a dense tensor, got {'nested' if x.is_nested else x.layout}")
         dims = ("heads, tokens, tokens") if name == "bias" else ("B, H, W, heads, width")
         if x.dim() != dims.count(",") + 1:
             raise ValueError(f"{name} must be [{dims}], got shape {tuple(x.shape)}")

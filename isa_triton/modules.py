@@ -270,8 +270,8 @@ class ISAModule(nn.Module):
         **options: Unpack[ISAOptions],
     ) -> None:
         super().__init__()
-        if len(partition_sizes) < 1:
-            raise ValueError("partition_sizes must hold at least one (P_h, P_w), got none")
+        if not isinstance(partition_sizes, Sequence) or not partition_sizes:
+            raise ValueError(f"partition_sizes must hold at least one (P_h, P_w), got {partition_sizes!r}")
         widths = (in_channels, key_channels, value_channels, out_channels)
         self.branches = nn.ModuleList(
             InterlacedSparseSelfAttention(
@@ -418,15 +418,16 @@ def _one_of(name: str, value: str, valid: tuple[str, ...]) -> str:
 
 
 def _partition_size(value: tuple[int, int]) -> tuple[int, int]:
-    if len(value) != 2 or not all(isinstance(p, int) and p >= 1 for p in value):
+    pair = isinstance(value, Sequence) and len(value) == 2
+    if not pair or not all(type(p) is int and p >= 1 for p in value):
         raise ValueError(f"partition_size must be two integers (P_h, P_w) of at least 1, got {value!r}")
     return value[0], value[1]
 
 
 def _partition_sizes(value: tuple[int, int] | Sequence[tuple[int, int]]) -> Sequence[tuple[int, int]]:
     """One partition size or several, as several."""
-    one = len(value) > 0 and isinstance(value[0], int)
-    return (value,) if one else value  # type: ignore[return-value]
+    several = isinstance(value, Sequence) and (not value or isinstance(value[0], Sequence))
+    return value if several else (value,)  # type: ignore[return-value]
 
 
 def _check_widths(**widths: int) -> None:

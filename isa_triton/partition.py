@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 from itertools import groupby, product
+from operator import index
 from typing import Any, NamedTuple
 
 try:
@@ -260,13 +261,17 @@ def _ceil_div(a: int, b: int) -> int:
 
 def _pair(name: str, pair: Any) -> tuple[int, int]:
     try:
-        first, second = pair
-        integers = first == int(first) and second == int(second)
-    except (TypeError, ValueError):
-        integers = False
-    if not integers:
-        raise TypeError(f"{name} must be a pair of integers (h, w), got {pair!r}")
+        first, second = map(_whole, pair)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} must be a pair of integers (h, w), got {pair!r}") from error
     return first, second
+
+
+def _whole(number: Any) -> int:
+    """An integer as Python's own: NumPy's overflow, and kernels take neither those nor truth values."""
+    if isinstance(number, bool):
+        raise TypeError("a truth value")
+    return number if isinstance(number, int) else index(number)
 
 
 def _checked(size: Any, name: str, parts: Any) -> tuple[tuple[int, int], tuple[int, int]]:

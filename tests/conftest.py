@@ -4,8 +4,25 @@ import os
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is decorated, so before any import of the library
 
+import secrets
+
 import pytest
 import torch
+
+
+def pytest_configure() -> None:
+    """Draw a sweep's seed before pytest-xdist starts workers: they inherit it, and so draw the same cases."""
+    sweep = os.environ.get("ISA_TRITON_SWEEP", "0")
+    seed = os.environ.setdefault("ISA_TRITON_SEED", str(secrets.randbits(32) if sweep != "0" else 0))
+    for name, number in {"ISA_TRITON_SWEEP": sweep, "ISA_TRITON_SEED": seed}.items():
+        if not number.isdecimal():
+            raise pytest.UsageError(f"{name} must be a whole number, got {number!r}")
+
+
+def pytest_report_header() -> list[str]:
+    """How to repeat a sweep."""
+    names = "ISA_TRITON_SWEEP", "ISA_TRITON_SEED"
+    return [" ".join(f"{name}={os.environ[name]}" for name in names)] if names[0] in os.environ else []
 
 
 @pytest.fixture(autouse=True)

@@ -6,6 +6,8 @@ Import after TRITON_INTERPRET=1 is set. `install()` mends the interpreter for th
         launch.forward(...)
     assert memory.unwritten(out) == 0
 
+`shuffled(seed)` runs the programs of every launch inside in a random order, as a GPU may.
+
 A launch fails on the spot when a lane outside its mask touches an address that no element of the launch's tensors has
 (a view's gaps count as outside), when one store writes an address twice, and when a program writes what another has
 read or written. Written for Triton 3.8.
@@ -237,3 +239,24 @@ def watch(overflow: bool = False) -> Iterator[Watch]:
         interpreter.GridExecutor._init_args_hst = prepare
         for name, method in replaced.items():
             setattr(Builder, name, method)
+
+
+@contextmanager
+def shuffled(seed: int) -> Iterator[None]:
+    """Run the programs of the launches inside in orders drawn from `seed`."""
+    generator = np.random.default_rng(seed)
+    set_dim, set_idx = Builder.set_grid_dim, Builder.set_grid_idx
+    order: list[tuple[int, ...]] = []
+
+    def set_grid_dim(self: Any, *grid: int) -> None:
+        set_dim(self, *grid)
+        order[:] = generator.permutation(list(np.ndindex(*grid))).tolist()
+
+    def set_grid_idx(self: Any, *program: int) -> None:
+        set_idx(self, *order[np.ravel_multi_index(program, self.grid_dim)])
+
+    Builder.set_grid_dim, Builder.set_grid_idx = set_grid_dim, set_grid_idx
+    try:
+        yield
+    finally:
+        Builder.set_grid_dim, Builder.set_grid_idx = set_dim, set_idx

@@ -8,10 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from bench import results
 from bench.__main__ import main
+from bench.commands import sharding
 from isa_triton import (
     InterlacedSparseSelfAttention,
     ISAHead,
@@ -42,6 +45,11 @@ PARTITIONS: list[Row] = [
     (lambda: interlaced((4, 6), stride=(2, 2), grid=(2, 2)), TypeError, "give exactly one of stride"),
     (lambda: interlaced((4, 6), stride=2), TypeError, "stride must be a pair of integers (h, w), got 2"),
     (lambda: interlaced((4, 6), stride=(2, 2.5)), TypeError, "stride must be a pair of integers (h, w), got (2, 2.5)"),
+    (lambda: interlaced((4, 6), stride=(2.0, 2)), TypeError, "stride must be a pair of integers (h, w), got (2.0, 2)"),
+    (lambda: interlaced((4, 6), stride=(float("nan"), 2)), TypeError, "stride must be a pair of integers"),
+    (lambda: interlaced((4, 6), stride=(True, 2)), TypeError, "stride must be a pair of integers"),
+    (lambda: interlaced((4, 6), stride=(2, 10**400)), ValueError, "stride must lie between"),
+    (lambda: local(np.zeros((4, 6)), window=(2, 3)), TypeError, "size must be a pair of integers"),
     (lambda: interlaced((4, 6), stride=(2, "3")), TypeError, "stride must be a pair of integers"),
     (lambda: interlaced((4, 6), stride=(0, 2)), ValueError, "stride must lie between (1, 1) and the map's (4, 6)"),
     (lambda: interlaced((4, 6), stride=(5, 2)), ValueError, "got (5, 2)"),
@@ -63,10 +71,27 @@ ATTENTION: list[Row] = [
     (lambda: partitioned_attention(None, Q, Q, WINDOWS), TypeError, "q must be a torch.Tensor, got NoneType"),
     (lambda: partitioned_attention(Q, Q, Q, WINDOWS, bias=1.0), TypeError, "bias must be a torch.Tensor, got float"),
     (lambda: partitioned_attention(Q.bool(), Q, Q, WINDOWS), TypeError, "q must be one of torch.float16, "),
+    (
+        lambda: partitioned_attention(Q.to(torch.complex64), Q, Q, WINDOWS),
+        TypeError,
+        "q must be one of torch.float16, ",
+    ),
+    (
+        lambda: partitioned_attention(Q, Q.to_sparse(), Q, WINDOWS),
+        TypeError,
+        "k must be a dense tensor, got torch.spars",
+    ),
+    (
+        lambda: partitioned_attention(Q, Q, torch.nested.nested_tensor(list(Q), layout=torch.jagged), WINDOWS),
+        TypeError,
+        "v must be a dense tensor, got nested",
+    ),
     (lambda: partitioned_attention(Q[0], Q, Q, WINDOWS), ValueError, "q must be [B, H, W, heads, width], got shape"),
     (lambda: partitioned_attention(Q, Q, Q[:, :2], WINDOWS), ValueError, "v must be [1, 4, 6, 1, 'V']"),
     (lambda: partitioned_attention(Q, Q.half(), Q, WINDOWS), TypeError, "k must have the dtype of q"),
     (lambda: partitioned_attention(Q, Q, Q, WINDOWS, scale=float("inf")), ValueError, "scale must be finite, got inf"),
+    (lambda: partitioned_attention(Q, Q, Q, WINDOWS, scale=float("nan")), ValueError, "scale must be finite, got nan"),
+    (lambda: partitioned_attention(Q, Q, Q, WINDOWS, scale=-(10**400)), ValueError, "scale must be finite, got -1"),
     (lambda: partitioned_attention(Q, Q, Q, WINDOWS, scale=[1]), TypeError, "scale must be a number or None"),
     (lambda: partitioned_attention(Q, Q, Q, WINDOWS, backend=None), ValueError, "backend must be one of 'auto'"),
     (
@@ -80,6 +105,9 @@ MODULES: list[Row] = [
     (lambda: stage(padding="reflect"), ValueError, "padding must be one of 'zeros', 'mask', got 'reflect'"),
     (lambda: stage(backend="cuda"), ValueError, "backend must be one of 'auto', 'triton', 'eager', got 'cuda'"),
     (lambda: stage(partition_size=(8,)), ValueError, "partition_size must be two integers (P_h, P_w)"),
+    (lambda: stage(partition_size=8), ValueError, "two integers (P_h, P_w) of at least 1, got 8"),
+    (lambda: stage(partition_size=None), ValueError, "two integers (P_h, P_w) of at least 1, got None"),
+    (lambda: stage(partition_size=(True, 8)), ValueError, "got (True, 8)"),
     (lambda: stage(partition_size=(0, 8)), ValueError, "partition_size must be two integers"),
     (lambda: stage(partition_size=(8.0, 8)), ValueError, "got (8.0, 8)"),
     (lambda: stage(0, 2, 3), ValueError, "in_channels must be an integer of at least 1, got 0"),
@@ -93,8 +121,12 @@ MODULES: list[Row] = [
     (lambda: isa(padding=None), ValueError, "padding must be one of"),
     (lambda: isa()(X[:, 1:]), ValueError, "x must be [B, 4, H, W]"),
     (lambda: ISAModule(4, 2, 3, 4, partition_sizes=()), ValueError, "partition_sizes must hold at least one"),
+    (lambda: ISAModule(4, 2, 3, 4, partition_sizes=8), ValueError, "partition_sizes must hold at least one (P_h, P_w)"),
+    (lambda: ISAModule(4, 2, 3, 4, partition_sizes=(8, 8)), ValueError, "two integers (P_h, P_w) of at least 1, got 8"),
     (lambda: ISAModule(4, 2, 3, 0), ValueError, "out_channels must be an integer of at least 1, got 0"),
     (lambda: ISAHead(4, 3, 0), ValueError, "num_classes must be an integer of at least 1, got 0"),
+    (lambda: ISAHead(4, 3, 2, partition_size=8), ValueError, "two integers (P_h, P_w) of at least 1, got 8"),
+    (lambda: ISAHead(4, 3, 2, partition_size="88"), ValueError, "two integers (P_h, P_w) of at least 1, got '8'"),
     (lambda: ISAHead(4, "3", 2), ValueError, "channels must be an integer of at least 1, got '3'"),
 ]
 TILES: list[Row] = [
@@ -112,6 +144,11 @@ COMMANDS = [
     (["scaling", "--providers", "nobody"], "invalid choice: 'nobody'"),
     (["scaling", "--sizes", "16", "--partition-size", "32"], "--partition-size 32x32 is larger than the map 16x16"),
     (["scaling", "--device", "abacus"], "must be a device of this machine, got 'abacus'"),
+    (["scaling", "--longest-call", "nan"], "must be a number from 0, got 'nan'"),
+    (["scaling", "--memory-limit", "-1"], "must be a number from 0, got '-1'"),
+    (["sharding", "--links", "25", "fast"], "must be a number from 0, got 'fast'"),
+    (["paper", "--out", __file__], f"must be a folder to write to, got '{__file__}': {__file__} is not one"),
+    (["pictures", "--out", f"{__file__}/deeper/out"], f"{__file__} is not one"),
     (["check", "--cases", "-1"], "must be a whole number from 1, got '-1'"),
     (["check", "--backends", "cuda"], "invalid choice: 'cuda'"),
     (["overhead", "--rounds", "many"], "must be a whole number from 1, got 'many'"),
@@ -135,6 +172,53 @@ def test_bad_commands_exit_with_2(arguments: list[str], words: str, capsys: pyte
     assert words in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.parametrize("command", ["scaling", "sharding"])
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("", "must have the columns"),
+        ("provider,level\n", "must have the columns"),
+        ("\0", "must have the columns"),
+        ("\udcff", "is not a CSV"),
+        ("{columns}\nisa\n", "line 2, must hold one"),
+        ("{columns}\n{words}\n", "line 2, must hold one"),
+    ],
+)
+def test_broken_results_are_named(
+    command: str, content: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    columns = {"scaling": results.COLUMNS, "sharding": sharding.COLUMNS}[command]
+    text = content.format(columns=",".join(columns), words=",".join("word" for _ in columns))
+    file = tmp_path / f"{command}.csv"
+    file.write_text(text, errors="surrogateescape")
+    with pytest.raises(SystemExit) as caught:
+        main([command, "--out", str(tmp_path)])
+    assert caught.value.code == 2
+    said = capsys.readouterr().err
+    assert words in said
+    assert str(file) in said
+    assert file.read_text(errors="surrogateescape") == text
+
+
+def test_results_that_cannot_be_read_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "scaling.csv").mkdir()
+    with pytest.raises(SystemExit) as caught:
+        main(["scaling", "--out", str(tmp_path)])
+    assert caught.value.code == 2
+    assert "scaling.csv" in capsys.readouterr().err
+
+
+def test_an_interrupted_command_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sharding, "run", interrupted)
+    with pytest.raises(SystemExit) as caught:
+        main(["sharding"])
+    assert caught.value.code == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
 def test_the_table_is_long_enough() -> None:
     assert len(PARTITIONS + ATTENTION + MODULES + TILES) + len(COMMANDS) >= 60
 
@@ -156,7 +240,9 @@ ENTRY = {"step": "forward", "arithmetic": "ieee", "key_width": None, "value_widt
         (json.dumps([{**ENTRY, "key_width": 0}]), "must be positive integers or null"),
         (json.dumps([{**ENTRY, "tile": [16, 16]}]), "tile must be null or 6 positive integers"),
         (json.dumps([{**ENTRY, "tile": [16, 16, 16, 16, 4, 1.5]}]), "tile must be null or 6 positive integers"),
+        (json.dumps([{**ENTRY, "tile": [16, 16, 16, 16, 0, 1]}]), "tile must be null or 6 positive integers"),
         (json.dumps([{**ENTRY, "tile": [48, 16, 16, 16, 4, 1]}]), "blocks must be powers of two"),
+        (json.dumps([{**ENTRY, "tile": [16, 16, 16, 48, 4, 1]}]), "blocks must be powers of two"),
     ],
 )
 def test_bad_tile_files_are_named(content: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ import os
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count, product
 from math import ceil, prod
 
@@ -48,10 +48,14 @@ class Case:
     layout: str = "contiguous"
     form: str = "one"  # "one" block a group, "many", or many with dk and dv in passes of their own
     logits: float = 3.0
+    blocks: Pair | None = None  # of queries and keys, where the form does not say
 
     def __str__(self) -> str:
         named = f"{self.pattern}-{self.tokens}-{self.groups}-{self.short}-{self.widths}-{self.heads}x{self.maps}"
-        return f"{named}-{'bias-' * self.bias}{str(self.dtype)[6:]}-{self.layout}-{self.form}".replace(", ", ".")
+        blocks = f"-{self.blocks}" if self.blocks else ""
+        return f"{named}-{'bias-' * self.bias}{str(self.dtype)[6:]}-{self.layout}-{self.form}{blocks}".replace(
+            ", ", "."
+        )
 
     @property
     def size(self) -> Pair:
@@ -89,6 +93,9 @@ class Case:
         yield from product(groups_h, groups_w)
 
     def tiles(self) -> tuple[Tile, BackwardTiles]:
+        if self.blocks:
+            tile = Tile(*self.blocks, 32, 32)
+            return tile, BackwardTiles(None, tile, tile, None, tile)
         block = max(16, 1 << (prod(self.tokens) - 1).bit_length())
         if self.form == "one":
             tile = Tile(block, block, 64, 32)
@@ -147,6 +154,10 @@ STEEP = [
     for short, bias, dtype, form, logits in product(
         ((0, 0), (1, 0)), (False, True), DTYPES, ("one", "many"), (300.0, 3000.0)
     )
+]
+UNEVEN = [  # in the first all keys are one block, and the queries three
+    Case("interlaced", (5, 7), (2, 1), (1, 0), (24, 39), bias=True, form="many", blocks=blocks)
+    for blocks in ((16, 64), (16, 32), (32, 16))
 ]
 
 
@@ -253,6 +264,11 @@ def test_large_logits(case: Case) -> None:
     check(case)
 
 
+@pytest.mark.parametrize("case", UNEVEN, ids=str)
+def test_blocks_of_queries_and_keys_may_differ(case: Case) -> None:
+    check(case)
+
+
 def test_the_cases_are_many_and_cover_what_they_promise() -> None:
     assert len(CASES) + len(WIDE) + len(STEEP) >= 300
     assert {c.partition.tokens for c in CASES} == set(FACTORS)
@@ -276,6 +292,29 @@ def test_two_runs_agree_to_the_bit(form: str) -> None:
     inputs = arguments(case)
     first, second = run(case, inputs), run(case, inputs)
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("form", ["one", "many"])
+def test_a_constant_added_to_the_bias_is_added_to_lse_and_changes_nothing_else(form: str) -> None:
+    """Far below and far above what exp holds, also in the rows of queries that a ragged group lacks."""
+    tokens, constant = (3, 5) if form == "one" else (3, 6), torch.tensor([-300.0, 300.0])  # of two heads
+    case = Case("interlaced", tokens, (1, 2), (0, 1), (24, 39), heads=2, bias=True, form=form)
+    inputs = arguments(case)
+    expected, got = run(case, inputs), run(case, inputs | {"bias": inputs["bias"] + constant[:, None, None]})
+    got["lse"] -= constant
+    torch.testing.assert_close(got, expected, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize(("pattern", "form"), [("local", "one"), ("interlaced", "many"), ("local", "split")])
+def test_programs_in_any_order_give_the_same_bits(pattern: str, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "PARTIAL_SUMS", 4)  # of dbias: a program sums over several groups
+    tokens = (3, 5) if form == "one" else (3, 6)  # more than a block
+    case = replace(SMALL, pattern=pattern, tokens=tokens, groups=(1, 3), short=(0, 2), form=form)
+    inputs = arguments(case)
+    in_order = run(case, inputs)
+    with guard.shuffled(seed=0):
+        shuffled = run(case, inputs)
+    assert all(torch.equal(in_order[name], shuffled[name]) for name in in_order)
 
 
 @pytest.mark.parametrize("widths", [(256, 512), (64, 64), (39, 39)])
@@ -380,3 +419,18 @@ def test_guard_sees_planted_bugs() -> None:
     with guard.watch() as memory:
         launch.forward(q, q, q, None, torch.empty_like(q), None, 1.0, case.partition, tile)
     assert memory.unwritten(q) == q.numel()
+
+
+def test_shuffled_programs_run_once_each_in_another_order() -> None:
+    case = Case("local", (2, 2), (2, 1), maps=2)
+    partition, tile, q = case.partition, case.tiles()[0], torch.randn(2, *case.size, 1, 32)
+    outcomes = set()
+    for seed in range(4):
+        out, shared = torch.empty_like(q), torch.empty_like(q[:1])
+        with guard.watch() as memory, guard.shuffled(seed):
+            launch.forward(q, q, q, None, out, None, 1.0, partition, tile)
+        assert memory.unwritten(out) == 0
+        with guard.shuffled(seed):  # both maps' outputs in one place: the later program's stays
+            launch.forward(q, q, q, None, shared.expand_as(q), None, 1.0, partition, tile)
+        outcomes |= {torch.equal(out[1, rows], shared[0, rows]) for rows in (slice(2), slice(2, 4))}
+    assert outcomes == {True, False}

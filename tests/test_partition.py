@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from itertools import product
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -41,6 +43,8 @@ def test_every_pixel_has_one_seat(size: tuple[int, int]) -> None:
         assert set(pixels) == set(product(range(size[0]), range(size[1])))
         assert all(partition.coordinates(group, 0)[2] for group in range(partition.groups))  # the kernels' invariant
         assert partition.divides == (partition.groups * partition.tokens == size[0] * size[1])
+        members = Counter(group for group, _ in pixels.values())
+        assert partition.pairs == sum(n * n for n in members.values())
 
 
 def test_interlaced_is_the_remainder_and_local_the_quotient() -> None:
@@ -99,6 +103,14 @@ def test_view_without_a_piece_is_the_whole_map() -> None:
     assert torch.equal(view, x.view(2, 2, 3, 2, 4, 3).transpose(2, 3))
     view = Partition.interlaced((6, 8), stride=(3, 4)).view(x)
     assert torch.equal(view, x.view(2, 2, 3, 2, 4, 3).permute(0, 2, 4, 1, 3, 5))
+
+
+def test_integers_of_numpy_and_torch_become_python_s() -> None:
+    expected = Partition.local((200, 300), window=(8, 9))
+    for pair in (np.array([8, 9], np.uint8), torch.tensor([8, 9]), (np.int8(8), 9)):
+        partition = Partition.local((200, 300), window=pair)
+        assert partition == expected
+        assert all(type(n) is int for axis in partition for n in axis)
 
 
 def test_axes_are_five_integers_and_partitions_are_hashable() -> None:

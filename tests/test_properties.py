@@ -11,11 +11,12 @@ from typing import Any
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
 from bench.cases import Case, errors, strategy
-from tests import guard
+from tests import conftest, guard
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SWEEP, SEED = int(os.environ.get("ISA_TRITON_SWEEP", 0)), int(os.environ.get("ISA_TRITON_SEED", 0))
@@ -50,3 +51,26 @@ def test_the_kernels_keep_the_budget(case: Case) -> None:
 def within_budget(case: Case, backend: str) -> None:
     parts = errors(case, backend)
     assert all(part <= 1 for part in parts.values()), parts
+
+
+def test_a_sweep_has_a_new_seed_that_workers_inherit_and_the_header_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ISA_TRITON_SWEEP", "30")
+    seeds = set()
+    for _ in range(2):
+        monkeypatch.delenv("ISA_TRITON_SEED", raising=False)
+        conftest.pytest_configure()
+        seeds.add(chosen := os.environ["ISA_TRITON_SEED"])
+        conftest.pytest_configure()  # as a worker does
+        assert conftest.pytest_report_header() == [f"ISA_TRITON_SWEEP=30 ISA_TRITON_SEED={chosen}"]
+    assert len(seeds) == 2
+    monkeypatch.setenv("ISA_TRITON_SEED", "five")
+    with pytest.raises(pytest.UsageError, match="ISA_TRITON_SEED must be a whole number, got 'five'"):
+        conftest.pytest_configure()
+
+
+def test_without_a_sweep_every_run_draws_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("ISA_TRITON_SWEEP", "ISA_TRITON_SEED"):
+        monkeypatch.delenv(name, raising=False)
+    conftest.pytest_configure()
+    assert os.environ["ISA_TRITON_SEED"] == "0"
+    assert conftest.pytest_report_header() == []

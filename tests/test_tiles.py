@@ -103,6 +103,13 @@ def test_an_entry_of_the_dtype_goes_before_one_of_its_arithmetic(files: Path) ->
     assert tiles.lookup("sm_90", "forward", 8, 8, "bfloat16", 8) == both
 
 
+def test_a_limit_of_one_is_one(files: Path) -> None:
+    (files / "sm_90.json").write_text(json.dumps([entry("forward", 1, 1, 1, Tile(16, 16, 16, 16))]))
+    assert tiles.lookup("sm_90", "forward", 1, 1, "float16", 1) == Tile(16, 16, 16, 16)
+    with pytest.raises(LookupError, match="'forward' for groups of 2 tokens"):
+        tiles.lookup("sm_90", "forward", 1, 1, "float16", 2)
+
+
 def test_backward_leaves_out_what_does_not_serve(files: Path) -> None:
     tile = Tile(64, 64, 32, 32)
     steps = [(step, 64 if step == "group" else None) for step in ("group", "queries", "keys", "pairs")]
@@ -114,11 +121,12 @@ def test_backward_leaves_out_what_does_not_serve(files: Path) -> None:
 
 
 def test_an_unknown_target_warns_once(files: Path) -> None:
-    for name in ("sm_86", "gfx942"):
-        (files / f"{name}.json").write_text(json.dumps([entry("forward", None, None, None, Tile(16, 16, 16, 16))]))
-    for target in ("sm_75", "gfx1100"):
-        with pytest.warns(UserWarning, match=target):
-            tiles.lookup(target, "forward", 8, 8, "float16", 8)
+    modest = {"sm_86": Tile(16, 16, 16, 16), "gfx942": Tile(32, 32, 32, 32)}
+    for name, tile in modest.items():
+        (files / f"{name}.json").write_text(json.dumps([entry("forward", None, None, None, tile)]))
+    for target, nearest in {"sm_75": "sm_86", "gfx1100": "gfx942"}.items():
+        with pytest.warns(UserWarning, match=f"{target}, those of {nearest}"):
+            assert tiles.lookup(target, "forward", 8, 8, "float16", 8) == modest[nearest]
         with warnings.catch_warnings(action="error"):
             tiles.lookup(target, "forward", 8, 8, "float16", 9)
     with warnings.catch_warnings(action="error"):

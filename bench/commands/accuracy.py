@@ -38,7 +38,7 @@ from torch import Generator, Tensor, nn
 
 import reference
 from bench import opponents
-from bench.arguments import positive
+from bench.arguments import folder, positive
 from bench.commands.paper import parameters
 from bench.results import write_whole
 from bench.tasks import IGNORED, SIZE, TASKS, Drawn, Task
@@ -287,7 +287,7 @@ def learn_all(runs: Sequence[Run], workers: int) -> Iterator[Row]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--out", type=Path, default=Path("out"), metavar="DIR", help="folder of the results (default: out)")
+    add("--out", type=folder, default="out", metavar="DIR", help="folder of the results (default: out)")
     add("--experiments", nargs="+", choices=EXPERIMENTS, default=list(EXPERIMENTS), help="default: all")
     names = list(dict.fromkeys(name for experiment in EXPERIMENTS.values() for name in experiment.networks))
     add("--networks", nargs="+", choices=names, metavar="NAME", help=f"of {', '.join(names)} (default: all)")

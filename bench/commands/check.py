@@ -25,7 +25,7 @@ from rich.table import Table
 from torch import Tensor
 
 from bench import measure
-from bench.arguments import device, positive
+from bench.arguments import device, folder, positive
 from bench.cases import NAMES, Case, errors, strategy
 from bench.files import write_text
 from bench.results import plt
@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=positive, default=1, help="of what is drawn (default: 1)")
     add("--backends", nargs="+", choices=("triton", "eager"), default=["triton", "eager"], help="default: both")
     add("--device", type=device, default="cpu", help="cpu interprets the kernels (default: cpu)")
-    add("--out", type=Path, default=Path("out"), metavar="DIR", help="folder of check.csv (default: out)")
+    add("--out", type=folder, default="out", metavar="DIR", help="folder of check.csv (default: out)")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -23,7 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import flop_registry
 
 from bench import measure
-from bench.arguments import check_partition_size, device, positive, size
+from bench.arguments import check_partition_size, device, folder, positive, size
 from bench.measure import Step
 from bench.providers import PROVIDERS, Provider, isa_module
 from bench.results import format_size, short
@@ -58,7 +57,7 @@ class Row(NamedTuple):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--out", type=Path, default=Path("out"), metavar="DIR", help="folder of inference.csv (default: out)")
+    add("--out", type=folder, default="out", metavar="DIR", help="folder of inference.csv (default: out)")
     default = " ".join(map(format_size, SIZES))
     add("--sizes", nargs="*", type=size, default=list(SIZES), metavar="SIZE", help=f"maps (default: {default})")
     add(

@@ -13,7 +13,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -22,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from triton.runtime.jit import KernelInterface
 
-from bench.arguments import device, positive
+from bench.arguments import device, folder, positive
 from bench.files import write_text
 from isa_triton import Partition, fused, ops, partitioned_attention, tiles
 from isa_triton.kernels import launch
@@ -34,7 +33,7 @@ Layers = dict[str, Callable[[], Any]]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--out", type=Path, default=Path("out"), metavar="DIR", help="folder of overhead.csv (default: out)")
+    add("--out", type=folder, default="out", metavar="DIR", help="folder of overhead.csv (default: out)")
     add("--rounds", type=positive, default=100, help="medians are taken over so many (default: 100)")
     add("--calls", type=positive, default=100, help="calls of a layer in a round (default: 100)")
     add("--device", type=device, default="cpu", help="of the tensors (default: cpu)")

@@ -13,7 +13,6 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 from rich import box
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bench import measure
+from bench.arguments import folder
 from bench.heads import CONTEXTS
 from bench.results import format_size, write_whole
 
@@ -89,7 +89,7 @@ def parameters(module: nn.Module) -> int:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--out", type=Path, default=Path("out"), metavar="DIR", help="folder of paper.csv (default: out)")
+    add("--out", type=folder, default="out", metavar="DIR", help="folder of paper.csv (default: out)")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -20,7 +20,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from bench import survey
-from bench.arguments import check_partition_size, size
+from bench.arguments import check_partition_size, folder, size
 from bench.providers import Attend, Provider
 from bench.results import QUANTITIES, Quantity, Row, format_size, short
 from bench.workload import BLOCK_LEVELS, PASSES, Level, Workload, closed_form_flops
@@ -95,7 +95,7 @@ MODULES = tuple(
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--out", type=Path, default=Path("out"), metavar="DIR", help="folder of the results (default: out)")
+    add("--out", type=folder, default="out", metavar="DIR", help="folder of the results (default: out)")
     add("--size", type=size, default=(128, 128), metavar="SIZE", help="the map, 64 or 64x128 (default: 128)")
     add(
         "--partition-sizes",

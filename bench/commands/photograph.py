@@ -12,7 +12,6 @@ import argparse
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +25,7 @@ from torch import Tensor, nn
 
 import reference
 from bench import measure
-from bench.arguments import device, positive, size
+from bench.arguments import device, folder, positive, size
 from bench.heads import CONTEXTS, head
 from bench.results import format_size, short, write_whole
 from isa_triton.models.segmentation import ianet
@@ -58,7 +57,7 @@ class Row(NamedTuple):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--out", type=Path, default=Path("out"), metavar="DIR", help="folder of photograph.csv (default: out)")
+    add("--out", type=folder, default="out", metavar="DIR", help="folder of photograph.csv (default: out)")
     default = " ".join(map(format_size, SIZES))
     add("--sizes", nargs="+", type=size, default=list(SIZES), metavar="SIZE", help=f"of images (default: {default})")
     add("--heads", nargs="+", choices=CONTEXTS, default=["ISA", "SA"], help="beside each other (default: ISA SA)")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import string
-from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -16,6 +15,7 @@ from matplotlib.patches import Patch, Rectangle
 from rich.console import Console
 from torch import Tensor
 
+from bench.arguments import folder
 from isa_triton import Partition
 from reference import affinity, long_range_groups, short_range_groups
 
@@ -29,9 +29,7 @@ OTHERS = ("#E69F00", "#009E73", "#CC79A7", "#999999", "#D55E00", "#F0E442", "#56
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--out", type=Path, default=Path("out"), metavar="DIR", help="folder of the PNGs (default: out)"
-    )
+    parser.add_argument("--out", type=folder, default="out", metavar="DIR", help="folder of the PNGs (default: out)")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 from itertools import product
-from pathlib import Path
 
 from rich.console import Console
 
 from bench import survey
-from bench.arguments import check_partition_size, size
+from bench.arguments import check_partition_size, folder, size
 from bench.providers import COMPARED, PROVIDERS
 from bench.results import QUANTITIES, format_size, plot, summary
 from bench.workload import BLOCK_LEVELS, LEVELS, PASSES
@@ -20,7 +19,7 @@ SIZES = ((32, 32), (64, 64), (64, 128), (97, 97), (128, 128), (128, 256), (256, 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--out", type=Path, default=Path("out"), metavar="DIR", help="folder of the results (default: out)")
+    add("--out", type=folder, default="out", metavar="DIR", help="folder of the results (default: out)")
     add(
         "--providers",
         nargs="+",

@@ -10,7 +10,6 @@ them, as FLOPs over a rate plus bytes over a link's speed, both assumed and prin
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -35,9 +34,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import measure
-from bench.arguments import positive, size
+from bench.arguments import amount, folder, positive, size
 from bench.providers import isa_module
-from bench.results import format_size, short, write_whole
+from bench.results import format_size, read_records, short, write_whole
 from bench.workload import PASSES, Pass, Workload
 from isa_triton.exchange import even_cuts
 from isa_triton.sharding import MapParallel
@@ -142,7 +141,7 @@ def bound(workload: Workload, devices: int) -> int:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--out", type=Path, default=Path("out"), metavar="DIR", help="folder of the results (default: out)")
+    add("--out", type=folder, default="out", metavar="DIR", help="folder of the results (default: out)")
     add("--size", type=size, default=(128, 96), metavar="SIZE", help="map that is run, 64 or 64x128 (default: 128x96)")
     add("--channels", type=positive, default=128, metavar="C", help="of the run, K = C / 2, V = C (default: 128)")
     add("--partition-size", type=size, default=(8, 8), metavar="P", help="of the run (default: 8)")
@@ -159,11 +158,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--simulated-sizes", nargs="+", type=size, default=[(4096, 4096), (8192, 8192)], metavar="SIZE")
     add("--simulated-channels", type=positive, default=512, metavar="C", help="K = C / 2, V = C (default: 512)")
     add("--simulated-partition-size", type=size, default=(64, 64), metavar="P", help="default: 64")
-    add("--rate", type=float, default=100.0, metavar="TFLOPS", help="assumed of a device, TFLOP/s (default: 100)")
-    add("--links", nargs="+", type=float, default=list(LINKS), metavar="GBS", help="assumed of a link, GB/s each way")
+    add("--rate", type=amount, default=100.0, metavar="TFLOPS", help="assumed of a device, TFLOP/s (default: 100)")
+    add("--links", nargs="+", type=amount, default=list(LINKS), metavar="GBS", help="assumed of a link, GB/s each way")
 
 
 def run(args: argparse.Namespace) -> None:
+    path = args.out / "sharding.csv"
+    earlier = read(path)
     rank, devices = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     options: dict[str, Any] = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     console = Console(quiet=rank != 0)
@@ -180,8 +181,7 @@ def run(args: argparse.Namespace) -> None:
         console.print(_table("Simulated: counted on fake tensors, of the first and last device the larger", simulated))
         console.print(_predictions(simulated, args.rate, args.links))
         rows += simulated
-    path = args.out / "sharding.csv"
-    rows = merge(read(path), rows)
+    rows = merge(earlier, rows)
     write_whole(path, COLUMNS, (tuple(asdict(row).values()) for row in rows))
     plot(rows, args.rate, args.links, args.out / "sharding.png")
     console.print("Wrote", path, args.out / "sharding.png", sep="\n  ", highlight=False)
@@ -247,16 +247,15 @@ def merge(old: Iterable[Row], new: Sequence[Row]) -> list[Row]:
 
 
 def read(path: Path) -> list[Row]:
-    """The rows of an earlier run; none where there is no such file. Raises ValueError where it has other columns."""
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        header, *lines = csv.reader(file)
-    if tuple(header) != COLUMNS:
-        raise ValueError(f"{path} must have the columns {','.join(COLUMNS)}, got {','.join(header)}")
-    kinds: dict[str, Any] = {"int": int, "float | None": lambda text: float(text) if text else None}
-    types = [kinds.get(str(field.type), str) for field in Row.__dataclass_fields__.values()]
-    return [Row(*(kind(text) for kind, text in zip(types, line, strict=True))) for line in lines]
+    """The rows of an earlier run; none where there is no such file.
+
+    Raises:
+        argparse.ArgumentError: the file is something else.
+    """
+    try:
+        return read_records(path, Row)
+    except ValueError as error:
+        raise argparse.ArgumentError(None, f"{error}; move it away") from error
 
 
 def predicted(row: Row, rate: float, link: float) -> float:

@@ -33,7 +33,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
-from bench.arguments import device, from_zero, number, positive, size
+from bench.arguments import device, folder, from_zero, number, positive, size
 from bench.heads import CONTEXTS
 from bench.results import format_size, write_whole
 from bench.training import InputError
@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--data", type=Path, required=True, metavar="DIR", help="folder of the data set, as its publishers lay it out")
     add("--data-set", choices=RECIPES, help="which one it is, and whose recipe is followed unless told otherwise")
-    add("--out", type=Path, default=Path("out/train"), metavar="DIR", help="folder of the results (default: out/train)")
+    add("--out", type=folder, default="out/train", metavar="DIR", help="folder of the results (default: out/train)")
     add("--evaluate", type=Path, metavar="CHECKPOINT", help="do not train: evaluate what an earlier run wrote")
     add("--head", choices=CONTEXTS, default="ISA", help="default: ISA; none is a fully convolutional network")
     add("--backbone", default="resnet101", metavar="NAME", help="a ResNet of torchvision (default: resnet101)")

@@ -10,13 +10,13 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
 from rich.progress import Progress, TaskID
 
+from bench.arguments import folder
 from bench.commands.tiles.common import (
     add_compilers,
     add_machine,
@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_problem(parser)
     add = parser.add_argument
     add("--step", choices=list(KERNELS), help="the kernel whose tiles are drawn (default: the pass's first)")
-    add("--out", type=Path, default=Path("out"), metavar="DIR", help="folder of the PNGs (default: out)")
+    add("--out", type=folder, default="out", metavar="DIR", help="folder of the PNGs (default: out)")
     add_compilers(parser)
 
 
