@@ -100,7 +100,7 @@ def _attention(
         scale = q.shape[-1] ** -0.5
     elif not isinstance(scale, (int, float)):
         raise TypeError(f"scale must be a number or None, got {scale!r}")
-    elif not math.isfinite(scale):
+    elif not -math.inf < scale < math.inf:  # in words that compilers take where a module's number is symbolic
         raise ValueError(f"scale must be finite, got {scale!r}")
     q, k, v = tensors["q"], tensors["k"], tensors["v"]
     backend = _choose(backend, q)
