@@ -24,7 +24,10 @@ Pair = tuple[int, int]
 
 @dataclass(frozen=True)
 class Case:
-    """One attention: `p` is the interval, the grid or the window of its kind; `logits` how large its scores are."""
+    """One attention: `p` is the interval, the grid or the window of its kind; `logits` how large its scores are.
+
+    `shift` moves the windows of kind "local".
+    """
 
     kind: str
     size: Pair
@@ -37,10 +40,12 @@ class Case:
     layout: str = "contiguous"  # of q, k, v and of the gradient that arrives
     logits: float = 1.0
     seed: int = 0
+    shift: Pair = (0, 0)
 
     def __str__(self) -> str:
         (H, W), (P_h, P_w), (K, V) = self.size, self.p, self.widths
         p = f" {P_h}x{P_w}" if self.kind in ("interlaced", "grid", "local") else ""
+        p += f" moved by {self.shift[0]}x{self.shift[1]}" if any(self.shift) else ""
         return f"{self.kind}{p} of {self.maps}x{H}x{W}, {self.heads} heads {K}/{V}{', bias' * self.bias}, {self.layout}"
 
     @property
@@ -50,7 +55,7 @@ class Case:
         if self.kind == "grid":
             return Partition.interlaced(self.size, grid=self.p)
         if self.kind == "local":
-            return Partition.local(self.size, self.p)
+            return Partition.local(self.size, self.p, self.shift)
         return getattr(Partition, self.kind)(self.size)  # rows, columns, dense
 
     @property
@@ -65,7 +70,8 @@ class Case:
             return long_range_groups(H, W, p)
         if self.kind == "grid":
             return long_range_groups(H, W, (-(-H // p[0]), -(-W // p[1])))
-        return short_range_groups(H, W, {"rows": (1, W), "columns": (H, 1), "dense": (H, W)}.get(self.kind, p))
+        p = {"rows": (1, W), "columns": (H, 1), "dense": (H, W)}.get(self.kind, p)
+        return short_range_groups(H, W, p, self.shift)
 
     def inputs(self, device: str = "cpu") -> dict[str, Tensor]:
         """q, k, v, bias if there is one, and the gradients do and dlse that arrive."""
@@ -114,8 +120,10 @@ def strategy(dtypes: tuple[torch.dtype, ...], longest: int = 12, widest: int = 8
     def draw_case(draw: Any) -> Case:
         size = draw(st.tuples(sides, sides))
         p = tuple(draw(st.integers(1, side)) for side in size)
+        kind = draw(st.sampled_from(KINDS))
+        shift = tuple(draw(st.integers(0, side - 1)) if kind == "local" else 0 for side in p)
         return Case(
-            kind=draw(st.sampled_from(KINDS)),
+            kind=kind,
             size=size,
             p=(p[0], p[1]),
             widths=draw(st.tuples(widths, widths)),
@@ -126,6 +134,7 @@ def strategy(dtypes: tuple[torch.dtype, ...], longest: int = 12, widest: int = 8
             layout=draw(st.sampled_from(LAYOUTS)),
             logits=draw(st.sampled_from((1.0, 0.0, -2.0, 30.0, 1e3, 1e4))),
             seed=draw(st.integers(0, 2**31)),
+            shift=(shift[0], shift[1]),
         )
 
     return draw_case()
@@ -161,7 +170,8 @@ def _derivatives(inputs: dict[str, Tensor], case: Case, backend: str | None = No
     leaves = {name: inputs[name].detach().requires_grad_() for name in ("q", "k", "v", "bias") if name in inputs}
     q, k, v, bias = leaves["q"], leaves["k"], leaves["v"], leaves.get("bias")
     if backend is None:
-        out, lse = formula(q, k, v, bias, case.scale, case.groups(), case.partition.w.tokens)
+        whole = case.partition.h.tokens, case.partition.w.tokens
+        out, lse = formula(q, k, v, bias, case.scale, case.groups(), whole, case.shift)
     else:
         out, lse = partitioned_attention_with_lse(q, k, v, case.partition, bias=bias, scale=case.scale, backend=backend)
     upstream = inputs["do"], inputs["dlse"].to(lse.dtype)
@@ -175,13 +185,15 @@ def formula(
     bias: Tensor | None,
     scale: float,
     groups: Iterable[tuple[slice, slice]],
-    columns: int,
+    whole: Pair,
+    shift: Pair = (0, 0),
 ) -> tuple[Tensor, Tensor]:
     """out and lse in the precision of the arguments, group by group.
 
     Args:
         groups: the rows and columns of every group's pixels.
-        columns: of tokens in a group that is whole, by which bias numbers them.
+        whole: rows and columns of tokens in a group that is whole, by which bias numbers them.
+        shift: of windows; a piece that it leaves on an edge has the last rows or columns of a whole one.
     """
     out, lse = torch.zeros_like(v), torch.zeros_like(q[..., 0])
     for pixels in groups:
@@ -190,7 +202,8 @@ def formula(
         qs, ks, vs = (x[here].flatten(1, 2).transpose(1, 2) for x in (q, k, v))  # [B, heads, T, width]
         scores = qs @ ks.mT * scale
         if bias is not None:
-            tokens = (torch.arange(h)[:, None] * columns + torch.arange(w)).flatten()
+            y, x = (-s % t if at.start == 0 else 0 for at, t, s in zip(pixels, whole, shift, strict=True))
+            tokens = ((y + torch.arange(h))[:, None] * whole[1] + x + torch.arange(w)).flatten()
             scores = scores + bias[:, tokens][:, :, tokens]
         out[here] = (scores.softmax(-1) @ vs).transpose(1, 2).unflatten(1, (h, w))
         lse[here] = scores.logsumexp(-1).transpose(1, 2).unflatten(1, (h, w))

@@ -184,7 +184,7 @@ class _Chunk:
     def view_bias(self, bias: Tensor) -> Tensor:
         """The chunk's heads and the tokens inside the map of bias: [heads, t_h, t_w, t_h, t_w]."""
         tokens = (self._partition.h.tokens, self._partition.w.tokens)
-        h, w = (slice(run.tokens) for run in self._piece)
+        h, w = (slice(run.token, run.token + run.tokens) for run in self._piece)
         return bias.unflatten(2, tokens).unflatten(1, tokens)[self._box[3], h, w, h, w]
 
     def softmax_scores(self, q: Tensor, k: Tensor, rows: slice, scale: float) -> tuple[Tensor, Tensor]:

@@ -100,7 +100,7 @@ def _attention(
         scale = q.shape[-1] ** -0.5
     elif not isinstance(scale, (int, float)):
         raise TypeError(f"scale must be a number or None, got {scale!r}")
-    elif not abs(scale) <= sys.float_info.max:  # nor an integer beyond it
+    elif not -sys.float_info.max <= scale <= sys.float_info.max:  # nor an integer beyond it
         raise ValueError(f"scale must be finite, got {scale!r}")
     q, k, v = tensors["q"], tensors["k"], tensors["v"]
     backend = _choose(backend, q)

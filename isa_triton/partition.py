@@ -1,14 +1,15 @@
 """The geometry of the library: a partition is arithmetic, not data movement.
 
-A partition of one image axis is five integers and one equation,
+A partition of one image axis is six integers and one equation,
 
-    pixel = group * group_stride + token * token_stride,
+    pixel = origin + group * group_stride + token * token_stride,
 
 and a partition of a feature map is that equation on each of its two axes. Interlaced and local partitions are the
-same equation with groups and tokens exchanged; rows, columns and the whole map are special cases. The last tokens
-of a group may fall outside the map; token 0 of every group lies inside it.
+same equation with groups and tokens exchanged; rows, columns and the whole map are special cases. Shifted windows
+begin at an origin before the map. Tokens may fall outside the map, on either side; no group has all of them there.
 
-Source: Huang et al., arXiv 1907.12273, section 3.2 (the permutations of long-range and short-range attention).
+Sources: Huang et al., arXiv 1907.12273, section 3.2 (the permutations of long-range and short-range attention); Liu
+et al., arXiv 2103.14030, section 3.2 (shifted windows).
 """
 
 from __future__ import annotations
@@ -27,27 +28,33 @@ except ModuleNotFoundError:  # macOS and Windows: the eager backend needs the ho
 
 def coordinates(group, token, h, w):  # type: ignore[no-untyped-def]  # ints, arrays or tl.tensors alike
     """Row y and column x of each (group, token), and whether it lies inside the map: the equation on both axes."""
-    y = (group // w.groups) * h.group_stride + (token // w.tokens) * h.token_stride
-    x = (group % w.groups) * w.group_stride + (token % w.tokens) * w.token_stride
-    return y, x, (y < h.size) & (x < w.size)
+    y = h.origin + (group // w.groups) * h.group_stride + (token // w.tokens) * h.token_stride
+    x = w.origin + (group % w.groups) * w.group_stride + (token % w.tokens) * w.token_stride
+    inside = (y < h.size) & (x < w.size)
+    if h.origin < 0 or w.origin < 0:
+        inside = inside & (y >= 0) & (x >= 0)
+    return y, x, inside
 
 
 device_coordinates = triton.jit(coordinates) if triton else None  # the same source, for kernels
 
 
 class Run(NamedTuple):
-    """Neighbouring groups of an axis that have equally many tokens inside the map."""
+    """Neighbouring groups of an axis that have the same tokens inside the map."""
 
-    first: int  # the first of the groups
+    group: int  # the first of the groups
     groups: int
+    token: int  # the first of the tokens
     tokens: int
 
 
 class Axis(NamedTuple):
-    """How one image axis of `size` pixels falls into groups: ``pixel = group * group_stride + token * token_stride``.
+    """How an image axis of `size` pixels falls into groups: ``origin + group * group_stride + token * token_stride``.
 
     >>> Axis.interlaced(10, stride=4)  # groups {0, 4, 8}, {1, 5, 9}, {2, 6, -}, {3, 7, -}
-    Axis(size=10, groups=4, tokens=3, group_stride=1, token_stride=4)
+    Axis(size=10, groups=4, tokens=3, group_stride=1, token_stride=4, origin=0)
+    >>> Axis.local(10, window=4, shift=3)  # groups {-, 0, 1, 2}, {3, 4, 5, 6}, {7, 8, 9, -}
+    Axis(size=10, groups=3, tokens=4, group_stride=4, token_stride=1, origin=-1)
     """
 
     size: int
@@ -55,6 +62,7 @@ class Axis(NamedTuple):
     tokens: int
     group_stride: int
     token_stride: int
+    origin: int = 0  # the pixel of token 0 of group 0: on the map's edge or before it
 
     @classmethod
     def interlaced(cls, size: int, stride: int) -> Axis:
@@ -68,9 +76,10 @@ class Axis(NamedTuple):
         return cls(size, groups=stride, tokens=tokens, group_stride=1, token_stride=stride)
 
     @classmethod
-    def local(cls, size: int, window: int) -> Axis:
-        """Groups of `window` adjacent pixels."""
-        return cls(size, groups=_ceil_div(size, window), tokens=window, group_stride=window, token_stride=1)
+    def local(cls, size: int, window: int, shift: int = 0) -> Axis:
+        """Groups of `window` adjacent pixels; a shift leaves `shift` of them to the first group."""
+        origin = shift - window if shift else 0
+        return cls(size, _ceil_div(size - origin, window), window, group_stride=window, token_stride=1, origin=origin)
 
     @property
     def divides(self) -> bool:
@@ -78,19 +87,22 @@ class Axis(NamedTuple):
         return self.groups * self.tokens == self.size
 
     def runs(self) -> tuple[Run, ...]:
-        """The axis as one or two runs of groups, each of which is a strided view without a token outside the map."""
+        """The axis as up to three runs of groups, each of which is a strided view without a token outside the map."""
 
-        def tokens_inside(group: int) -> int:
-            return min(self.tokens, _ceil_div(self.size - group * self.group_stride, self.token_stride))
+        def inside(group: int) -> tuple[int, int]:
+            """The first of the group's tokens inside the map, and the first behind them."""
+            start = self.origin + group * self.group_stride
+            stop = min(self.tokens, _ceil_div(self.size - start, self.token_stride))
+            return max(0, _ceil_div(-start, self.token_stride)), stop
 
-        equal = [(tokens, list(groups)) for tokens, groups in groupby(range(self.groups), tokens_inside)]
-        return tuple(Run(groups[0], len(groups), tokens) for tokens, groups in equal)
+        same = [(tokens, list(groups)) for tokens, groups in groupby(range(self.groups), inside)]
+        return tuple(Run(groups[0], len(groups), start, stop - start) for (start, stop), groups in same)
 
     def split(self, tensor: Any, dim: int, run: Run) -> Any:
         """A view of `tensor` whose dimension `dim` (size pixels) became the run's groups; its tokens come last."""
-        origin = run.first * self.group_stride
+        start = self.origin + run.group * self.group_stride + run.token * self.token_stride
         extent = (run.groups - 1) * self.group_stride + (run.tokens - 1) * self.token_stride + 1
-        pixels = tensor.narrow(dim, origin, extent)
+        pixels = tensor.narrow(dim, start, extent)
         if self.token_stride <= self.group_stride:
             return pixels.unfold(dim, run.tokens, self.group_stride)  # [..., groups, ..., tokens]
         return pixels.unfold(dim, run.groups, self.token_stride).transpose(dim, -1)
@@ -138,17 +150,29 @@ class Partition(NamedTuple):
         return cls(*map(make, *_checked(size, name, chosen)))
 
     @classmethod
-    def local(cls, size: tuple[int, int], window: tuple[int, int]) -> Partition:
+    def local(cls, size: tuple[int, int], window: tuple[int, int], shift: tuple[int, int] = (0, 0)) -> Partition:
         """Groups of `window` = (P_h, P_w) adjacent pixels (the paper's short range; MaxViT block, Swin window).
+
+        Args:
+            size: the map, (H, W) pixels.
+            window: from 1 up to the map's axis.
+            shift: rows and columns by which every window is moved down and right, less than the window (Swin's shifted
+                windows, without its roll and mask): those on the edges of the map are cut, at both ends.
 
         Raises:
             TypeError: a size that is not a pair of integers.
-            ValueError: a size below 1 or larger than its axis.
+            ValueError: a window below 1 or larger than its axis, a shift below 0 or not smaller than its window.
 
         >>> Partition.local((16, 24), window=(8, 8)).groups
         6
+        >>> Partition.local((16, 24), window=(8, 8), shift=(4, 4)).groups
+        12
         """
-        return cls(*map(Axis.local, *_checked(size, "window", window)))
+        (height, width), (part_h, part_w) = _checked(size, "window", window)
+        shift_h, shift_w = _pair("shift", shift)
+        if not (0 <= shift_h < part_h and 0 <= shift_w < part_w):
+            raise ValueError(f"shift must be at least (0, 0) and less than the window {window}, got {shift}")
+        return cls(Axis.local(height, part_h, shift_h), Axis.local(width, part_w, shift_w))
 
     @classmethod
     def rows(cls, size: tuple[int, int]) -> Partition:
@@ -219,12 +243,13 @@ class Partition(NamedTuple):
         (5, 3)
         """
         h, w = self
+        y, x = y - h.origin, x - w.origin
         group = (y // h.group_stride) % h.groups * w.groups + (x // w.group_stride) % w.groups
         token = (y // h.token_stride) % h.tokens * w.tokens + (x // w.token_stride) % w.tokens
         return group, token
 
     def pieces(self) -> tuple[tuple[Run, Run], ...]:
-        """The map as up to four rectangles of groups, each a strided view with no token outside the map.
+        """The map as up to nine rectangles of groups, each a strided view with no token outside the map.
 
         Where the partition divides the map there is one piece. Pieces are disjoint and cover every pixel.
         """

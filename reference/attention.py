@@ -62,11 +62,21 @@ def long_range_groups(height: int, width: int, partition_size: tuple[int, int]) 
             yield slice(p_h, height, partition_size[0]), slice(p_w, width, partition_size[1])
 
 
-def short_range_groups(height: int, width: int, partition_size: tuple[int, int]) -> Iterator[tuple[slice, slice]]:
-    """The pixels of every window that are on the map, as a slice of rows and one of columns."""
-    for y in range(0, height, partition_size[0]):
-        for x in range(0, width, partition_size[1]):
-            yield slice(y, min(y + partition_size[0], height)), slice(x, min(x + partition_size[1], width))
+def short_range_groups(
+    height: int, width: int, partition_size: tuple[int, int], shift: tuple[int, int] = (0, 0)
+) -> Iterator[tuple[slice, slice]]:
+    """The pixels of every window that are on the map, as a slice of rows and one of columns.
+
+    Windows moved down and right by `shift` leave pieces of windows on the edges they come from (Swin).
+    """
+
+    def windows(size: int, side: int, shift: int) -> Iterator[slice]:
+        for start in range(shift - side if shift else 0, size, side):
+            yield slice(max(start, 0), min(start + side, size))
+
+    for rows in windows(height, partition_size[0], shift[0]):
+        for columns in windows(width, partition_size[1], shift[1]):
+            yield rows, columns
 
 
 Groups = Callable[[int, int, tuple[int, int]], Iterator[tuple[slice, slice]]]

@@ -18,6 +18,8 @@ PARTITIONS = {
     "local": Partition.local((6, 8), window=(3, 4)),
     "local-ragged": Partition.local((7, 5), window=(4, 3)),
     "local-one-token": Partition.local((5, 4), window=(1, 1)),
+    "shifted": Partition.local((6, 8), window=(3, 4), shift=(1, 2)),
+    "shifted-ragged": Partition.local((7, 5), window=(4, 3), shift=(3, 1)),
     "rows": Partition.rows((5, 7)),
     "columns": Partition.columns((5, 7)),
     "dense": Partition.dense((3, 5)),

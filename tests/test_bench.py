@@ -123,7 +123,7 @@ def test_peak_bytes_are_those_really_allocated(name: str, level: Level, pass_: P
     # what kernels of torch allocate for themselves: fused attention, 3x3 convolutions, a convolution's gradient
     scratch = (
         3 << 20
-        if name in ("dense-sdpa", "timm", "ppm", "aspp") or (level, pass_) == ("module", "training")
+        if name in ("dense-sdpa", "timm", "ppm", "aspp") or level == "head" or (level, pass_) == ("module", "training")
         else 1 << 12
     )
     assert 0 <= peak - count(make)[1] <= scratch
@@ -348,7 +348,6 @@ def test_sizes_are_a_side_or_height_and_width(text: str, expected: tuple[int, in
         (["scaling", "--passes", "backward"], "invalid choice: 'backward'"),
         (["scaling", "--sizes", "6", "--partition-size", "8"], "--partition-size 8x8 is larger than the map 6x6"),
         (["partitions", "--size", "9", "--partition-sizes", "16"], "--partition-size 16x16 is larger than the map 9x9"),
-        (["paper", "--rounds", "0"], "--rounds: must be a whole number from 1, got '0'"),
     ],
 )
 def test_bad_arguments_are_named(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

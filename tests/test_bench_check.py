@@ -75,8 +75,8 @@ def test_cases_cover_every_kind_and_their_groups_are_the_partition_s(large: bool
     for case in {(case.kind, case.size): case for case in found}.values():
         assert sum(1 for _ in case.groups()) == case.partition.groups
         for group, (rows, columns) in enumerate(case.groups()):
-            first = rows.start, columns.start
-            assert case.partition.coordinates(group, 0) == (*first, True)
+            y, x = torch.arange(case.size[0])[rows], torch.arange(case.size[1])[columns]
+            assert bool((case.partition.seat(y[:, None], x)[0] == group).all())
 
 
 def test_the_budget_is_the_eager_error_and_roundings() -> None:

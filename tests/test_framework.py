@@ -8,6 +8,7 @@ import os
 import pickle
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -89,9 +90,14 @@ def test_activation_checkpointing_changes_nothing(backend: str, reentrant: bool)
         assert torch.equal(leaf.grad, e)
 
 
-def test_ten_resolutions_are_compiled_at_most_twice() -> None:
+def shifted_windows(x: Tensor) -> Tensor:
+    q = x.permute(0, 2, 3, 1)[:, :, :, None]
+    return partitioned_attention(q, q, q, Partition.local((x.shape[2], x.shape[3]), (4, 3), shift=(1, 2)))
+
+
+@pytest.mark.parametrize("attend", [layer(), shifted_windows])
+def test_ten_resolutions_are_compiled_at_most_twice(attend: Callable[[Tensor], Tensor]) -> None:
     counter = CompileCounter()
-    attend = layer()
     compiled = torch.compile(attend, backend=counter, dynamic=True, fullgraph=True)
     for side in range(8, 18):
         x = torch.randn(1, 4, 3 * side, 2 * side + 2)

@@ -49,18 +49,17 @@ class Case:
     form: str = "one"  # "one" block a group, "many", or many with dk and dv in passes of their own
     logits: float = 3.0
     blocks: Pair | None = None  # of queries and keys, where the form does not say
+    shift: Pair = (0, 0)  # of windows: the map also lacks the first pixels of the first groups
 
     def __str__(self) -> str:
         named = f"{self.pattern}-{self.tokens}-{self.groups}-{self.short}-{self.widths}-{self.heads}x{self.maps}"
-        blocks = f"-{self.blocks}" if self.blocks else ""
-        return f"{named}-{'bias-' * self.bias}{str(self.dtype)[6:]}-{self.layout}-{self.form}{blocks}".replace(
-            ", ", "."
-        )
+        named += f"-{self.shift}" * any(self.shift) + (f"-{self.blocks}" if self.blocks else "")
+        return f"{named}-{'bias-' * self.bias}{str(self.dtype)[6:]}-{self.layout}-{self.form}".replace(", ", ".")
 
     @property
     def size(self) -> Pair:
-        (t_h, t_w), (g_h, g_w), (r_h, r_w) = self.tokens, self.groups, self.short
-        return t_h * g_h - r_h, t_w * g_w - r_w
+        (t_h, t_w), (g_h, g_w), (r_h, r_w), (s_h, s_w) = self.tokens, self.groups, self.short, self.shift
+        return t_h * g_h - r_h - -s_h % t_h, t_w * g_w - r_w - -s_w % t_w
 
     @property
     def scale(self) -> float:
@@ -71,7 +70,7 @@ class Case:
     def partition(self) -> Partition:
         match self.pattern:
             case "local":
-                return Partition.local(self.size, self.tokens)
+                return Partition.local(self.size, self.tokens, self.shift)
             case "interlaced":
                 return Partition.interlaced(self.size, stride=self.groups)
             case "grid":
@@ -81,11 +80,12 @@ class Case:
 
     def axes(self) -> Iterator[Pixels]:
         """The pixels of every group, for each axis, written without the library."""
-        for size, tokens, groups in zip(self.size, self.tokens, self.groups, strict=True):
+        for size, tokens, groups, shift in zip(self.size, self.tokens, self.groups, self.shift, strict=True):
             if self.pattern in ("interlaced", "grid"):
                 yield [range(a, size, groups) for a in range(groups)]
             else:
-                yield [range(a * tokens, min((a + 1) * tokens, size)) for a in range(groups)]
+                starts = range(-(-shift % tokens), size, tokens)
+                yield [range(max(start, 0), min(start + tokens, size)) for start in starts]
 
     def slices(self) -> Iterator[tuple[slice, slice]]:
         """The same as pairs of slices."""
@@ -149,6 +149,15 @@ WIDE = [
     Case("interlaced", (8, 8), (2, 1), (1, 0), (256, 512), dtype=dtype, form=form, layout=layout)
     for dtype, form, layout in product(DTYPES, ("one", "many", "split"), ("contiguous", "nchw"))
 ]
+SHIFTED = [  # in the first ones a whole block of keys lies before the map
+    Case("local", (4, 8), groups, short, (24, 39), bias=bias, dtype=dtype, form=form, shift=shift)
+    for groups, short, shift in [((2, 1), (1, 0), (2, 0)), ((2, 2), (0, 3), (1, 6))]
+    for form, dtype, bias in [
+        ("one", torch.bfloat16, True),
+        ("many", torch.float32, True),
+        ("split", torch.half, False),
+    ]
+]
 STEEP = [
     Case("interlaced", (5, 10), (2, 1), short, (64, 32), bias=bias, dtype=dtype, form=form, logits=logits)
     for short, bias, dtype, form, logits in product(
@@ -168,7 +177,8 @@ def derivatives(inputs: dict[str, Tensor], case: Case, dtype: torch.dtype) -> di
     leaves = [t.clone().requires_grad_() for t in (q, k, v)]
     if case.bias:
         leaves.append(inputs["bias"].to(dtype).clone().requires_grad_())
-    out, lse = formula(*leaves[:3], leaves[3] if case.bias else None, case.scale, case.slices(), case.tokens[1])
+    bias = leaves[3] if case.bias else None
+    out, lse = formula(*leaves[:3], bias, case.scale, case.slices(), case.tokens, case.shift)
     gradients = torch.autograd.grad([out, lse], leaves, [do, dlse])
     names = ["out", "lse", "dq", "dk", "dv", "dbias"]
     return dict(zip(names, (t.detach().double() for t in (out, lse, *gradients)), strict=False))
@@ -256,6 +266,11 @@ def test_generated_case(case: Case) -> None:
 
 @pytest.mark.parametrize("case", WIDE, ids=str)
 def test_wide_heads(case: Case) -> None:
+    check(case)
+
+
+@pytest.mark.parametrize("case", SHIFTED, ids=str)
+def test_shifted_windows(case: Case) -> None:
     check(case)
 
 

@@ -17,12 +17,13 @@ SIZES = [(1, 1), (1, 9), (5, 4), (7, 12), (8, 3)]
 
 
 def every_partition(size: tuple[int, int]) -> list[Partition]:
-    """Interlaced by stride, by grid and local, with every partition size from 1 to the axis; rows, columns, dense."""
+    """Interlaced, grid and local, with every partition size from 1 to the axis, and shifts; rows, columns, dense."""
     parts = list(product(range(1, size[0] + 1), range(1, size[1] + 1)))
     return [
         *(Partition.interlaced(size, stride=part) for part in parts),
         *(Partition.interlaced(size, grid=part) for part in parts),
         *(Partition.local(size, window=part) for part in parts),
+        *(Partition.local(size, window=(a, b), shift=(a // 2, b - 1)) for a, b in parts),
         Partition.rows(size),
         Partition.columns(size),
         Partition.dense(size),
@@ -35,13 +36,13 @@ def test_every_pixel_has_one_seat(size: tuple[int, int]) -> None:
         pixels = {}
         for group, token in product(range(partition.groups), range(partition.tokens)):
             y, x, inside = partition.coordinates(group, token)
-            assert inside == (y < size[0] and x < size[1])
+            assert inside == (0 <= y < size[0] and 0 <= x < size[1])
             if inside:
                 assert (y, x) not in pixels
                 pixels[y, x] = (group, token)
                 assert partition.seat(y, x) == (group, token)
         assert set(pixels) == set(product(range(size[0]), range(size[1])))
-        assert all(partition.coordinates(group, 0)[2] for group in range(partition.groups))  # the kernels' invariant
+        assert {group for group, _ in pixels.values()} == set(range(partition.groups))  # no row of scores is all masked
         assert partition.divides == (partition.groups * partition.tokens == size[0] * size[1])
         members = Counter(group for group, _ in pixels.values())
         assert partition.pairs == sum(n * n for n in members.values())
@@ -83,13 +84,14 @@ def test_pieces_are_views_that_seat_every_pixel_once(size: tuple[int, int]) -> N
     x = torch.arange(size[0] * size[1]).view(1, *size, 1)
     for partition in every_partition(size):
         seen = []
-        assert len(partition.pieces()) <= 4
+        assert len(partition.pieces()) <= (9 if partition.h.origin or partition.w.origin else 4)
         for piece in partition.pieces():
             view = partition.view(x, piece)
             assert view.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
             for g_h, g_w, t_h, t_w in product(*map(range, view.shape[1:5])):
-                group = (piece[0].first + g_h) * partition.w.groups + piece[1].first + g_w
-                row, column, inside = partition.coordinates(group, t_h * partition.w.tokens + t_w)
+                group = (piece[0].group + g_h) * partition.w.groups + piece[1].group + g_w
+                token = (piece[0].token + t_h) * partition.w.tokens + piece[1].token + t_w
+                row, column, inside = partition.coordinates(group, token)
                 assert inside
                 assert view[0, g_h, g_w, t_h, t_w, 0] == row * size[1] + column
             seen += view.flatten().tolist()
@@ -113,9 +115,27 @@ def test_integers_of_numpy_and_torch_become_python_s() -> None:
         assert all(type(n) is int for axis in partition for n in axis)
 
 
-def test_axes_are_five_integers_and_partitions_are_hashable() -> None:
-    assert Axis.interlaced(10, 4) == (10, 4, 3, 1, 4)
-    assert Axis.local(10, 4) == (10, 3, 4, 4, 1)
+@pytest.mark.parametrize("size", [(6, 8), (9, 12)], ids=str)
+def test_shifted_windows_are_those_of_the_rolled_map_cut_where_it_wraps(size: tuple[int, int]) -> None:
+    """Swin rolls the map by -shift, and masks pairs of pixels that were not neighbours: group by group the same."""
+    window, shift = (3, 4), (1, 2)
+    shifted, plain = Partition.local(size, window, shift), Partition.local(size, window)
+    pixels = list(product(range(size[0]), range(size[1])))
+
+    def rolled(y: int, x: int) -> tuple[tuple[int, int, bool, bool], int]:
+        group, token = plain.seat((y - shift[0]) % size[0], (x - shift[1]) % size[1])
+        return (*divmod(group, plain.w.groups), y < shift[0], x < shift[1]), token
+
+    for here, there in product(pixels, pixels):
+        (group, token), (other, _) = shifted.seat(*here), shifted.seat(*there)
+        assert (group == other) == (rolled(*here)[0] == rolled(*there)[0])
+        assert token == rolled(*here)[1]  # so the same table of biases serves
+
+
+def test_axes_are_six_integers_and_partitions_are_hashable() -> None:
+    assert Axis.interlaced(10, 4) == (10, 4, 3, 1, 4, 0)
+    assert Axis.local(10, 4) == (10, 3, 4, 4, 1, 0)
+    assert Axis.local(10, 4, shift=3) == (10, 3, 4, 4, 1, -1)
     assert len({Partition.dense((3, 4)), Partition.local((3, 4), (3, 4)), Partition.rows((3, 4))}) == 2
 
 
@@ -126,6 +146,9 @@ def test_axes_are_five_integers_and_partitions_are_hashable() -> None:
         (lambda: Partition.local((4, 6), window=(2, 0)), ValueError, r"window .*got \(2, 0\)"),
         (lambda: Partition.local((0, 6), window=(1, 1)), ValueError, r"size .*got \(0, 6\)"),
         (lambda: Partition.local((4, 6), window=2), TypeError, "window must be a pair"),
+        (lambda: Partition.local((4, 6), (2, 3), shift=1), TypeError, "shift must be a pair"),
+        (lambda: Partition.local((4, 6), (2, 3), (0, 3)), ValueError, r"shift .*window \(2, 3\), got \(0, 3\)"),
+        (lambda: Partition.local((4, 6), (2, 3), (-1, 0)), ValueError, r"shift .*got \(-1, 0\)"),
         (lambda: Partition.local((4, 6), window=(2.5, 1)), TypeError, "window must be a pair"),
         (lambda: Partition.interlaced((4, 6)), TypeError, "exactly one of stride"),
         (lambda: Partition.interlaced((4, 6), stride=(2, 2), grid=(2, 2)), TypeError, "exactly one of stride"),

@@ -49,6 +49,10 @@ def named_cases(large: bool) -> list[Case]:
         for size in (even, odd)
         for dtype in (torch.float32, *half)
     ]
+    shift = p[0] // 2, p[1] // 2
+    found += [
+        Case("local", odd, p, (64, 64), 2, bias=True, dtype=dtype, shift=shift) for dtype in (torch.float32, *half)
+    ]
     whole = (48, 72) if large else (7, 13)
     found += [Case("dense", whole, whole, (32, 80), 3, dtype=dtype) for dtype in (torch.float32, *half)]
     found += [Case("local", odd, p, widths, bias=True, dtype=half[0]) for widths in ((39, 39), (24, 1), (1, 24))]

@@ -1,4 +1,4 @@
-"""``python -m bench inference``: fused ISA against the authors' layout, and timm's MaxViT with our attention.
+"""``python -m bench inference``: fused ISA against the authors' layout, and timm's MaxViT and Swin with our attention.
 
 What is compared is timed in one interleaved run, a matmul that says how fast the machine is among it.
 """
@@ -29,9 +29,14 @@ from bench.results import format_size, short
 from bench.workload import Workload
 from isa_triton.checkpoints import fuse
 
-HELP = "fused inference against the authors' layout and timm's MaxViT: inference.csv"
+HELP = "fused inference against the authors' layout, timm's MaxViT and Swin: inference.csv"
 SIZES = ((64, 64), (97, 97), (128, 128))
-MODELS = {"maxvit_tiny_tf_224": 224, "maxvit_nano_rw_256": 256, "maxvit_rmlp_nano_rw_256": 256}  # and sides of images
+MODELS = {  # and sides of images
+    "maxvit_tiny_tf_224": 224,
+    "maxvit_nano_rw_256": 256,
+    "maxvit_rmlp_nano_rw_256": 256,
+    "swin_tiny_patch4_window7_224": 224,
+}
 BLOCKS: tuple[Provider, ...] = (
     PROVIDERS["unfused"],
     PROVIDERS["isa"],
@@ -108,7 +113,7 @@ def model(args: argparse.Namespace, name: str) -> list[Row]:
     """One of timm's models as it is, and accelerated."""
     import timm
 
-    from isa_triton.models.maxvit import accelerate
+    from isa_triton.models.timm import accelerate
 
     side = MODELS[name]
 

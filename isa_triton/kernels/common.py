@@ -14,6 +14,7 @@ from isa_triton.partition import device_coordinates
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # of fp32: a maximum over no key yet
 
 
 class Pixels(NamedTuple):
@@ -149,7 +150,7 @@ def scores(product, scale, bias, query, key):
 def fold_softmax(score, row_max, row_sum):
     """Fold a block of keys into each row's maximum and sum; `shrink` adapts what was summed under the old maximum.
 
-    Token 0 of every group lies inside the map, so the maximum is finite from the first block on.
+    The maximum is finite, at first LOWEST: a block whose keys all lie outside the map adds nothing, and no NaN.
     """
     new_max = tl.maximum(row_max, tl.max(score, 1))
     weight = tl.exp2(score - new_max[:, None])

@@ -6,6 +6,7 @@ import triton.language as tl
 
 from isa_triton.kernels.common import (
     LN_2,
+    LOWEST,
     across,
     down,
     fold_softmax,
@@ -36,7 +37,7 @@ def forward_kernel(
     block, head, item = unravel(tl.program_id(0), tl.cdiv(tokens, BLOCK_M), heads)
     query = locate(item, head, block * BLOCK_M, h, w, BLOCK_M)
     q_rows = rows(q, query)
-    row_max, row_sum = tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)
+    row_max, row_sum = tl.full([BLOCK_M], LOWEST, tl.float32), tl.zeros([BLOCK_M], tl.float32)
     if ONE_BLOCK:
         key = locate(item, head, 0, h, w, BLOCK_N)
         product = inner_products(q_rows, rows(k, key), K, BLOCK_K, PRECISION)  # [BLOCK_M, BLOCK_N]
@@ -49,7 +50,7 @@ def forward_kernel(
             values = load(rows(v, key), chunk, V, BLOCK_V)  # [BLOCK_N, BLOCK_V]
             acc = tl.dot(weight.to(values.dtype), values, acc, input_precision=PRECISION)
         else:
-            row_max, row_sum = tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)
+            row_max, row_sum = tl.full([BLOCK_M], LOWEST, tl.float32), tl.zeros([BLOCK_M], tl.float32)
             for start in range(0, tokens, BLOCK_N):
                 key = locate(item, head, start, h, w, BLOCK_N)
                 product = inner_products(q_rows, rows(k, key), K, BLOCK_K, PRECISION)

@@ -9,6 +9,7 @@ Tensors are anything with `shape`, `stride()` and a data pointer, on the current
     dbias_partials     [slots, heads, tokens, tokens], contiguous, fp32
 """
 
+from functools import lru_cache
 from typing import Any
 
 import triton.language as tl
@@ -21,7 +22,7 @@ from isa_triton.kernels.backward import (
 )
 from isa_triton.kernels.common import Pairs, Pixels
 from isa_triton.kernels.forward import forward_kernel
-from isa_triton.partition import Partition
+from isa_triton.partition import Axis, Partition
 from isa_triton.tiles import BackwardTiles, Tile
 
 PARTIAL_SUMS = 1024  # programs that share a sum over maps and groups: about as many as fill a device
@@ -42,7 +43,7 @@ def forward(
     if programs:
         forward_kernel[(programs,)](
             _pixels(q), _pixels(k), _pixels(v), _pairs(bias), _pixels(out), _pixels(lse), float(scale), heads,
-            *partition, ONE_BLOCK=partition.tokens <= tile.block_n, **_blocks(tile),
+            *_axes(partition), ONE_BLOCK=partition.tokens <= tile.block_n, **_blocks(tile),
             **_constants(q, v, tile, precision),
         )  # fmt: skip
 
@@ -73,7 +74,7 @@ def backward(
     if in_one_kernel(tiles, partition):
         tile = tiles.group or tiles.keys
         backward_group_kernel[(slots * heads,)](
-            *inputs, do, dlse, dq, dk, dv, partials, *scaling, items, slots, *partition,
+            *inputs, do, dlse, dq, dk, dv, partials, *scaling, items, slots, *_axes(partition),
             BLOCK=tile.block_m, BLOCK_K=tile.block_k, BLOCK_V=tile.block_v, **_constants(q, v, tile, precision),
         )  # fmt: skip
         return
@@ -82,19 +83,19 @@ def backward(
     width_k, width_v = _padded(q.shape[4]), _padded(v.shape[4])
     tile = tiles.queries
     backward_queries_kernel[(items * heads * _ceil_div(partition.tokens, tile.block_m),)](
-        *inputs, out, lse, do, dlse, dq, delta, *scaling, *partition,
+        *inputs, out, lse, do, dlse, dq, delta, *scaling, *_axes(partition),
         WIDTH_K=width_k, **_blocks(tile), **_constants(q, v, tile, precision),
     )  # fmt: skip
     passes = [(tiles.keys, dk, dv)] if tiles.values is None else [(tiles.keys, dk, None), (tiles.values, None, dv)]
     for tile, *outputs in passes:
         backward_keys_kernel[(items * heads * _ceil_div(partition.tokens, tile.block_n),)](
-            *inputs, lse, delta, do, *outputs, *scaling, *partition,
+            *inputs, lse, delta, do, *outputs, *scaling, *_axes(partition),
             WIDTH_K=width_k, WIDTH_V=width_v, **_blocks(tile), **_constants(q, v, tile, precision),
         )  # fmt: skip
     if partials is not None:
         tile = tiles.pairs
         backward_pairs_kernel[(slots * heads * _blocks_of_pairs(tiles, partition),)](
-            *inputs, lse, delta, do, partials, *scaling, items, slots, *partition,
+            *inputs, lse, delta, do, partials, *scaling, items, slots, *_axes(partition),
             **_blocks(tile), **_constants(q, v, tile, precision),
         )  # fmt: skip
 
@@ -114,6 +115,12 @@ def _blocks_of_pairs(tiles: BackwardTiles, partition: Partition) -> int:
     if in_one_kernel(tiles, partition):
         return 1
     return _ceil_div(partition.tokens, tiles.pairs.block_m) * _ceil_div(partition.tokens, tiles.pairs.block_n)
+
+
+@lru_cache(maxsize=1024)
+def _axes(partition: Partition) -> tuple[Axis, ...]:
+    """The axes as kernels take them: the origin is a constant, so that only shifted windows test for y, x >= 0."""
+    return tuple(axis._replace(origin=tl.constexpr(axis.origin)) for axis in partition)
 
 
 _UNITS = {unit: tl.constexpr(unit) for unit in (1, 2, 4, 8)}

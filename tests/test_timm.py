@@ -1,4 +1,4 @@
-"""timm's MaxViT, accelerated and as it is: the same outputs and gradients, and sizes that timm refuses."""
+"""timm's MaxViT and Swin, accelerated and as they are: the same outputs and gradients, and sizes that timm refuses."""
 
 from __future__ import annotations
 
@@ -12,30 +12,44 @@ import torch
 from timm.models.maxxvit import PartitionAttentionCl
 from torch import Tensor, nn
 
-from isa_triton.models.maxvit import AcceleratedAttentionCl, accelerate, restore
+from isa_triton.models import maxvit
+from isa_triton.models.timm import AcceleratedAttentionCl, AcceleratedSwinBlock, accelerate, restore
 
-SHALLOW: dict[str, Any] = {"depths": (1, 1, 1, 1)}
-MODELS: dict[str, tuple[str, int, dict[str, Any]]] = {  # name, image, options
-    "tf: tables of k - q, heads last": ("maxvit_tiny_tf_224", 224, SHALLOW),
-    "rw: tables of q - k, heads first": ("maxvit_nano_rw_256", 256, SHALLOW | {"depths": (1, 2, 1, 1)}),
-    "rmlp: an MLP of distances": ("maxvit_rmlp_nano_rw_256", 256, SHALLOW),
-    "windows beside a grid": ("maxvit_tiny_pm_256", 256, SHALLOW),
-    "grid alone, ConvNeXt": ("maxxvitv2_nano_rw_256", 256, SHALLOW),
-    "NCHW": ("maxvit_nano_rw_256", 256, SHALLOW | {"transformer_use_nchw_attn": True}),
-    "NCHW, heads last": ("maxvit_tiny_tf_224", 224, SHALLOW | {"transformer_use_nchw_attn": True}),
-    "no position bias": ("maxvit_nano_rw_256", 256, SHALLOW | {"transformer_rel_pos_type": ""}),
-}
-NARROW: dict[str, Any] = {"embed_dim": (32, 32, 64, 64), "stem_width": 16}
+MAXVIT: dict[str, Any] = {"depths": (1, 1, 1, 1), "embed_dim": (32, 32, 64, 64), "stem_width": 16}
+SWIN: dict[str, Any] = {"depths": (2, 2), "embed_dim": 16, "num_heads": (1, 2)}  # windows, then shifted ones
+MODELS: dict[str, tuple[str, tuple[int, int], dict[str, Any]]] = {  # name, image, options
+    "tf: tables of k - q, heads last": ("maxvit_tiny_tf_224", (224, 224), MAXVIT),
+    "rw: tables of q - k, heads first": ("maxvit_nano_rw_256", (256, 256), MAXVIT | {"depths": (1, 2, 1, 1)}),
+    "rmlp: an MLP of distances": ("maxvit_rmlp_nano_rw_256", (256, 256), MAXVIT),
+    "windows beside a grid": ("maxvit_tiny_pm_256", (256, 256), MAXVIT),
+    "grid alone, ConvNeXt": ("maxxvitv2_nano_rw_256", (256, 256), MAXVIT),
+    "NCHW": ("maxvit_nano_rw_256", (256, 256), MAXVIT | {"transformer_use_nchw_attn": True}),
+    "NCHW, heads last": ("maxvit_tiny_tf_224", (224, 224), MAXVIT | {"transformer_use_nchw_attn": True}),
+    "no position bias": ("maxvit_nano_rw_256", (256, 256), MAXVIT | {"transformer_rel_pos_type": ""}),
+    "Swin: maps of 28x14 and 14x7": ("swin_tiny_patch4_window7_224", (112, 56), SWIN | {"img_size": (112, 56)}),
+    "Swin: maps of 18x25 and 9x13": ("swin_tiny_patch4_window7_224", (72, 100), SWIN | {"img_size": (72, 100)}),
+    "Swin: windows of 5x4": (
+        "swin_tiny_patch4_window7_224", (72, 100), SWIN | {"img_size": (72, 100), "window_size": (5, 4)}
+    ),
+    "Swin: shifted in small maps too": (
+        "swin_tiny_patch4_window7_224", (40, 72), SWIN | {"img_size": (40, 72), "always_partition": True}
+    ),
+    "Swin: any image": ("swin_tiny_patch4_window7_224", (72, 100), SWIN | {"dynamic_img_size": True}),
+}  # fmt: skip
 
 
-def model(key: str) -> tuple[nn.Module, int]:
-    """A narrow one of the family in fp64, whose attention depends on positions."""
-    name, side, options = MODELS[key]
-    network = timm.create_model(name, num_classes=5, **NARROW, **options).eval().double()
+def model(key: str) -> tuple[nn.Module, Tensor]:
+    """A narrow one of the family in fp64, whose attention depends on positions, and an image for it."""
+    name, image, options = MODELS[key]
+    network = timm.create_model(name, num_classes=5, **options).eval().double()
     for parameter_name, parameter in network.named_parameters():
-        if "rel_pos" in parameter_name or ".qkv." in parameter_name:
+        if _of_positions(parameter_name) or ".qkv." in parameter_name:
             nn.init.normal_(parameter, std=0.3)
-    return network, side
+    return network, torch.randn(1, 3, *image, dtype=torch.float64)
+
+
+def _of_positions(parameter_name: str) -> bool:
+    return "rel_pos" in parameter_name or "relative_position" in parameter_name
 
 
 def everything(network: nn.Module, x: Tensor) -> dict[str, Tensor]:
@@ -53,12 +67,11 @@ def error(actual: Tensor, expected: Tensor) -> float:
 
 @pytest.mark.parametrize("key", MODELS)
 def test_accelerated_models_are_the_same_function(key: str) -> None:
-    network, side = model(key)
-    x = torch.randn(1, 3, side, side, dtype=torch.float64)
+    network, x = model(key)
     expected = everything(network, x)
     actual = everything(accelerate(network), x)
     assert actual.keys() == expected.keys()
-    assert any("rel_pos" in name for name in actual) == (key != "no position bias")
+    assert any(map(_of_positions, actual)) == (key != "no position bias")
     for name in actual:
         assert error(actual[name], expected[name]) < 1e-9, name
 
@@ -83,6 +96,7 @@ def test_accelerating_is_reversible_and_touches_no_weight() -> None:
     assert not any(hasattr(m, "backend") for m in network.modules())
     assert torch.equal(network(x), before)
     assert restore(network) is network
+    assert (maxvit.accelerate, maxvit.restore) == (accelerate, restore)
 
 
 @torch.no_grad()
@@ -96,6 +110,19 @@ def test_accelerated_models_are_modules_like_others() -> None:
     y = torch.randn(1, 9, 13, 32)
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
     assert error(compiled(y), block(y)) < 1e-5
+
+
+@torch.no_grad()
+def test_shifted_windows_are_compiled_and_exported() -> None:
+    network: Any = accelerate(model("Swin: any image")[0])
+    shifted = network.layers[0].blocks[1]
+    assert isinstance(shifted, AcceleratedSwinBlock)
+    assert shifted.shift_size == (3, 3)
+    x, y = torch.randn(2, 1, 20, 35, 16, dtype=torch.float64)
+    compiled = torch.compile(shifted, fullgraph=True, backend="aot_eager")
+    exported = torch.export.export(shifted, (x,)).module()
+    assert error(compiled(y), shifted(y)) < 1e-12
+    assert error(exported(y), shifted(y)) < 1e-12
 
 
 @pytest.mark.parametrize("size", [(128, 168), (104, 136), (40, 72)], ids=str)
@@ -143,3 +170,6 @@ def test_what_cannot_be_accelerated_is_named() -> None:
         accelerate(tiny(), backend="cuda")
     with pytest.raises(ValueError, match=r"attn_drop 0, not 0\.1"):
         accelerate(tiny(transformer_attn_drop=0.1)).train()(torch.randn(1, 3, 128, 128))
+    swin = timm.create_model("swin_tiny_patch4_window7_224", img_size=56, attn_drop_rate=0.2, **SWIN)
+    with pytest.raises(ValueError, match=r"attn_drop 0, not 0\.2"):
+        accelerate(swin).train()(torch.randn(1, 3, 56, 56))

@@ -1,0 +1,167 @@
+"""timm's MaxViT and Swin on this library: windows and grids where they lie, without copies, masks or size limits.
+
+MaxViT (Tu et al., arXiv 2204.01697, section 3) attends inside windows of a fixed size, then inside grids of a fixed
+size: `Partition.local` and `Partition.interlaced(grid=)`. Swin (Liu et al., arXiv 2103.14030, section 3.2) attends
+inside windows, then inside windows that are shifted: `Partition.local(shift=)`. Their position biases are the `bias` of
+attention.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from timm.models.maxxvit import Attention2d, ParallelPartitionAttention, PartitionAttention2d, PartitionAttentionCl
+from timm.models.swin_transformer import SwinTransformerBlock
+from torch import Tensor, nn
+
+from ..functional import BACKENDS, partitioned_attention
+from ..partition import Partition
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def accelerate(model: Model, *, backend: str = "auto") -> Model:
+    """Let every partition attention of a timm model run on `partitioned_attention`, in place.
+
+    No weight is touched, so checkpoints load before and after. Calling it again sets the backend anew; `restore` takes
+    it back. Maps that the window or grid does not divide: MaxViT, which refuses them in timm, attends to the real
+    pixels only; Swin attends to zeros behind the map too, as in timm.
+
+    Args:
+        model: of the MaxViT, MaxxViT, CoAtNet or Swin families of timm, or any network that holds their blocks.
+        backend: of `partitioned_attention`.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        ValueError: no partition attention in it, or an unknown backend. In training, also a model with dropout of
+            attention weights, which the kernels do not have.
+
+    >>> model = accelerate(timm.create_model("maxvit_tiny_tf_224"))  # doctest: +SKIP
+    >>> model(torch.randn(1, 3, 256, 320)).shape  # doctest: +SKIP
+    torch.Size([1, 1000])
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
+    found = [(module, theirs) for module in model.modules() for theirs in _OURS if isinstance(module, theirs)]
+    if not found:
+        raise ValueError(
+            f"model must hold partition attention of timm's MaxViT or Swin, got {type(model).__name__} without any"
+        )
+    for module, theirs in found:
+        module.__class__ = _OURS[theirs]
+        module.backend = backend  # type: ignore[assignment]
+    return model
+
+
+def restore(model: Model) -> Model:
+    """Undo `accelerate`, in place; a model that is not accelerated stays as it is.
+
+    >>> restore(accelerate(model)) is model  # doctest: +SKIP
+    True
+    """
+    for module in model.modules():
+        for theirs, ours in _OURS.items():
+            if type(module) is ours:
+                module.__class__ = theirs
+                del module.backend
+    return model
+
+
+class AcceleratedAttentionCl(PartitionAttentionCl):
+    """`PartitionAttentionCl`: windows or a grid of maps [B, H, W, C]."""
+
+    backend: str
+
+    def _partition_attn(self, x: Tensor) -> Tensor:
+        return _block_or_grid(self.attn, x, self.partition_size, self.partition_block, self.backend)
+
+
+class AcceleratedAttention2d(PartitionAttention2d):
+    """`PartitionAttention2d`: windows or a grid of maps [B, C, H, W]."""
+
+    backend: str
+
+    def _partition_attn(self, x: Tensor) -> Tensor:
+        return _block_or_grid(self.attn, x, self.partition_size, self.partition_block, self.backend)
+
+
+class AcceleratedParallelAttention(ParallelPartitionAttention):
+    """`ParallelPartitionAttention`: windows beside a grid, of maps [B, H, W, C]."""
+
+    backend: str
+
+    def _partition_attn(self, x: Tensor) -> Tensor:
+        sides = ((self.attn_block, True), (self.attn_grid, False))
+        attended = [_block_or_grid(attn, x, self.partition_size, block, self.backend) for attn, block in sides]
+        return torch.cat(attended, -1)
+
+
+class AcceleratedSwinBlock(SwinTransformerBlock):
+    """`SwinTransformerBlock`: windows, shifted or not, of maps [B, H, W, C]."""
+
+    backend: str
+
+    def _attn(self, x: Tensor) -> Tensor:
+        (height, width), window, shift = x.shape[1:3], self.window_size, self.shift_size
+        bottom, right = -height % window[0], -width % window[1]
+        if bottom or right:  # the zeros lie behind the rolled map: what came round is in front of them
+            x = F.pad(_roll(x, shift, -1), (0, 0, 0, right, 0, bottom))
+            x = _roll(x, shift, 1)
+        partition = Partition.local((height + bottom, width + right), window, shift)
+        x = _attention(self.attn, x, partition, self.attn._get_rel_pos_bias()[0], self.backend)
+        if bottom or right:
+            x = _roll(_roll(x, shift, -1)[:, :height, :width], shift, 1)
+        return x
+
+
+_OURS: dict[type[nn.Module], type[nn.Module]] = {
+    PartitionAttentionCl: AcceleratedAttentionCl,
+    PartitionAttention2d: AcceleratedAttention2d,
+    ParallelPartitionAttention: AcceleratedParallelAttention,
+    SwinTransformerBlock: AcceleratedSwinBlock,
+}
+
+
+def _block_or_grid(attn: Any, x: Tensor, partition_size: tuple[int, int], block: bool, backend: str) -> Tensor:
+    """MaxViT's attention inside the windows or the grid of a map."""
+    height, width = x.shape[2:] if isinstance(attn, Attention2d) else x.shape[1:3]
+    tokens = min(partition_size[0], height), min(partition_size[1], width)  # a small map is one window
+    partition = (
+        Partition.local((height, width), tokens) if block else Partition.interlaced((height, width), grid=tokens)
+    )
+    bias = None if attn.rel_pos is None else _bias(attn.rel_pos.get_bias(), partition_size, tokens)
+    return _attention(attn, x, partition, bias, backend)
+
+
+def _attention(attn: Any, x: Tensor, partition: Partition, bias: Tensor | None, backend: str) -> Tensor:
+    """What an attention module of timm does to every window or grid group of the map x, where they lie."""
+    if attn.training and attn.attn_drop.p > 0:
+        raise ValueError(
+            f"dropout of attention weights is not supported: train with attn_drop 0, not {attn.attn_drop.p}"
+        )
+    nchw = isinstance(attn, Attention2d)
+    if nchw:
+        x = x.contiguous(memory_format=torch.channels_last)  # convolutions keep it, and attention wants channels last
+    qkv = attn.qkv(x)
+    qkv = qkv.permute(0, 2, 3, 1) if nchw else qkv  # [B, H, W, 3 C]
+    head_first = getattr(attn, "head_first", False)
+    qkv = qkv.unflatten(3, (attn.num_heads, 3, -1) if head_first else (3, attn.num_heads, -1))
+    q, k, v = qkv.unbind(4 if head_first else 3)  # [B, H, W, heads, width]
+    context = partitioned_attention(q, k, v, partition, bias=bias, scale=attn.scale, backend=backend).flatten(3)
+    return attn.proj_drop(attn.proj(context.permute(0, 3, 1, 2) if nchw else context))
+
+
+def _roll(x: Tensor, shift: tuple[int, int], sign: int) -> Tensor:
+    """A map [B, H, W, C] rolled down and right by the shift, or back."""
+    return x.roll((sign * shift[0], sign * shift[1]), (1, 2))
+
+
+def _bias(bias: Tensor, window: tuple[int, int], tokens: tuple[int, int]) -> Tensor:
+    """A window's position bias [(1,) heads, T, T] for its first `tokens` rows and columns: only distances count."""
+    h, w = (slice(n) for n in tokens)
+    bias = bias.flatten(0, -3).unflatten(2, window).unflatten(1, window)[:, h, w, h, w]
+    return bias.flatten(3, 4).flatten(1, 2)  # [heads, tokens, tokens]
