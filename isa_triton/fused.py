@@ -100,7 +100,7 @@ def backward(
 
 def _in_memory(x: Any) -> Any:
     """A tensor or None as kernels will read it: PyTorch negates lazily, by a bit beside the memory (`is_neg`)."""
-    return x if x is None else x.resolve_neg()
+    return x.resolve_neg() if x is not None and x.is_neg() else x
 
 
 def _backward_tiles(q: Tensor, v: Tensor, partition: Partition) -> tiles.BackwardTiles:
