@@ -9,11 +9,15 @@ from pathlib import Path
 
 import torch
 
+MOST, LONGEST = 2**20, 2**15  # of anything, and a side: the scores of all pairs of pixels still have a size in 64 bits
+
 
 def positive(text: str) -> int:
-    """A whole number from 1."""
+    """A whole number from 1 to `MOST`."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number from 1, got {text!r}")
+    if int(text) > MOST:
+        raise argparse.ArgumentTypeError(f"must be at most {MOST}, got {text!r}")
     return int(text)
 
 
@@ -36,10 +40,12 @@ def number(text: str) -> float:
 
 
 def size(text: str) -> tuple[int, int]:
-    """(height, width) of "64" or "64x128"."""
+    """(height, width) of "64" or "64x128", each up to `LONGEST`."""
     sides = text.lower().split("x")
     if len(sides) > 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
         raise argparse.ArgumentTypeError(f"must be a side or HEIGHTxWIDTH in pixels, as 64 or 64x128, got {text!r}")
+    if any(int(side) > LONGEST for side in sides):
+        raise argparse.ArgumentTypeError(f"must have sides of at most {LONGEST} pixels, got {text!r}")
     return int(sides[0]), int(sides[-1])
 
 
@@ -50,18 +56,20 @@ def device(text: str) -> str:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise argparse.ArgumentTypeError(f"must be a device of this machine, got {text!r}: {reason}") from error
+    if torch.device(text).type == "meta":
+        raise argparse.ArgumentTypeError(f"must be a device of this machine, got {text!r}, which has no memory")
     return text
 
 
 def amount(text: str) -> float:
     """A number from 0; "inf" is one."""
     try:
-        number = float(text)
+        value = float(text)
     except ValueError:
-        number = float("nan")
-    if not number >= 0:
+        value = math.nan
+    if not value >= 0:
         raise argparse.ArgumentTypeError(f"must be a number from 0, got {text!r}")
-    return number
+    return value
 
 
 def folder(text: str) -> Path:

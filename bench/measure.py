@@ -122,7 +122,7 @@ def seconds(
     samples: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(1 + rounds):
         for name, call in steps.items():
-            if sum(samples[name]) < budget:
+            if not samples[name] or sum(samples[name]) < budget:
                 samples[name].append(_timed(call, device))
     return {name: statistics.median(times[1:] or times) for name, times in samples.items()}
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,6 +55,7 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, partition: Partition, with_lse: bool
 ) -> tuple[Tensor, Tensor]:
     """As `eager.forward`."""
+    q, k, v, bias = map(_in_memory, (q, k, v, bias))
     out, lse = empty_outputs(q, v, with_lse)
     tile = tiles.lookup(
         _target(q.device), "forward", q.shape[-1], v.shape[-1], _arithmetic(q.dtype, q.device), partition.tokens
@@ -78,6 +80,7 @@ def backward(
     partition: Partition,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `eager.backward`; out and lse are what forward returned, needed where `keeps_output` says so."""
+    q, k, v, bias, do, dlse = map(_in_memory, (q, k, v, bias, do, dlse))
     dq, dk, dv, dbias = empty_gradients(q, k, v, bias)
     chosen = _backward_tiles(q, v, partition)
     delta = None if lse is None else torch.empty_like(lse)
@@ -93,6 +96,11 @@ def backward(
     if partials is not None:
         dbias.copy_(partials.sum(0))
     return dq, dk, dv, dbias
+
+
+def _in_memory(x: Any) -> Any:
+    """A tensor or None as kernels will read it: PyTorch negates lazily, by a bit beside the memory (`is_neg`)."""
+    return x.resolve_neg() if x is not None and x.is_neg() else x
 
 
 def _backward_tiles(q: Tensor, v: Tensor, partition: Partition) -> tiles.BackwardTiles:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor
@@ -169,3 +171,22 @@ def test_what_is_kept_is_what_the_tiles_need(target: str, width: int, monkeypatc
         q = torch.empty(1, 1, tokens, 1, width, dtype=torch.bfloat16, device="meta")
         chosen = fused._backward_tiles(q, q, partition)
         assert fused.keeps_output(q, q, partition) == (not fused.launch.in_one_kernel(chosen, partition))
+
+
+def test_the_target_is_the_device_s_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
+    def target(**properties: object) -> str:
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(**properties))
+        return fused._target(torch.device("cuda"))
+
+    assert target(major=9, minor=0) == "sm_90"
+    assert target(major=12, minor=1) == "sm_121"
+    assert fused._target(torch.device("xpu")) == "xpu"
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert target(gcnArchName="gfx942:sramecc+:xnack-") == "gfx942"
+
+
+def test_missing_triton_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "launch", None)
+    q, k, v = qkv(ONE_KERNEL, dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"cannot be had: triton is not installed \(pip install triton\)"):
+        partitioned_attention(q, k, v, ONE_KERNEL, backend="triton")

@@ -102,6 +102,15 @@ def test_the_library_works_without_triton() -> None:
     assert output.split() == ["1", "4", "9", "11"]
 
 
+def test_broken_kernels_are_not_taken_for_missing_triton() -> None:
+    output = python(
+        "import sys; sys.modules['isa_triton.kernels.backward'] = None\n"
+        "try: import isa_triton\n"
+        "except ModuleNotFoundError as error: print(error.name)\n"
+    )
+    assert output.split() == ["isa_triton.kernels.backward"]
+
+
 @pytest.mark.parametrize("name", ["partition", "tiles", "functional", "modules", "checkpoints", "exchange"])
 def test_examples_in_docstrings(name: str) -> None:
     module = importlib.import_module(f"isa_triton.{name}")

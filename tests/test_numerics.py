@@ -97,6 +97,25 @@ def test_poisoned_gradients_stay_in_their_group(backend: str) -> None:
     assert all(gradient[0][group].isnan().any() for gradient in gradients)
 
 
+@both_backends
+def test_a_lazy_negation_is_a_negation(backend: str) -> None:
+    def lazily_negated(x: Tensor) -> Tensor:
+        return torch.complex(x, x).conj().imag
+
+    q, k, v = qkv(RAGGED, dtype=torch.float32)
+    do, bias = torch.randn_like(v), torch.randn(2, RAGGED.tokens, RAGGED.tokens)
+    assert lazily_negated(q).is_neg()
+
+    def derivatives(*inputs: Tensor, do: Tensor) -> tuple[Tensor, ...]:
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        out = partitioned_attention(*leaves[:3], RAGGED, bias=leaves[3], backend=backend)
+        return out, *torch.autograd.grad(out, leaves, do)
+
+    expected = derivatives(-q, -k, -v, -bias, do=-do)
+    got = derivatives(*map(lazily_negated, (q, k, v, bias)), do=lazily_negated(do))
+    assert all(relative_error(g, e) < 1e-6 for g, e in zip(got, expected, strict=True))
+
+
 @pytest.mark.parametrize(("backend", "tokens"), [("eager", 16384), ("triton", 512)])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_long_groups_keep_the_budget(backend: str, tokens: int, dtype: torch.dtype) -> None:

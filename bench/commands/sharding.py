@@ -34,7 +34,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import measure
-from bench.arguments import amount, folder, positive, size
+from bench.arguments import folder, number, positive, size
 from bench.providers import isa_module
 from bench.results import format_size, read_records, short, write_whole
 from bench.workload import PASSES, Pass, Workload
@@ -158,11 +158,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--simulated-sizes", nargs="+", type=size, default=[(4096, 4096), (8192, 8192)], metavar="SIZE")
     add("--simulated-channels", type=positive, default=512, metavar="C", help="K = C / 2, V = C (default: 512)")
     add("--simulated-partition-size", type=size, default=(64, 64), metavar="P", help="default: 64")
-    add("--rate", type=amount, default=100.0, metavar="TFLOPS", help="assumed of a device, TFLOP/s (default: 100)")
-    add("--links", nargs="+", type=amount, default=list(LINKS), metavar="GBS", help="assumed of a link, GB/s each way")
+    add("--rate", type=number, default=100.0, metavar="TFLOPS", help="assumed of a device, TFLOP/s (default: 100)")
+    add("--links", nargs="+", type=number, default=list(LINKS), metavar="GBS", help="assumed of a link, GB/s each way")
 
 
 def run(args: argparse.Namespace) -> None:
+    most, shortest = max(args.devices, default=0), min(height for height, _ in args.simulated_sizes)
+    if most > shortest:
+        raise argparse.ArgumentError(None, f"--devices {most} is more than a simulated map has rows, {shortest}")
     path = args.out / "sharding.csv"
     earlier = read(path)
     rank, devices = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
