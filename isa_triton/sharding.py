@@ -270,14 +270,12 @@ class _BatchNorm(torch.autograd.Function):
         dtype = torch.promote_types(x.dtype, torch.float32)
         mine = x[:, :, rows]
         pixels = mine.numel() // mine.shape[1]
-        sums = torch.cat([mine.sum((0, 2, 3), dtype=dtype), weight.new_tensor([pixels], dtype=dtype)])
-        *sums, n = _sum(sums, mesh).split([x.shape[1], 1])
-        mean = sums[0] / n
-        squares = torch.zeros_like(mean)
-        if pixels:
+        var, here = torch.zeros(2, mine.shape[1], dtype=dtype, device=x.device)
+        if pixels:  # in one pass, centred: sums of squares would cancel where the mean is large
             var, here = torch.var_mean(mine.to(dtype), (0, 2, 3), correction=0)
-            squares = pixels * (var + (here - mean) ** 2)
-        var = _sum(squares, mesh) / n
+        *sums, n = _sum(torch.cat([pixels * here, here.new_tensor([pixels])]), mesh).split([len(here), 1])
+        mean = sums[0] / n
+        var = _sum(pixels * (var + (here - mean) ** 2), mesh) / n
         ctx.save_for_backward(x, weight, mean, var, n)
         ctx.eps, ctx.mesh, ctx.rows = eps, mesh, rows
         ctx.mark_non_differentiable(mean, var, n)

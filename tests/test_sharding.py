@@ -43,31 +43,35 @@ SIZES = ((24, 16), (33, 20), (40, 56))
 # -- processes ---------------------------------------------------------------------------------------------------------
 
 
-def processes(devices: int, body: Callable[[], Any], folder: Path, seconds: float = 100.0) -> list[Any]:
-    """What `body` returned in each of `devices` processes on gloo, or the text of what it raised."""
+def processes(devices: int, body: Callable[[], Any], folder: Path, timeout: float = 30.0) -> list[Any]:
+    """What `body` returned in each of `devices` processes on gloo, or the text of what it raised; None of the dead.
+
+    `timeout` is the group's, in seconds: how long one process waits for another.
+    """
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(["torch.distributed.tensor.parallel", "matplotlib.pyplot", "triton"])  # import once
     workers = [
-        context.Process(target=_worker, args=(body, rank, devices, folder), daemon=True) for rank in range(devices)
+        context.Process(target=_worker, args=(body, rank, devices, folder, timeout), daemon=True)
+        for rank in range(devices)
     ]
     for worker in workers:
         worker.start()
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + 3 * timeout
     for worker in workers:
         worker.join(max(0.0, deadline - time.monotonic()))
         if worker.is_alive():
             worker.kill()
-            pytest.fail(f"a process hangs after {seconds} s")
+            pytest.fail(f"a process hangs after {3 * timeout} s")
     paths = [folder / f"result{rank}" for rank in range(devices)]
     return [torch.load(path, weights_only=False) if path.exists() else None for path in paths]
 
 
-def _worker(body: Callable[[], Any], rank: int, devices: int, folder: Path) -> None:
-    faulthandler.dump_traceback_later(60, exit=True)  # a process that hangs says where, and ends
+def _worker(body: Callable[[], Any], rank: int, devices: int, folder: Path, timeout: float) -> None:
+    faulthandler.dump_traceback_later(2 * timeout, exit=True)  # a process that hangs says where, and ends
     torch.set_num_threads(1)
     torch.manual_seed(0)
     store = dist.FileStore(str(folder / "store"), devices)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=devices, timeout=timedelta(seconds=10))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=devices, timeout=timedelta(seconds=timeout))
     try:
         result = body()
     except Exception:
@@ -126,13 +130,17 @@ def whole(x: Any) -> Tensor:
     return x.to_local().clone() if replicated else x.full_tensor()
 
 
-def worst(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+def errors_of(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
     assert actual.keys() == expected.keys()
-    return max(relative_error(actual[name], expected[name]) for name in expected)
+    return {name: relative_error(actual[name], expected[name]) for name in expected}
 
 
-def two_stage_errors() -> dict[Any, tuple[float, float]]:
-    """Errors against one device in fp64, of this mesh and of one device in the same precision."""
+def worst(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    return max(errors_of(actual, expected).values())
+
+
+def two_stage_errors() -> dict[Any, tuple[dict[str, float], dict[str, float]]]:
+    """Errors of every tensor against one device in fp64, of this mesh and of one device in the same precision."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     errors = {}
     for padding, dtype in product(("zeros", "mask"), (torch.float64, torch.float32)):
@@ -145,8 +153,8 @@ def two_stage_errors() -> dict[Any, tuple[float, float]]:
             x = torch.randn(2, 6, *size, dtype=dtype)
             expected = everything(exact, x.double())
             found = everything(sharded, x, lambda x: distribute_tensor(x, mesh, [Shard(2)]))
-            one = worst(everything(alone, x), expected) if dtype == torch.float32 else 0.0
-            errors[size, padding, training, dtype] = worst(found, expected), one
+            one = everything(alone, x) if dtype == torch.float32 else expected
+            errors[size, padding, training, dtype] = errors_of(found, expected), errors_of(one, expected)
     return errors
 
 
@@ -165,11 +173,20 @@ def difference(
 
 @pytest.mark.parametrize("devices", [2, 3, 4])
 def test_two_stages_equal_one_device(devices: int, tmp_path: Path) -> None:
-    """To 1e-12 in fp64; in fp32 to 1e-5, or to what one device loses itself where that is more."""
+    """To 1e-12 in fp64 and 1e-5 in fp32; trained parameters' gradients in fp32 at least as well as one device has them.
+
+    Those are sums over all pixels that nearly cancel: no gradient of a normalised channel has a mean, what it is
+    multiplied with has a large one. In fp32 one device itself loses up to 3e-4 there.
+    """
     for errors in processes(devices, two_stage_errors, tmp_path):
         assert isinstance(errors, dict), errors
-        budgets = {case: 1e-12 if case[-1] == torch.float64 else max(1e-5, one) for case, (_, one) in errors.items()}
-        assert {case: error for case, (error, _) in errors.items() if error > budgets[case]} == {}
+        assert len(errors) == 24
+        for (size, padding, training, dtype), (here, one) in errors.items():
+            for name, error in here.items():
+                budget = 1e-12 if dtype == torch.float64 else 1e-5
+                if dtype == torch.float32 and training and name.endswith(("weight", "bias")):
+                    budget = max(budget, *one.values())
+                assert error <= budget, (size, padding, training, dtype, name)
 
 
 def other_errors() -> dict[str, float]:
@@ -417,7 +434,7 @@ def one_dies() -> None:
 
 def test_a_process_that_dies_ends_the_job(tmp_path: Path) -> None:
     """Within the timeout of the group, 10 s, and with an error on whoever is left."""
-    left, dead = processes(2, one_dies, tmp_path, seconds=40.0)
+    left, dead = processes(2, one_dies, tmp_path, timeout=10.0)
     assert dead is None
     assert "Error" in left
 
