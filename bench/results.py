@@ -5,10 +5,10 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import matplotlib
 import numpy as np
@@ -95,12 +95,16 @@ class Row:
 
 
 COLUMNS = tuple(name.rstrip("_") for name in Row.__dataclass_fields__)
-_TYPES: dict[str, Callable[[str], Any]] = {"int": int, "float | None": lambda text: float(text) if text else None}
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
     """Write the CSV of some rows, whole or not at all."""
     write_whole(path, COLUMNS, (tuple(asdict(row).values()) for row in rows))
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a CSV that `write_rows` wrote. Returns and raises as `read_whole`."""
+    return read_whole(path, Row)
 
 
 def write_whole(path: Path, columns: Sequence[str], lines: Iterable[Sequence[object]]) -> None:
@@ -112,20 +116,28 @@ def write_whole(path: Path, columns: Sequence[str], lines: Iterable[Sequence[obj
     write_text(path, text.getvalue())
 
 
-def read_rows(path: Path) -> list[Row]:
-    """The rows of a CSV that `write_rows` wrote; none where there is no such file.
+_TYPES: dict[str, Callable[[str], Any]] = {"int": int, "float | None": lambda text: float(text) if text else None}
+
+
+T = TypeVar("T")
+
+
+def read_whole(path: Path, kind: type[T]) -> list[T]:
+    """The lines of a CSV as objects of a dataclass, whose fields are its columns; none where there is no such file.
 
     Raises:
         ValueError: the file has other columns.
     """
     if not path.exists():
         return []
+    described = fields(kind)  # type: ignore[arg-type]  # typing has no name for dataclasses
+    columns = tuple(field.name.rstrip("_") for field in described)
     with path.open(newline="") as file:
         header, *lines = csv.reader(file)
-    if tuple(header) != COLUMNS:
-        raise ValueError(f"{path} must have the columns {','.join(COLUMNS)}, got {','.join(header)}")
-    kinds = [_TYPES.get(str(field.type), str) for field in Row.__dataclass_fields__.values()]
-    return [Row(*(kind(text) for kind, text in zip(kinds, line, strict=True))) for line in lines]
+    if tuple(header) != columns:
+        raise ValueError(f"{path} must have the columns {','.join(columns)}, got {','.join(header)}")
+    types = [_TYPES.get(str(field.type), str) for field in described]
+    return [kind(*(of(text) for of, text in zip(types, line, strict=True))) for line in lines]
 
 
 @dataclass(frozen=True)

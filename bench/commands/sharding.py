@@ -10,7 +10,6 @@ them, as FLOPs over a rate plus bytes over a link's speed, both assumed and prin
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -37,7 +36,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bench import measure
 from bench.arguments import positive, size
 from bench.providers import isa_module
-from bench.results import format_size, short, write_whole
+from bench.results import format_size, read_whole, short, write_whole
 from bench.workload import PASSES, Pass, Workload
 from isa_triton.exchange import even_cuts
 from isa_triton.sharding import MapParallel
@@ -181,7 +180,7 @@ def run(args: argparse.Namespace) -> None:
         console.print(_predictions(simulated, args.rate, args.links))
         rows += simulated
     path = args.out / "sharding.csv"
-    rows = merge(read(path), rows)
+    rows = merge(read_whole(path, Row), rows)
     write_whole(path, COLUMNS, (tuple(asdict(row).values()) for row in rows))
     plot(rows, args.rate, args.links, args.out / "sharding.png")
     console.print("Wrote", path, args.out / "sharding.png", sep="\n  ", highlight=False)
@@ -246,22 +245,19 @@ def merge(old: Iterable[Row], new: Sequence[Row]) -> list[Row]:
     return sorted(rows.values(), key=lambda row: (row.source, row.scaling, row.pass_, row.height, row.devices))
 
 
-def read(path: Path) -> list[Row]:
-    """The rows of an earlier run; none where there is no such file. Raises ValueError where it has other columns."""
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        header, *lines = csv.reader(file)
-    if tuple(header) != COLUMNS:
-        raise ValueError(f"{path} must have the columns {','.join(COLUMNS)}, got {','.join(header)}")
-    kinds: dict[str, Any] = {"int": int, "float | None": lambda text: float(text) if text else None}
-    types = [kinds.get(str(field.type), str) for field in Row.__dataclass_fields__.values()]
-    return [Row(*(kind(text) for kind, text in zip(types, line, strict=True))) for line in lines]
-
-
 def predicted(row: Row, rate: float, link: float) -> float:
     """Seconds of a device: FLOPs at `rate` TFLOP/s, then bytes at `link` GB/s."""
-    return row.flops / (1e12 * rate) + row.sent_bytes / (1e9 * link)
+    return sum(_parts(row, rate, link))
+
+
+def hidden(row: Row, rate: float, link: float) -> float:
+    """The part of these seconds that overlapping could hide at best, all of the shorter behind the longer."""
+    return min(_parts(row, rate, link)) / predicted(row, rate, link)
+
+
+def _parts(row: Row, rate: float, link: float) -> tuple[float, float]:
+    """Seconds of computing and of sending."""
+    return row.flops / (1e12 * rate), row.sent_bytes / (1e9 * link)
 
 
 def _table(title: str, rows: Sequence[Row]) -> Table:
@@ -285,13 +281,17 @@ def _table(title: str, rows: Sequence[Row]) -> Table:
 
 
 def _predictions(rows: Sequence[Row], rate: float, links: Sequence[float]) -> Table:
-    title = f"PREDICTED seconds of a pass: FLOPs at {rate:g} TFLOP/s + bytes over a link, both assumed, not overlapped"
+    title = (
+        f"PREDICTED seconds of a pass: FLOPs at {rate:g} TFLOP/s + bytes over a link, both assumed, not overlapped"
+        " (and the most of them that overlapping could hide)"
+    )
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     for column in ("pass", "map", "N", "FLOPs alone", *(f"{link:g} GB/s" for link in links)):
         table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
-        times = [predicted(row, rate, link) for link in (float("inf"), *links)]
-        table.add_row(row.pass_, format_size((row.height, row.width)), str(row.devices), *map(short, times))
+        alone = short(predicted(row, rate, float("inf")))
+        times = [f"{short(predicted(row, rate, link))} ({hidden(row, rate, link):.0%})" for link in links]
+        table.add_row(row.pass_, format_size((row.height, row.width)), str(row.devices), alone, *times)
     return table
 
 
