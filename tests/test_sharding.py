@@ -9,6 +9,7 @@ import copy
 import faulthandler
 import math
 import os
+import signal
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -32,6 +33,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from bench.__main__ import main
 from bench.commands import sharding as bench
+from bench.results import read_whole, write_whole
 from bench.workload import Workload
 from isa_triton import InterlacedSparseSelfAttention, ISAHead, ISAModule, Partition, SelfAttention2d
 from isa_triton.exchange import columns, deal, even_cuts, exchanged, groups, halo, slabs, windows
@@ -389,54 +391,77 @@ def test_wrong_maps_are_refused_before_anything_moves() -> None:
     assert wire.exchanges == 0
 
 
-def layer_and_map(local: int, height: int) -> tuple[nn.Module, DTensor]:
+def layer_and_map(
+    local: int, height: int, channels: int = 6, dtype: torch.dtype = torch.float32
+) -> tuple[nn.Module, DTensor]:
     """A layer, and this process's rows of a map as it sees it."""
     mesh = init_device_mesh("cpu", (2,))
     layer = parallelize_module(InterlacedSparseSelfAttention(6, 4, 5).eval(), mesh, MapParallel())
-    shape, stride = torch.Size((1, 6, height, 16)), (6 * height * 16, height * 16, 16, 1)
-    rows = torch.randn(1, 6, local, 16)
+    shape, stride = torch.Size((1, channels, height, 16)), (channels * height * 16, height * 16, 16, 1)
+    rows = torch.randn(1, channels, local, 16, dtype=dtype)
     return layer, DTensor.from_local(rows, mesh, [Shard(2)], run_check=False, shape=shape, stride=stride)
 
 
-def heights_differ() -> None:
-    height = (16, 48)[dist.get_rank()]
-    layer, x = layer_and_map(height // 2, height)
-    layer(x)
+MISMATCHES: dict[str, tuple[tuple[Any, ...], tuple[Any, ...], str, str]] = {
+    "height": ((8, 16), (24, 48), "got shape (1, 6, 16, 16), torch.float32 here", "got shape (1, 6, 48, 16)"),
+    "rows": ((8, 16), (7, 16), "and another elsewhere", "must have ['B', 6, 8, 16] on device 1 of 2"),
+    "channels": ((8, 16), (8, 16, 5), "and another elsewhere", "x must be [B, 6, H, W]"),
+    "dtype": ((8, 16), (8, 16, 6, torch.float64), "torch.float32 here", "torch.float64 here"),
+}
 
 
-def a_row_is_missing() -> None:
-    layer, x = layer_and_map((8, 7)[dist.get_rank()], 16)
-    layer(x)
+def mismatched() -> dict[str, str]:
+    """What this process is told of every mismatch, in one group: after an error, the next map meets in order."""
+    told = {}
+    for name, case in MISMATCHES.items():
+        layer, x = layer_and_map(*case[dist.get_rank()])
+        with bench.Wire(dist.get_rank()) as wire, pytest.raises(ValueError, match="x ") as error:
+            layer(x)
+        assert wire.exchanges == 0
+        told[name] = str(error.value)
+    return told
 
 
-@pytest.mark.parametrize(
-    ("body", "messages"),
-    [
-        (heights_differ, ["got shape (1, 6, 16, 16) here", "got shape (1, 6, 48, 16) here"]),
-        (a_row_is_missing, ["or another shard, elsewhere", "must have ['B', 6, 8, 16] on device 1 of 2"]),
-    ],
-)
-def test_shards_of_different_maps_are_refused_everywhere(
-    body: Callable[[], None], messages: list[str], tmp_path: Path
-) -> None:
-    for text, message in zip(processes(2, body, tmp_path), messages, strict=True):
-        assert "ValueError" in text
-        assert message in text
+def test_shards_of_different_maps_are_refused_everywhere(tmp_path: Path) -> None:
+    for rank, told in enumerate(processes(2, mismatched, tmp_path)):
+        assert isinstance(told, dict), told
+        for name, case in MISMATCHES.items():
+            assert case[2 + rank] in told[name]
 
 
-def one_dies() -> None:
+def broken(end: Callable[[], None]) -> None:
+    """In the second pass, device 1 ends between the exchanges, while device 0 waits for it in the second."""
     layer, x = layer_and_map(8, 16)
     layer(x)
+
+    def late(*_: Any) -> None:
+        time.sleep(0.5)
+        end()
+
     if dist.get_rank() == 1:
-        os._exit(1)
+        layer.get_submodule("long_range.output").register_forward_pre_hook(late)
     layer(x)
 
 
-def test_a_process_that_dies_ends_the_job(tmp_path: Path) -> None:
-    """Within the timeout of the group, 10 s, and with an error on whoever is left."""
-    left, dead = processes(2, one_dies, tmp_path, timeout=10.0)
-    assert dead is None
-    assert "Error" in left
+def killed() -> None:
+    broken(lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def gives_up() -> None:
+    def end() -> None:
+        raise ArithmeticError("device 1 gives up")
+
+    broken(end)
+
+
+@pytest.mark.parametrize("body", [killed, gives_up])
+def test_a_process_that_ends_ends_the_job(body: Callable[[], None], tmp_path: Path) -> None:
+    """At once, with an error on whoever is left and long before the timeout of the group."""
+    started = time.monotonic()
+    left, ended = processes(2, body, tmp_path, timeout=60.0)
+    assert "RuntimeError" in left
+    assert ended is None if body is killed else "device 1 gives up" in ended
+    assert time.monotonic() - started < 60
 
 
 # -- the command -------------------------------------------------------------------------------------------------------
@@ -446,17 +471,20 @@ def test_the_command_runs_counts_and_keeps_other_runs(tmp_path: Path, capsys: py
     words = ["sharding", "--out", str(tmp_path), "--size", "16x12", "--channels", "8", "--rounds", "1"]
     simulation = ["--simulated-sizes", "64x48", "--simulated-channels", "8", "--simulated-partition-size", "8"]
     main([*words, *simulation, "--devices", "1", "4"])
-    rows = bench.read(tmp_path / "sharding.csv")
+    rows = read_whole(tmp_path / "sharding.csv", bench.Row)
     assert {(row.source, row.devices) for row in rows} == {("run", 1), ("simulated", 1), ("simulated", 4)}
     assert all((row.seconds is not None) == (row.source == "run") for row in rows)
     printed = capsys.readouterr().out
     assert "1 processes of one thread on" in printed
     assert "PREDICTED seconds" in printed
-    bench.write_whole(
+    write_whole(
         tmp_path / "sharding.csv",
         bench.COLUMNS,
         ([value if name != "devices" else 2 for name, value in vars(row).items()] for row in rows[:1]),
     )
     main([*words, "--devices"])
-    assert {(row.source, row.devices) for row in bench.read(tmp_path / "sharding.csv")} == {("run", 1), ("run", 2)}
+    assert {(row.source, row.devices) for row in read_whole(tmp_path / "sharding.csv", bench.Row)} == {
+        ("run", 1),
+        ("run", 2),
+    }
     assert (tmp_path / "sharding.png").stat().st_size > 0
