@@ -100,12 +100,16 @@ class Row:
 
 
 COLUMNS = tuple(name.rstrip("_") for name in Row.__dataclass_fields__)
-_TYPES: dict[str, Callable[[str], Any]] = {"int": int, "float | None": lambda text: float(text) if text else None}
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
     """Write the CSV of some rows, whole or not at all."""
     write_whole(path, COLUMNS, (tuple(asdict(row).values()) for row in rows))
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a CSV that `write_rows` wrote. Returns and raises as `read_records`."""
+    return read_records(path, Row)
 
 
 def write_whole(path: Path, columns: Sequence[str], lines: Iterable[Sequence[object]]) -> None:
@@ -117,9 +121,7 @@ def write_whole(path: Path, columns: Sequence[str], lines: Iterable[Sequence[obj
     write_text(path, text.getvalue())
 
 
-def read_rows(path: Path) -> list[Row]:
-    """As `read_records`, of `Row`."""
-    return read_records(path, Row)
+_TYPES: dict[str, Callable[[str], Any]] = {"int": int, "float | None": lambda text: float(text) if text else None}
 
 
 def read_records(path: Path, kind: type[Record]) -> list[Record]:

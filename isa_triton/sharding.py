@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from itertools import pairwise
 from typing import Any, NamedTuple
+from zlib import crc32
 
 import numpy as np
 import torch
@@ -72,7 +73,10 @@ class MapParallel(ParallelStyle):
             be shared; (forward) x is no DTensor.
         ValueError: (parallelize_module) the mesh has no such dimension, or a stage's pattern is "dense"; (forward) x is
             on another mesh, placed otherwise or of another shape, or shards do not fit together. Devices compare what
-            they hold when a layer meets a shape for the first time, so all of them raise, before any map moves.
+            they hold when a layer meets a shape or dtype for the first time, so all of them raise, before any map
+            moves.
+        RuntimeError: (of `torch.distributed`, in forward or backward) another device died, raised, or took longer than
+            the timeout of the process group.
 
     >>> mesh = init_device_mesh("cuda", (8,))  # doctest: +SKIP
     >>> layer = parallelize_module(InterlacedSparseSelfAttention(64, 32, 64), mesh, MapParallel())  # doctest: +SKIP
@@ -133,10 +137,7 @@ class _OnShards(nn.Module):
 
     def forward(self, *maps: Any) -> DTensor:
         for x in maps:
-            _check_map(x, self.mesh, self.dim, self.expected_channels if len(maps) == 1 else None)
-            if (key := (x.shape, x.to_local().shape, x.dtype)) not in self.agreed:
-                _agree(x, self.mesh, self.dim)
-                self.agreed.add(key)
+            self.meet(x, self.expected_channels if len(maps) == 1 else None)
         shards = _Shards(self.mesh, self.dim, even_cuts(maps[0].shape[2], self.mesh.size(self.dim)))
         summed = [Partial()] * self.mesh.ndim  # every device has its pixels' part of a parameter's gradient
         lent: dict[str, Any] = dict(self.named_buffers()) | dict(self.named_parameters())
@@ -146,6 +147,26 @@ class _OnShards(nn.Module):
         with _reparametrize_module(self, lent):  # functional_call would call forward, which this is
             y = self.local(shards, *(x.to_local() for x in maps))
         return _joined(y, shards, batch=len(maps[0]))
+
+    def meet(self, x: Any, channels: int | None) -> None:
+        """Raises where x is not what the layer takes: on all devices, when one of them has not met its like before."""
+        key = problem = None
+        try:
+            _check_map(x, self.mesh, self.dim, channels)
+            key = x.shape, x.to_local().shape, x.dtype
+            if key in self.agreed:
+                return
+            _check_shard(x, self.mesh, self.dim)
+        except (TypeError, ValueError) as error:
+            if key is None and self.agreed:
+                raise  # the others may have met theirs, and do not ask
+            problem = error
+        agreed = _agree(x if problem is None else None, self.mesh)
+        if problem is not None:
+            raise problem
+        if not agreed:
+            raise ValueError(f"x must be one map, got shape {tuple(x.shape)}, {x.dtype} here and another elsewhere")
+        self.agreed.add(key)
 
     @property
     def expected_channels(self) -> int | None:
@@ -270,14 +291,12 @@ class _BatchNorm(torch.autograd.Function):
         dtype = torch.promote_types(x.dtype, torch.float32)
         mine = x[:, :, rows]
         pixels = mine.numel() // mine.shape[1]
-        sums = torch.cat([mine.sum((0, 2, 3), dtype=dtype), weight.new_tensor([pixels], dtype=dtype)])
-        *sums, n = _sum(sums, mesh).split([x.shape[1], 1])
-        mean = sums[0] / n
-        squares = torch.zeros_like(mean)
-        if pixels:
+        var, here = torch.zeros(2, mine.shape[1], dtype=dtype, device=x.device)
+        if pixels:  # in one pass, centred: sums of squares would cancel where the mean is large
             var, here = torch.var_mean(mine.to(dtype), (0, 2, 3), correction=0)
-            squares = pixels * (var + (here - mean) ** 2)
-        var = _sum(squares, mesh) / n
+        *sums, n = _sum(torch.cat([pixels * here, here.new_tensor([pixels])]), mesh).split([len(here), 1])
+        mean = sums[0] / n
+        var = _sum(pixels * (var + (here - mean) ** 2), mesh) / n
         ctx.save_for_backward(x, weight, mean, var, n)
         ctx.eps, ctx.mesh, ctx.rows = eps, mesh, rows
         ctx.mark_non_differentiable(mean, var, n)
@@ -553,23 +572,24 @@ def _check_map(x: Any, mesh: DeviceMesh, dim: int, channels: int | None) -> None
         raise ValueError(f"x must be placed {placements}, got {list(x.placements)}")
 
 
-def _agree(x: DTensor, mesh: DeviceMesh, dim: int) -> None:
-    """Raises ValueError, on all devices alike, where their shards are not those of one map."""
-    local = x.to_local()
-    if isinstance(local, FakeTensor):
-        return  # nobody is there to agree with
+def _check_shard(x: DTensor, mesh: DeviceMesh, dim: int) -> None:
+    """Raises ValueError where this device's shard is not its part of the map."""
     cuts, rank = even_cuts(x.shape[2], mesh.size(dim)), mesh.get_local_rank(dim)
-    expected = (x.shape[1], cuts[rank + 1] - cuts[rank], x.shape[3])
-    fits = tuple(local.shape[1:]) == expected
-    said = [not fits, *x.shape, *(-n for n in x.shape)]
-    most = torch.tensor(said, device=local.device)
-    for i in range(mesh.ndim):
-        most = collectives.wait_tensor(collectives.all_reduce(most, "max", (mesh, i)))
-    wrong, *largest = most.tolist()
-    if not fits:
+    local, expected = x.to_local(), (x.shape[1], cuts[rank + 1] - cuts[rank], x.shape[3])
+    if tuple(local.shape[1:]) != expected:
         raise ValueError(
             f"x of shape {tuple(x.shape)} must have {['B', *expected]} on device {rank} of {mesh.size(dim)}, got"
             f" {list(local.shape)}"
         )
-    if wrong or largest != said[1:]:
-        raise ValueError(f"x must be one map, got shape {tuple(x.shape)} here and another, or another shard, elsewhere")
+
+
+def _agree(x: DTensor | None, mesh: DeviceMesh) -> bool:
+    """Whether all devices of the mesh have maps of one shape and dtype; None: this one has no map."""
+    said = [0] * 5 if x is None else [*x.shape, crc32(str(x.dtype).encode())]
+    most = torch.tensor([*said, *(-n for n in said)], device=mesh.device_type)
+    if isinstance(most, FakeTensor):
+        return True  # nobody is there to agree with
+    for dim in range(mesh.ndim):
+        most = collectives.wait_tensor(collectives.all_reduce(most, "max", (mesh, dim)))
+    largest, least = most.chunk(2)
+    return torch.equal(largest, -least)

@@ -9,6 +9,7 @@ import copy
 import faulthandler
 import math
 import os
+import signal
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -32,6 +33,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from bench.__main__ import main
 from bench.commands import sharding as bench
+from bench.results import read_records, write_whole
 from bench.workload import Workload
 from isa_triton import InterlacedSparseSelfAttention, ISAHead, ISAModule, Partition, SelfAttention2d
 from isa_triton.exchange import columns, deal, even_cuts, exchanged, groups, halo, slabs, windows
@@ -43,31 +45,35 @@ SIZES = ((24, 16), (33, 20), (40, 56))
 # -- processes ---------------------------------------------------------------------------------------------------------
 
 
-def processes(devices: int, body: Callable[[], Any], folder: Path, seconds: float = 100.0) -> list[Any]:
-    """What `body` returned in each of `devices` processes on gloo, or the text of what it raised."""
+def processes(devices: int, body: Callable[[], Any], folder: Path, timeout: float = 30.0) -> list[Any]:
+    """What `body` returned in each of `devices` processes on gloo, or the text of what it raised; None of the dead.
+
+    `timeout` is the group's, in seconds: how long one process waits for another.
+    """
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(["torch.distributed.tensor.parallel", "matplotlib.pyplot", "triton"])  # import once
     workers = [
-        context.Process(target=_worker, args=(body, rank, devices, folder), daemon=True) for rank in range(devices)
+        context.Process(target=_worker, args=(body, rank, devices, folder, timeout), daemon=True)
+        for rank in range(devices)
     ]
     for worker in workers:
         worker.start()
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + 3 * timeout
     for worker in workers:
         worker.join(max(0.0, deadline - time.monotonic()))
         if worker.is_alive():
             worker.kill()
-            pytest.fail(f"a process hangs after {seconds} s")
+            pytest.fail(f"a process hangs after {3 * timeout} s")
     paths = [folder / f"result{rank}" for rank in range(devices)]
     return [torch.load(path, weights_only=False) if path.exists() else None for path in paths]
 
 
-def _worker(body: Callable[[], Any], rank: int, devices: int, folder: Path) -> None:
-    faulthandler.dump_traceback_later(60, exit=True)  # a process that hangs says where, and ends
+def _worker(body: Callable[[], Any], rank: int, devices: int, folder: Path, timeout: float) -> None:
+    faulthandler.dump_traceback_later(2 * timeout, exit=True)  # a process that hangs says where, and ends
     torch.set_num_threads(1)
     torch.manual_seed(0)
     store = dist.FileStore(str(folder / "store"), devices)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=devices, timeout=timedelta(seconds=10))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=devices, timeout=timedelta(seconds=timeout))
     try:
         result = body()
     except Exception:
@@ -126,13 +132,17 @@ def whole(x: Any) -> Tensor:
     return x.to_local().clone() if replicated else x.full_tensor()
 
 
-def worst(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+def errors_of(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
     assert actual.keys() == expected.keys()
-    return max(relative_error(actual[name], expected[name]) for name in expected)
+    return {name: relative_error(actual[name], expected[name]) for name in expected}
 
 
-def two_stage_errors() -> dict[Any, tuple[float, float]]:
-    """Errors against one device in fp64, of this mesh and of one device in the same precision."""
+def worst(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    return max(errors_of(actual, expected).values())
+
+
+def two_stage_errors() -> dict[Any, tuple[dict[str, float], dict[str, float]]]:
+    """Errors of every tensor against one device in fp64, of this mesh and of one device in the same precision."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     errors = {}
     for padding, dtype in product(("zeros", "mask"), (torch.float64, torch.float32)):
@@ -145,8 +155,8 @@ def two_stage_errors() -> dict[Any, tuple[float, float]]:
             x = torch.randn(2, 6, *size, dtype=dtype)
             expected = everything(exact, x.double())
             found = everything(sharded, x, lambda x: distribute_tensor(x, mesh, [Shard(2)]))
-            one = worst(everything(alone, x), expected) if dtype == torch.float32 else 0.0
-            errors[size, padding, training, dtype] = worst(found, expected), one
+            one = everything(alone, x) if dtype == torch.float32 else expected
+            errors[size, padding, training, dtype] = errors_of(found, expected), errors_of(one, expected)
     return errors
 
 
@@ -165,11 +175,20 @@ def difference(
 
 @pytest.mark.parametrize("devices", [2, 3, 4])
 def test_two_stages_equal_one_device(devices: int, tmp_path: Path) -> None:
-    """To 1e-12 in fp64; in fp32 to 1e-5, or to what one device loses itself where that is more."""
+    """To 1e-12 in fp64 and 1e-5 in fp32; trained parameters' gradients in fp32 at least as well as one device has them.
+
+    Those are sums over all pixels that nearly cancel: no gradient of a normalised channel has a mean, what it is
+    multiplied with has a large one. In fp32 one device itself loses up to 3e-4 there.
+    """
     for errors in processes(devices, two_stage_errors, tmp_path):
         assert isinstance(errors, dict), errors
-        budgets = {case: 1e-12 if case[-1] == torch.float64 else max(1e-5, one) for case, (_, one) in errors.items()}
-        assert {case: error for case, (error, _) in errors.items() if error > budgets[case]} == {}
+        assert len(errors) == 24
+        for (size, padding, training, dtype), (here, one) in errors.items():
+            for name, error in here.items():
+                budget = 1e-12 if dtype == torch.float64 else 1e-5
+                if dtype == torch.float32 and training and name.endswith(("weight", "bias")):
+                    budget = max(budget, *one.values())
+                assert error <= budget, (size, padding, training, dtype, name)
 
 
 def other_errors() -> dict[str, float]:
@@ -372,54 +391,77 @@ def test_wrong_maps_are_refused_before_anything_moves() -> None:
     assert wire.exchanges == 0
 
 
-def layer_and_map(local: int, height: int) -> tuple[nn.Module, DTensor]:
+def layer_and_map(
+    local: int, height: int, channels: int = 6, dtype: torch.dtype = torch.float32
+) -> tuple[nn.Module, DTensor]:
     """A layer, and this process's rows of a map as it sees it."""
     mesh = init_device_mesh("cpu", (2,))
     layer = parallelize_module(InterlacedSparseSelfAttention(6, 4, 5).eval(), mesh, MapParallel())
-    shape, stride = torch.Size((1, 6, height, 16)), (6 * height * 16, height * 16, 16, 1)
-    rows = torch.randn(1, 6, local, 16)
+    shape, stride = torch.Size((1, channels, height, 16)), (channels * height * 16, height * 16, 16, 1)
+    rows = torch.randn(1, channels, local, 16, dtype=dtype)
     return layer, DTensor.from_local(rows, mesh, [Shard(2)], run_check=False, shape=shape, stride=stride)
 
 
-def heights_differ() -> None:
-    height = (16, 48)[dist.get_rank()]
-    layer, x = layer_and_map(height // 2, height)
-    layer(x)
+MISMATCHES: dict[str, tuple[tuple[Any, ...], tuple[Any, ...], str, str]] = {
+    "height": ((8, 16), (24, 48), "got shape (1, 6, 16, 16), torch.float32 here", "got shape (1, 6, 48, 16)"),
+    "rows": ((8, 16), (7, 16), "and another elsewhere", "must have ['B', 6, 8, 16] on device 1 of 2"),
+    "channels": ((8, 16), (8, 16, 5), "and another elsewhere", "x must be [B, 6, H, W]"),
+    "dtype": ((8, 16), (8, 16, 6, torch.float64), "torch.float32 here", "torch.float64 here"),
+}
 
 
-def a_row_is_missing() -> None:
-    layer, x = layer_and_map((8, 7)[dist.get_rank()], 16)
-    layer(x)
+def mismatched() -> dict[str, str]:
+    """What this process is told of every mismatch, in one group: after an error, the next map meets in order."""
+    told = {}
+    for name, case in MISMATCHES.items():
+        layer, x = layer_and_map(*case[dist.get_rank()])
+        with bench.Wire(dist.get_rank()) as wire, pytest.raises(ValueError, match="x ") as error:
+            layer(x)
+        assert wire.exchanges == 0
+        told[name] = str(error.value)
+    return told
 
 
-@pytest.mark.parametrize(
-    ("body", "messages"),
-    [
-        (heights_differ, ["got shape (1, 6, 16, 16) here", "got shape (1, 6, 48, 16) here"]),
-        (a_row_is_missing, ["or another shard, elsewhere", "must have ['B', 6, 8, 16] on device 1 of 2"]),
-    ],
-)
-def test_shards_of_different_maps_are_refused_everywhere(
-    body: Callable[[], None], messages: list[str], tmp_path: Path
-) -> None:
-    for text, message in zip(processes(2, body, tmp_path), messages, strict=True):
-        assert "ValueError" in text
-        assert message in text
+def test_shards_of_different_maps_are_refused_everywhere(tmp_path: Path) -> None:
+    for rank, told in enumerate(processes(2, mismatched, tmp_path)):
+        assert isinstance(told, dict), told
+        for name, case in MISMATCHES.items():
+            assert case[2 + rank] in told[name]
 
 
-def one_dies() -> None:
+def broken(end: Callable[[], None]) -> None:
+    """In the second pass, device 1 ends between the exchanges, while device 0 waits for it in the second."""
     layer, x = layer_and_map(8, 16)
     layer(x)
+
+    def late(*_: Any) -> None:
+        time.sleep(0.5)
+        end()
+
     if dist.get_rank() == 1:
-        os._exit(1)
+        layer.get_submodule("long_range.output").register_forward_pre_hook(late)
     layer(x)
 
 
-def test_a_process_that_dies_ends_the_job(tmp_path: Path) -> None:
-    """Within the timeout of the group, 10 s, and with an error on whoever is left."""
-    left, dead = processes(2, one_dies, tmp_path, seconds=40.0)
-    assert dead is None
-    assert "Error" in left
+def killed() -> None:
+    broken(lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def gives_up() -> None:
+    def end() -> None:
+        raise ArithmeticError("device 1 gives up")
+
+    broken(end)
+
+
+@pytest.mark.parametrize("body", [killed, gives_up])
+def test_a_process_that_ends_ends_the_job(body: Callable[[], None], tmp_path: Path) -> None:
+    """At once, with an error on whoever is left and long before the timeout of the group."""
+    started = time.monotonic()
+    left, ended = processes(2, body, tmp_path, timeout=60.0)
+    assert "RuntimeError" in left
+    assert ended is None if body is killed else "device 1 gives up" in ended
+    assert time.monotonic() - started < 60
 
 
 # -- the command -------------------------------------------------------------------------------------------------------
@@ -429,17 +471,20 @@ def test_the_command_runs_counts_and_keeps_other_runs(tmp_path: Path, capsys: py
     words = ["sharding", "--out", str(tmp_path), "--size", "16x12", "--channels", "8", "--rounds", "1"]
     simulation = ["--simulated-sizes", "64x48", "--simulated-channels", "8", "--simulated-partition-size", "8"]
     main([*words, *simulation, "--devices", "1", "4"])
-    rows = bench.read(tmp_path / "sharding.csv")
+    rows = read_records(tmp_path / "sharding.csv", bench.Row)
     assert {(row.source, row.devices) for row in rows} == {("run", 1), ("simulated", 1), ("simulated", 4)}
     assert all((row.seconds is not None) == (row.source == "run") for row in rows)
     printed = capsys.readouterr().out
     assert "1 processes of one thread on" in printed
     assert "PREDICTED seconds" in printed
-    bench.write_whole(
+    write_whole(
         tmp_path / "sharding.csv",
         bench.COLUMNS,
         ([value if name != "devices" else 2 for name, value in vars(row).items()] for row in rows[:1]),
     )
     main([*words, "--devices"])
-    assert {(row.source, row.devices) for row in bench.read(tmp_path / "sharding.csv")} == {("run", 1), ("run", 2)}
+    assert {(row.source, row.devices) for row in read_records(tmp_path / "sharding.csv", bench.Row)} == {
+        ("run", 1),
+        ("run", 2),
+    }
     assert (tmp_path / "sharding.png").stat().st_size > 0

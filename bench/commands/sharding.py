@@ -263,7 +263,17 @@ def read(path: Path) -> list[Row]:
 
 def predicted(row: Row, rate: float, link: float) -> float:
     """Seconds of a device: FLOPs at `rate` TFLOP/s, then bytes at `link` GB/s."""
-    return row.flops / (1e12 * rate) + row.sent_bytes / (1e9 * link)
+    return sum(_parts(row, rate, link))
+
+
+def hidden(row: Row, rate: float, link: float) -> float:
+    """The part of these seconds that overlapping could hide at best, all of the shorter behind the longer."""
+    return min(_parts(row, rate, link)) / predicted(row, rate, link)
+
+
+def _parts(row: Row, rate: float, link: float) -> tuple[float, float]:
+    """Seconds of computing and of sending."""
+    return row.flops / (1e12 * rate), row.sent_bytes / (1e9 * link)
 
 
 def _table(title: str, rows: Sequence[Row]) -> Table:
@@ -287,13 +297,17 @@ def _table(title: str, rows: Sequence[Row]) -> Table:
 
 
 def _predictions(rows: Sequence[Row], rate: float, links: Sequence[float]) -> Table:
-    title = f"PREDICTED seconds of a pass: FLOPs at {rate:g} TFLOP/s + bytes over a link, both assumed, not overlapped"
+    title = (
+        f"PREDICTED seconds of a pass: FLOPs at {rate:g} TFLOP/s + bytes over a link, both assumed, not overlapped"
+        " (and the most of them that overlapping could hide)"
+    )
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     for column in ("pass", "map", "N", "FLOPs alone", *(f"{link:g} GB/s" for link in links)):
         table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
-        times = [predicted(row, rate, link) for link in (float("inf"), *links)]
-        table.add_row(row.pass_, format_size((row.height, row.width)), str(row.devices), *map(short, times))
+        alone = short(predicted(row, rate, float("inf")))
+        times = [f"{short(predicted(row, rate, link))} ({hidden(row, rate, link):.0%})" for link in links]
+        table.add_row(row.pass_, format_size((row.height, row.width)), str(row.devices), alone, *times)
     return table
 
 
