@@ -50,7 +50,7 @@ def forward(
     maps = {"q": q, "k": k, "v": v, "out": out} | ({"lse": lse[..., None]} if with_lse else {})
     for chunk in _chunks(partition, maps, bias):
         qs, ks, vs = chunk.load("q"), chunk.load("k"), chunk.load("v")  # [n, T, width]
-        if not with_lse and _fused_is_faster(qs, vs, bias):
+        if not with_lse and _fused_is_faster(qs, vs):
             heads = 1 if chunk.bias is None else chunk.bias.shape[0]
             q_, k_, v_ = (x.unflatten(0, (-1, heads)) for x in (qs, ks, vs))
             mask = None if chunk.bias is None else chunk.bias[None].to(qs.dtype)
@@ -146,8 +146,10 @@ class _Scratch:
         if view is None:
             size, memory = math.prod(shape), self._memory.get(name)
             if memory is None or memory.numel() < size:
-                memory = self._memory[name] = self._like.new_empty(size)
-            view = self._views[name, shape] = memory[:size].view(shape)
+                view = self._memory[name] = self._like.new_empty(shape)
+            else:
+                view = memory.view(-1)[:size].view(shape)
+            self._views[name, shape] = view
         return view
 
 
@@ -158,34 +160,33 @@ class _Chunk:
         self,
         partition: Partition,
         piece: tuple[Run, Run],
-        views: dict[str, Tensor],  # of the piece, [B, groups_h, groups_w, heads, tokens_h, tokens_w, width] each
+        views: dict[str, Tensor],  # of the chunk, [b, groups_h, groups_w, heads, tokens_h, tokens_w, width] each
         bias: Tensor | None,
-        box: tuple[slice, ...],  # of (batch, groups_h, groups_w, heads)
+        heads: slice,
         query_blocks: tuple[slice, ...],  # of a group's T tokens
         scratch: _Scratch,
     ) -> None:
-        self._partition, self._piece, self._views, self._box = partition, piece, views, box
-        self.query_blocks, self.scratch = query_blocks, scratch
-        self.bias = None if bias is None else self.view_bias(bias).flatten(3, 4).flatten(1, 2)  # [heads, T, T]
+        self._partition, self._piece, self._views, self._heads = partition, piece, views, heads
+        self._tokens, self.query_blocks, self.scratch = piece[0].tokens * piece[1].tokens, query_blocks, scratch
+        self.bias = None if bias is None else self.view_bias(bias).reshape(-1, self._tokens, self._tokens)
 
     def load(self, name: str) -> Tensor:
         """The chunk of a map as [n, T, width], copied to scratch memory."""
-        view = self._views[name][self._box]
-        b, g_h, g_w, heads, t_h, t_w, width = view.shape
-        tokens = self.scratch(name, (b * g_h * g_w * heads, t_h * t_w, width))
-        tokens.view(view.shape).copy_(view)
-        return tokens
+        view = self._views[name]
+        return self.scratch(name, view.shape).copy_(view).view(-1, self._tokens, view.shape[-1])
 
     def store(self, name: str, values: Tensor) -> None:
         """Write values [n, T, width] to their pixels of a map."""
-        view = self._views[name][self._box]
+        view = self._views[name]
         view.copy_(values.view(view.shape))
 
     def view_bias(self, bias: Tensor) -> Tensor:
-        """The chunk's heads and the tokens inside the map of bias: [heads, t_h, t_w, t_h, t_w]."""
+        """Bias of the chunk's heads: [heads, T, T], or [heads, t_h, t_w, t_h, t_w] where not all tokens are inside."""
+        if self._tokens == self._partition.tokens:
+            return bias[self._heads]
         tokens = (self._partition.h.tokens, self._partition.w.tokens)
         h, w = (slice(run.token, run.token + run.tokens) for run in self._piece)
-        return bias.unflatten(2, tokens).unflatten(1, tokens)[self._box[3], h, w, h, w]
+        return bias.unflatten(2, tokens).unflatten(1, tokens)[self._heads, h, w, h, w]
 
     def softmax_scores(self, q: Tensor, k: Tensor, rows: slice, scale: float) -> tuple[Tensor, Tensor]:
         """Scores S = scale q k^T + bias of a block of queries, and softmax(S); both [n, rows, T]."""
@@ -207,8 +208,11 @@ def _chunks(partition: Partition, maps: dict[str, Tensor], bias: Tensor | None) 
         attentions = max(1, budget // (tokens * (2 * q.shape[-1] + 2 * v.shape[-1] + rows)))
         query_blocks = tuple(slice(i, min(i + rows, tokens)) for i in range(0, tokens, rows))
         views = {name: partition.view(x, piece).movedim(-2, 3) for name, x in maps.items()}
-        for box in _boxes(views["q"].shape[:4], attentions):
-            yield _Chunk(partition, piece, views, bias, box, query_blocks, scratch)
+        extents = views["q"].shape[:4]
+        whole = math.prod(extents) <= attentions
+        for box in _boxes(extents, attentions):
+            chunk = views if whole else {name: x[box] for name, x in views.items()}
+            yield _Chunk(partition, piece, chunk, bias, box[3], query_blocks, scratch)
 
 
 def _boxes(extents: Sequence[int], volume: int) -> Iterator[tuple[slice, ...]]:
@@ -221,12 +225,13 @@ def _boxes(extents: Sequence[int], volume: int) -> Iterator[tuple[slice, ...]]:
         yield tuple(slice(start, start + step) for start, step in zip(corner, steps, strict=True))
 
 
-def _fused_is_faster(q: Tensor, v: Tensor, bias: Tensor | None) -> bool:
+def _fused_is_faster(q: Tensor, v: Tensor) -> bool:
     """Whether torch's fused attention beats matmul, softmax, matmul on a chunk [n, T, width] in cache.
 
-    Its kernels want equal widths. On CPUs it was, at widths up to 128, faster with a bias, and without one from 256
-    tokens on; slower below (and at ISA's own 256 and 512). Elsewhere it saves the scores' way through memory.
+    Its kernels want equal widths. On CPUs it was, at widths up to 128, faster from 256 tokens on, and with one thread:
+    on shorter groups it gains little from more (and it was slower at ISA's own 256 and 512). Elsewhere it saves the
+    scores' way through memory.
     """
     if q.shape[-1] != v.shape[-1]:
         return False
-    return q.device.type != "cpu" or (q.shape[-1] <= 128 and (bias is not None or q.shape[1] >= 256))
+    return q.device.type != "cpu" or (q.shape[-1] <= 128 and (q.shape[1] >= 256 or torch.get_num_threads() == 1))

@@ -86,26 +86,21 @@ class Axis(NamedTuple):
         """Whether every token of every group lies inside the map."""
         return self.groups * self.tokens == self.size
 
+    def pixel(self, group: int, token: int) -> int:
+        """Where a group's token lies."""
+        return self.origin + group * self.group_stride + token * self.token_stride
+
     def runs(self) -> tuple[Run, ...]:
         """The axis as up to three runs of groups, each of which is a strided view without a token outside the map."""
 
         def inside(group: int) -> tuple[int, int]:
             """The first of the group's tokens inside the map, and the first behind them."""
-            start = self.origin + group * self.group_stride
+            start = self.pixel(group, 0)
             stop = min(self.tokens, _ceil_div(self.size - start, self.token_stride))
             return max(0, _ceil_div(-start, self.token_stride)), stop
 
         same = [(tokens, list(groups)) for tokens, groups in groupby(range(self.groups), inside)]
         return tuple(Run(groups[0], len(groups), start, stop - start) for (start, stop), groups in same)
-
-    def split(self, tensor: Any, dim: int, run: Run) -> Any:
-        """A view of `tensor` whose dimension `dim` (size pixels) became the run's groups; its tokens come last."""
-        start = self.origin + run.group * self.group_stride + run.token * self.token_stride
-        extent = (run.groups - 1) * self.group_stride + (run.tokens - 1) * self.token_stride + 1
-        pixels = tensor.narrow(dim, start, extent)
-        if self.token_stride <= self.group_stride:
-            return pixels.unfold(dim, run.tokens, self.group_stride)  # [..., groups, ..., tokens]
-        return pixels.unfold(dim, run.groups, self.token_stride).transpose(dim, -1)
 
 
 class Partition(NamedTuple):
@@ -271,8 +266,12 @@ class Partition(NamedTuple):
             if not self.divides:
                 raise ValueError(f"{self} does not divide its map: name one of its pieces()")
             (piece,) = self.pieces()
-        seated = self.w.split(self.h.split(tensor, 1, piece[0]), 2, piece[1])  # [B, g_h, g_w, ..., t_h, t_w]
-        return seated.movedim((-2, -1), (3, 4))
+        (h, w), (batch, y, x, *rest) = piece, tensor.stride()
+        shape = tensor.shape[0], h.groups, w.groups, h.tokens, w.tokens, *tensor.shape[3:]
+        groups = self.h.group_stride * y, self.w.group_stride * x
+        tokens = self.h.token_stride * y, self.w.token_stride * x
+        first = self.h.pixel(h.group, h.token) * y + self.w.pixel(w.group, w.token) * x
+        return tensor.as_strided(shape, (batch, *groups, *tokens, *rest), tensor.storage_offset() + first)
 
 
 @lru_cache(maxsize=1024)

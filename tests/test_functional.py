@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -185,12 +186,19 @@ def test_error_stays_within_the_budget_of_the_same_precision(dtype: torch.dtype,
     assert partitioned_attention_with_lse(*exact, partition)[1].dtype == torch.float64
 
 
-def test_fused_attention_serves_where_it_is_faster_and_agrees() -> None:
-    partition = Partition.dense((16, 17))
-    q, k, v = qkv(partition, key_width=8, value_width=8, dtype=torch.float32)
-    assert eager._fused_is_faster(q.flatten(1, 2), v.flatten(1, 2), None)
-    out = partitioned_attention(q, k, v, partition)
-    assert relative_error(out, reference.dense_attention(q, k, v)) < 1e-6
+@pytest.mark.parametrize("threads", [1, 2])
+def test_fused_attention_serves_where_it_is_faster_and_agrees(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long groups always, short ones with one thread; with lse there is none, and the same result."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    fused = Mock(wraps=eager.F.scaled_dot_product_attention)
+    monkeypatch.setattr(eager.F, "scaled_dot_product_attention", fused)
+    for partition in (Partition.dense((16, 17)), PARTITIONS["shifted-ragged"]):
+        q, k, v = qkv(partition, key_width=8, value_width=8)
+        bias = torch.randn(2, partition.tokens, partition.tokens, dtype=q.dtype)
+        fused.reset_mock()
+        out = partitioned_attention(q, k, v, partition, bias=bias)
+        assert fused.called == (partition.tokens >= 256 or threads == 1)
+        assert relative_error(out, partitioned_attention_with_lse(q, k, v, partition, bias=bias)[0]) < 1e-12
 
 
 def test_empty_batches_and_no_heads() -> None:

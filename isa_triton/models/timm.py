@@ -133,7 +133,7 @@ def _block_or_grid(attn: Any, x: Tensor, partition_size: tuple[int, int], block:
     partition = (
         Partition.local((height, width), tokens) if block else Partition.interlaced((height, width), grid=tokens)
     )
-    bias = None if attn.rel_pos is None else _bias(attn.rel_pos.get_bias(), partition_size, tokens)
+    bias = None if attn.rel_pos is None else _bias(attn.rel_pos.get_bias().flatten(0, -3), partition_size, tokens)
     return _attention(attn, x, partition, bias, backend)
 
 
@@ -161,7 +161,9 @@ def _roll(x: Tensor, shift: tuple[int, int], sign: int) -> Tensor:
 
 
 def _bias(bias: Tensor, window: tuple[int, int], tokens: tuple[int, int]) -> Tensor:
-    """A window's position bias [(1,) heads, T, T] for its first `tokens` rows and columns: only distances count."""
+    """A window's position bias [heads, T, T] for its first `tokens` rows and columns: only distances count."""
+    if tokens == window:
+        return bias
     h, w = (slice(n) for n in tokens)
-    bias = bias.flatten(0, -3).unflatten(2, window).unflatten(1, window)[:, h, w, h, w]
+    bias = bias.unflatten(2, window).unflatten(1, window)[:, h, w, h, w]
     return bias.flatten(3, 4).flatten(1, 2)  # [heads, tokens, tokens]
