@@ -1,4 +1,7 @@
-"""A network of two convolutions in place of a ResNet, and a recipe to train it by."""
+"""A network of two convolutions in place of a ResNet, and a recipe to train it by.
+
+``python -m tests.small_network`` is ``python -m bench`` with this network, for processes that are killed.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from bench.__main__ import main
+from bench.training import run as running
 from bench.training.recipe import RECIPES, Recipe
 from isa_triton import ISAHead
 from isa_triton.models.segmentation import IANet, fcn_head
@@ -30,6 +35,11 @@ def small(num_classes: int, *, dropout: float = 0.1, **_: Any) -> IANet:
 
 
 def recipe(**changes: Any) -> Recipe:
-    mine = {"crop": (32, 64), "batch": 2, "iterations": 5, "channels": 16, "partition_size": (2, 2)}
+    mine = {"head": "ISA", "crop": (32, 64), "batch": 2, "iterations": 5, "channels": 16, "partition_size": (2, 2)}
     name = changes.pop("data_set", "cityscapes")
-    return Recipe(data_set=name, head="ISA", backbone="resnet50", **RECIPES[name] | mine | changes)
+    return Recipe(data_set=name, backbone="resnet50", **RECIPES[name] | mine | changes)
+
+
+if __name__ == "__main__":
+    running.ianet = small
+    main()

@@ -1,7 +1,7 @@
 """`python -m bench train`: interrupted runs go on as if they had not been, and every part of them is its equation.
 
-Folders are made as the data sets' publishers lay theirs out. Runs that are killed are real processes with a ResNet-50;
-where a run only has to be one, a network of two convolutions stands for it.
+Folders are made as the data sets' publishers lay theirs out. Runs that are killed are real processes; a network of two
+convolutions stands for the ResNet in whole runs.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision import datasets, tv_tensors
 
+from bench import opponents
 from bench.__main__ import main
 from bench.commands.train import signals
 from bench.files import replacing
@@ -34,6 +35,7 @@ from bench.training import run as running
 from bench.training.data import DATA_SETS, MEAN, STD, RandomFlip, Samples, batches
 from bench.training.evaluate import intersection_over_union, probabilities, slide, starts
 from bench.training.recipe import IGNORED
+from bench.training.run import Processes, Run
 from tests.cases import relative_error
 from tests.small_network import recipe, small
 
@@ -115,19 +117,17 @@ def losses(out: Path) -> list[list[str]]:
 
 # -- whole runs --------------------------------------------------------------------------------------------------------
 
-TINY = (
-    *("--backbone", "resnet50", "--weights", "none", "--channels", "16", "--output-stride", "32", "--crop", "32x64"),
-    *("--batch", "2", "--iterations", "5", "--save-every", "2", "--data-set", "cityscapes"),
-)
+ITERATIONS = 121
 
 
 def command(folder: Path, out: Path, *more: str) -> list[str]:
-    return ["train", "--data", str(folder), "--out", str(out), *TINY, *more]
+    arguments = ["train", "--data", str(folder), "--data-set", "cityscapes", "--out", str(out), "--weights", "none"]
+    return [*arguments, "--crop", "32x64", "--batch", "2", "--iterations", str(ITERATIONS), "--save-every", "7", *more]
 
 
 def started(folder: Path, out: Path) -> subprocess.Popen[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # sums in the same order as here
-    arguments = [sys.executable, "-m", "bench", *command(folder, out, "--workers", "1")]
+    arguments = [sys.executable, "-m", "tests.small_network", *command(folder, out, "--workers", "1")]
     output: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen(arguments, cwd=ROOT, env=environment, start_new_session=True, **output)
 
@@ -141,7 +141,9 @@ def awaited(process: subprocess.Popen[str], condition: Callable[[], bool]) -> No
         time.sleep(0.02)
 
 
-def test_a_run_that_is_killed_and_stopped_ends_as_one_that_is_not(city: Path, tmp_path: Path) -> None:
+def test_a_run_that_is_killed_and_stopped_ends_as_one_that_is_not(
+    city: Path, tmp_path: Path, small_network: None
+) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     main(command(city, whole, "--workers", "0"))
     checkpoint = broken / "checkpoint.pt"
@@ -152,7 +154,8 @@ def test_a_run_that_is_killed_and_stopped_ends_as_one_that_is_not(city: Path, tm
     killed.communicate()
     assert killed.returncode == -signal.SIGKILL
     first = torch.load(checkpoint, weights_only=True)["iteration"]
-    assert first in (2, 4)  # in the middle of an epoch: there are 5 images, and a batch has 2
+    assert first < ITERATIONS
+    assert first % 7 == 0
 
     stopped = started(city, broken)
     assert stopped.stdout is not None
@@ -161,12 +164,12 @@ def test_a_run_that_is_killed_and_stopped_ends_as_one_that_is_not(city: Path, tm
     printed, _ = stopped.communicate(timeout=120)
     assert stopped.returncode == 0, printed
     second = torch.load(checkpoint, weights_only=True)["iteration"]
-    assert first < second <= 5
+    assert first < second < ITERATIONS
     assert f"Stopped after iteration {second}; the same command goes on" in printed
 
     main(command(city, broken, "--workers", "0"))
     assert losses(broken) == losses(whole)
-    assert [row[0] for row in losses(whole)] == ["iteration", "1", "2", "3", "4", "5"]
+    assert [row[0] for row in losses(whole)] == ["iteration", *map(str, range(1, ITERATIONS + 1))]
     assert read(broken / "iou.csv") == read(whole / "iou.csv")
 
 
@@ -206,6 +209,19 @@ def test_a_checkpoint_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
         torch.save({"half": torch.zeros(9), "other": lambda: None}, temporary)  # what cannot be written
     assert [p.name for p in path.parent.iterdir()] == ["checkpoint.pt"]
     assert path.read_text() == "first"
+
+
+def test_a_step_teaches_every_part_of_the_network() -> None:
+    mine = recipe(head="RCCA", output_stride=32)
+    state = Run(mine, 19, Processes(torch.device("cpu")))
+    before = {name: x.clone() for name, x in state.network.named_parameters()}
+    loss = state.step(torch.randn(2, 3, 32, 64), torch.randint(19, (2, 32, 64)))
+    assert loss.isfinite()
+    assert state.iteration == 1
+    still = {name for name, x in state.network.named_parameters() if torch.equal(x, before[name])}
+    assert still == {f"head.0.attention.{part}" for part in still if "attention" in part}
+    assert "head.0.attention.gamma" not in still
+    assert any(isinstance(module, opponents.FusedRCCAHead) for module in state.network.modules())
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
