@@ -35,9 +35,17 @@ def small(num_classes: int, *, dropout: float = 0.1, **_: Any) -> IANet:
 
 
 def recipe(**changes: Any) -> Recipe:
-    mine = {"head": "ISA", "crop": (32, 64), "batch": 2, "iterations": 5, "channels": 16, "partition_size": (2, 2)}
+    mine = {
+        "head": "ISA",
+        "backbone": "resnet50",
+        "crop": (32, 64),
+        "batch": 2,
+        "iterations": 5,
+        "channels": 16,
+        "partition_size": (2, 2),
+    }
     name = changes.pop("data_set", "cityscapes")
-    return Recipe(data_set=name, backbone="resnet50", **RECIPES[name] | mine | changes)
+    return Recipe(data_set=name, **RECIPES[name] | mine | changes)
 
 
 if __name__ == "__main__":

@@ -477,6 +477,16 @@ def mistakes() -> Iterator[tuple[list[str], str]]:
     yield ["--evaluate", "nothing.pt"], "nothing.pt must be a checkpoint that this command wrote"
 
 
+def test_backbones_that_cannot_be_are_named() -> None:
+    for changes, message in (
+        ({"backbone": "resnet18"}, "--backbone resnet18 --weights None: name must be a network with bottlenecks"),
+        ({"weights": "ours"}, "--backbone resnet50 --weights ours: 'ours'; --weights none starts from random ones"),
+    ):
+        mine = recipe(**changes)
+        with pytest.raises(InputError, match=message):
+            running.network(mine, 19, mine.weights)
+
+
 @pytest.mark.parametrize(("arguments", "message"), list(mistakes()))
 def test_mistakes_are_named(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
