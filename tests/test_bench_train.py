@@ -1,7 +1,7 @@
 """`python -m bench train`: interrupted runs go on as if they had not been, and every part of them is its equation.
 
-Folders are made as the data sets' publishers lay theirs out. Runs that are killed are real processes with a ResNet-50;
-where a run only has to be one, a network of two convolutions stands for it.
+Folders are made as the data sets' publishers lay theirs out. Runs that are killed are real processes; a network of two
+convolutions stands for the ResNet in whole runs.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision import datasets, tv_tensors
 
+from bench import opponents
 from bench.__main__ import main
 from bench.commands.train import signals
 from bench.files import replacing
@@ -33,12 +34,10 @@ from bench.training import InputError
 from bench.training import run as running
 from bench.training.data import DATA_SETS, MEAN, STD, RandomFlip, Samples, batches
 from bench.training.evaluate import intersection_over_union, probabilities, slide, starts
-from bench.training.recipe import IGNORED, RECIPES, Recipe
+from bench.training.recipe import IGNORED
 from bench.training.run import Processes, Run
-from isa_triton import ISAHead
-from isa_triton.models.segmentation import IANet, fcn_head
 from tests.cases import relative_error
-from tests.test_sharding import processes
+from tests.small_network import recipe, small
 
 ROOT = Path(__file__).parent.parent
 SIZE = H, W = 48, 80
@@ -98,36 +97,12 @@ def voc(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-# -- small networks ----------------------------------------------------------------------------------------------------
-
-
-class Pyramid(nn.Module):
-    """A backbone of two convolutions."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stages = nn.ModuleList([nn.Conv2d(3, 8, 3, 4, 1), nn.Conv2d(8, 12, 3, 2, 1)])
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        y = self.stages[0](x)
-        return [y, self.stages[1](y)]
-
-
-def small(num_classes: int, *, dropout: float = 0.1, **_: Any) -> IANet:
-    """In place of `ianet`, whatever head it is given."""
-    head = ISAHead(12, 8, num_classes, key_channels=4, partition_size=(2, 3), dropout=dropout)
-    return IANet(Pyramid(), head, fcn_head(8, 4, num_classes, dropout=dropout))
+# -- runs --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def small_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(running, "ianet", small)
-
-
-def recipe(**changes: Any) -> Recipe:
-    mine = {"crop": (32, 64), "batch": 2, "iterations": 5, "channels": 16, "partition_size": (2, 2)}
-    name = changes.pop("data_set", "cityscapes")
-    return Recipe(data_set=name, head="ISA", backbone="resnet50", **RECIPES[name] | mine | changes)
 
 
 def read(path: Path) -> list[list[str]]:
@@ -142,22 +117,19 @@ def losses(out: Path) -> list[list[str]]:
 
 # -- whole runs --------------------------------------------------------------------------------------------------------
 
-TINY = (
-    *("--backbone", "resnet50", "--weights", "none", "--channels", "16", "--output-stride", "32", "--crop", "32x64"),
-    *("--batch", "2", "--iterations", "5", "--save-every", "2", "--data-set", "cityscapes"),
-)
+ITERATIONS = 121
 
 
 def command(folder: Path, out: Path, *more: str) -> list[str]:
-    return ["train", "--data", str(folder), "--out", str(out), *TINY, *more]
+    arguments = ["train", "--data", str(folder), "--data-set", "cityscapes", "--out", str(out), "--weights", "none"]
+    return [*arguments, "--crop", "32x64", "--batch", "2", "--iterations", str(ITERATIONS), "--save-every", "7", *more]
 
 
 def started(folder: Path, out: Path) -> subprocess.Popen[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # sums in the same order as here
-    arguments = [sys.executable, "-m", "bench", *command(folder, out, "--workers", "1")]
-    return subprocess.Popen(
-        arguments, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    arguments = [sys.executable, "-m", "tests.small_network", *command(folder, out, "--workers", "1")]
+    output: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(arguments, cwd=ROOT, env=environment, start_new_session=True, **output)
 
 
 def awaited(process: subprocess.Popen[str], condition: Callable[[], bool]) -> None:
@@ -169,7 +141,9 @@ def awaited(process: subprocess.Popen[str], condition: Callable[[], bool]) -> No
         time.sleep(0.02)
 
 
-def test_a_run_that_is_killed_and_stopped_ends_as_one_that_is_not(city: Path, tmp_path: Path) -> None:
+def test_a_run_that_is_killed_and_stopped_ends_as_one_that_is_not(
+    city: Path, tmp_path: Path, small_network: None
+) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     main(command(city, whole, "--workers", "0"))
     checkpoint = broken / "checkpoint.pt"
@@ -180,21 +154,22 @@ def test_a_run_that_is_killed_and_stopped_ends_as_one_that_is_not(city: Path, tm
     killed.communicate()
     assert killed.returncode == -signal.SIGKILL
     first = torch.load(checkpoint, weights_only=True)["iteration"]
-    assert first in (2, 4)  # in the middle of an epoch: there are 5 images, and a batch has 2
+    assert first < ITERATIONS
+    assert first % 7 == 0
 
     stopped = started(city, broken)
     assert stopped.stdout is not None
     assert f"goes on after iteration {first}" in stopped.stdout.readline()
-    stopped.send_signal(signal.SIGTERM)
+    os.killpg(stopped.pid, signal.SIGTERM)  # as Ctrl-C and torchrun do: what loads the images gets it too
     printed, _ = stopped.communicate(timeout=120)
     assert stopped.returncode == 0, printed
     second = torch.load(checkpoint, weights_only=True)["iteration"]
-    assert first < second <= 5
+    assert first < second < ITERATIONS
     assert f"Stopped after iteration {second}; the same command goes on" in printed
 
     main(command(city, broken, "--workers", "0"))
     assert losses(broken) == losses(whole)
-    assert [row[0] for row in losses(whole)] == ["iteration", "1", "2", "3", "4", "5"]
+    assert [row[0] for row in losses(whole)] == ["iteration", *map(str, range(1, ITERATIONS + 1))]
     assert read(broken / "iou.csv") == read(whole / "iou.csv")
 
 
@@ -222,31 +197,6 @@ def test_a_voc_folder_trains_and_its_checkpoint_evaluates_alone(
     assert re.search(r"aeroplane +0\.\d{4}", printed)
 
 
-def two_steps() -> dict[str, Tensor]:
-    """A network after two steps of the processes that there are, on their shares of the same batches."""
-    running.ianet = lambda num_classes, **_: small(num_classes, dropout=0.0)
-    joined = torch.distributed.is_initialized()
-    rank, count = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if joined else (0, 1)
-    run = Run(recipe(batch=4), 19, Processes(torch.device("cpu"), rank, count))
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(2):
-        images = torch.randn(4, 3, *SIZE, generator=generator)
-        labels = torch.randint(19, (4, *SIZE), generator=generator)
-        run.step(*(x.chunk(count)[rank] for x in (images, labels)))
-    return dict(run.network.state_dict())
-
-
-def test_two_processes_learn_what_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(running, "ianet", small)
-    first, second = processes(2, two_steps, tmp_path)
-    alone = two_steps()
-    start = small(19).state_dict()
-    for name, tensor in alone.items():
-        assert torch.equal(first[name], second[name]), name
-        assert relative_error(first[name].double(), tensor.double()) < 1e-4, name
-        assert not torch.equal(tensor, start[name])
-
-
 # -- what a run is made of ---------------------------------------------------------------------------------------------
 
 
@@ -259,6 +209,19 @@ def test_a_checkpoint_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
         torch.save({"half": torch.zeros(9), "other": lambda: None}, temporary)  # what cannot be written
     assert [p.name for p in path.parent.iterdir()] == ["checkpoint.pt"]
     assert path.read_text() == "first"
+
+
+def test_a_step_teaches_every_part_of_the_network() -> None:
+    mine = recipe(head="RCCA", output_stride=32)
+    state = Run(mine, 19, Processes(torch.device("cpu")))
+    before = {name: x.clone() for name, x in state.network.named_parameters()}
+    loss = state.step(torch.randn(2, 3, 32, 64), torch.randint(19, (2, 32, 64)))
+    assert loss.isfinite()
+    assert state.iteration == 1
+    still = {name for name, x in state.network.named_parameters() if torch.equal(x, before[name])}
+    assert still == {f"head.0.attention.{part}" for part in still if "attention" in part}
+    assert "head.0.attention.gamma" not in still
+    assert any(isinstance(module, opponents.FusedRCCAHead) for module in state.network.modules())
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -514,6 +477,16 @@ def mistakes() -> Iterator[tuple[list[str], str]]:
     yield ["--evaluate", "nothing.pt"], "nothing.pt must be a checkpoint that this command wrote"
 
 
+def test_backbones_that_cannot_be_are_named() -> None:
+    for changes, message in (
+        ({"backbone": "resnet18"}, "--backbone resnet18 --weights None: name must be a network with bottlenecks"),
+        ({"weights": "ours"}, "--backbone resnet50 --weights ours: 'ours'; --weights none starts from random ones"),
+    ):
+        mine = recipe(**changes)
+        with pytest.raises(InputError, match=message):
+            running.network(mine, 19, mine.weights)
+
+
 @pytest.mark.parametrize(("arguments", "message"), list(mistakes()))
 def test_mistakes_are_named(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
@@ -540,10 +513,9 @@ def wrong_labels(folder: Path) -> Iterator[tuple[np.ndarray, str]]:
     yield np.zeros((4, 6), np.uint8), "got 6x4 of mode L"
 
 
-@pytest.mark.parametrize("workers", ["0", "1"])
 @pytest.mark.parametrize("which", range(3))
 def test_a_file_that_is_no_label_is_named(
-    which: int, workers: str, tmp_path: Path, small_network: None, capsys: pytest.CaptureFixture[str]
+    which: int, tmp_path: Path, small_network: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     values, message = list(wrong_labels(tmp_path))[which]
     for split in ("train", "val"):
@@ -551,7 +523,7 @@ def test_a_file_that_is_no_label_is_named(
         save(tmp_path / f"{split}_segmentations" / "a.png", values)
     arguments = ["train", "--data", str(tmp_path), "--data-set", "lip", "--out", str(tmp_path), "--weights", "none"]
     with pytest.raises(SystemExit) as stopped:
-        main([*arguments, "--batch", "2", "--crop", "32", "--workers", workers])
+        main([*arguments, "--batch", "2", "--crop", "32", "--workers", "0"])
     assert stopped.value.code == 2
     printed = capsys.readouterr().err
     assert f"error: {tmp_path / 'train_segmentations' / 'a.png'} must" in printed

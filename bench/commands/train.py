@@ -1,9 +1,9 @@
 """``python -m bench train``: train a segmentation network by the authors' recipe, and measure its mean IoU.
 
 IANet on a dilated ResNet with any of the compared heads, on Cityscapes, ADE20K, LIP, VOC or COCO-Stuff from a folder.
-The same command again goes on where it was: what an interrupted run computes is what an uninterrupted one does, since
-the order of the images and all chance are functions of the seed and of the iteration. SIGTERM and SIGINT (Ctrl-C) end
-the iteration and save. For several processes, each with a GPU of its own:
+The same command again goes on where it was. The order of the images and all chance are functions of the seed and of the
+iteration, so what an interrupted run computes is what an uninterrupted one does: bit for bit on a CPU with the same
+number of threads. SIGTERM and SIGINT (Ctrl-C) end the iteration and save. For several processes, on GPUs one each:
 
     torchrun --nproc-per-node N -m bench train ...
 
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import csv
 import math
+import os
 import signal
 import threading
 import time
@@ -52,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--data", type=Path, required=True, metavar="DIR", help="folder of the data set, as its publishers lay it out")
     add("--data-set", choices=RECIPES, help="which one it is, and whose recipe is followed unless told otherwise")
     add("--out", type=folder, default="out/train", metavar="DIR", help="folder of the results (default: out/train)")
-    add("--evaluate", type=Path, metavar="CHECKPOINT", help="do not train: evaluate what an earlier run wrote")
+    add("--evaluate", type=Path, metavar="CHECKPOINT", help="do not train: evaluate an earlier run by its own recipe")
     add("--head", choices=CONTEXTS, default="ISA", help="default: ISA; none is a fully convolutional network")
     add("--backbone", default="resnet101", metavar="NAME", help="a ResNet of torchvision (default: resnet101)")
     add(
@@ -65,10 +66,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--channels", type=positive, default=512, metavar="C", help="of the head (default: 512)")
     add("--partition-size", type=size, default=(8, 8), metavar="P", help="of ISA: 8 or 8x4, height first (default: 8)")
     add("--output-stride", type=int, choices=(8, 16, 32), help="(default: the recipe's)")
-    add("--crop", type=size, metavar="SIZE", help="what is seen at once, in training and evaluation (the recipe's)")
-    add("--batch", type=positive, metavar="B", help="crops in an iteration, over all processes (the recipe's)")
-    add("--lr", type=number, help="learning rate at first (the recipe's)")
-    add("--weight-decay", type=number, help="(the recipe's)")
+    add("--crop", type=size, metavar="SIZE", help="what is seen at once (default: the recipe's)")
+    add("--batch", type=positive, metavar="B", help="crops in an iteration, of all processes (the recipe's)")
+    add("--lr", type=number, metavar="R", help="learning rate at first (the recipe's)")
+    add("--weight-decay", type=number, metavar="W", help="(the recipe's)")
     add("--iterations", type=positive, metavar="N", help="(the recipe's)")
     precisions = ("float32", "bfloat16", "float16")
     add("--precision", choices=precisions, default="float32", help="of autocast (default: float32)")
@@ -155,7 +156,7 @@ def train(recipe: Recipe, args: argparse.Namespace, here: Processes, console: Co
         batch_sampler=list(batches(state.iteration, recipe, here.rank, here.count)),
         num_workers=args.workers,
         pin_memory=here.device.type == "cuda",
-        worker_init_fn=deaf,
+        worker_init_fn=apart,
     )
     bar = progress(console, "iteration", "loss {task.fields[loss]:.4f}")
     task = bar.add_task("", total=recipe.iterations, completed=state.iteration, loss=math.nan)
@@ -220,9 +221,10 @@ def signals() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-def deaf(worker: int) -> None:
-    """A process that loads images: Ctrl-C reaches it too, and is not its business."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def apart(worker: int) -> None:
+    """A process that loads images leaves the group: what Ctrl-C and torchrun send to all of it is not its business."""
+    if os.name == "posix":
+        os.setpgrp()
 
 
 def progress(console: Console, what: str, more: str = "") -> Progress:
@@ -238,7 +240,7 @@ def evaluate(model: nn.Module, recipe: Recipe, args: argparse.Namespace, here: P
     data = DATA_SETS[recipe.data_set]
     images = Whole(data, data.paths(args.data, "val"))
     mine = Subset(images, range(here.rank, len(images), here.count))
-    loader = DataLoader(mine, batch_size=None, num_workers=args.workers, worker_init_fn=deaf)
+    loader = DataLoader(mine, batch_size=None, num_workers=args.workers, worker_init_fn=apart)
     mirror = data.mirror[: len(data.ids)].to(here.device) if args.flip else None
     model.eval()
 

@@ -92,6 +92,5 @@ def intersection_over_union(
         metrics.update(prediction, label)
     found = metrics.compute()
     occurs = found["pixels"].sum(0) + found["pixels"].sum(1) > 0
-    return [iou if seen else None for iou, seen in zip(found["each"].tolist(), occurs, strict=True)], float(
-        found["mean"]
-    )
+    ious = [iou if seen else None for iou, seen in zip(found["each"].tolist(), occurs, strict=True)]
+    return ious, float(found["mean"])

@@ -71,8 +71,8 @@ def network(recipe: Recipe, num_classes: int, weights: str | None = None) -> IAN
     try:
         return ianet(num_classes, name=recipe.backbone, head=head, output_stride=recipe.output_stride, weights=weights)
     except (ValueError, KeyError, OSError) as error:
-        without = f", or train without any (--weights none): {error}" if weights else f": {error}"
-        raise InputError(f"no backbone {recipe.backbone!r} with weights {weights!r}{without}") from error
+        without = "; --weights none starts from random ones" if weights else ""
+        raise InputError(f"--backbone {recipe.backbone} --weights {weights}: {error}{without}") from error
 
 
 def synchronised(module: nn.Module, device: torch.device) -> nn.Module:
