@@ -38,7 +38,7 @@ AUTHORS = {
     "PPM": (309.3, 355.3, 618.6, 1237.1, 2474.0),
     "ASPP": (245.9, 282.4, 491.8, 983.6, 1967.2),
 }
-# Before their classifiers.
+# The heads before their classifiers.
 HEADS: dict[str, Callable[[], nn.Module]] = {name: partial(CONTEXTS[name], CHANNELS, 512) for name in AUTHORS}
 # What exact counting has and the script has not: the second convolutions of key and query, convolutions of padded
 # pixels, and (less) biases.
