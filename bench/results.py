@@ -117,8 +117,6 @@ def write_whole(path: Path, columns: Sequence[str], lines: Iterable[Sequence[obj
 
 
 _TYPES: dict[str, Callable[[str], Any]] = {"int": int, "float | None": lambda text: float(text) if text else None}
-
-
 T = TypeVar("T")
 
 
