@@ -149,7 +149,7 @@ class _OnShards(nn.Module):
         return _joined(y, shards, batch=len(maps[0]))
 
     def meet(self, x: Any, channels: int | None) -> None:
-        """Raises where x is not what the layer takes: on all devices, when one of them has not met its like before."""
+        """Raises where x is not what the layer takes; where its like is met first, on all devices if on one of them."""
         key = problem = None
         try:
             _check_map(x, self.mesh, self.dim, channels)
