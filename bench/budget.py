@@ -12,7 +12,7 @@ def allowed_error(
     eager: Tensor,
     dtype: torch.dtype,
     natural: float = 0.0,
-    recomputed: float = 0.0,
+    uncertain: float = 0.0,
     equal: int = 0,
 ) -> float:
     """The largest difference from the fp64 result that a kernel may show.
@@ -27,12 +27,12 @@ def allowed_error(
         dtype: of the inputs.
         natural: how large the terms are whose sum the result is, for gradients through the softmax: a group of one
             token has dq = 0, as the difference of two such terms.
-        recomputed: the relative uncertainty of probabilities formed again from lse, fp32's eps * max |lse|.
+        uncertain: the relative uncertainty of probabilities: their scores are fp32, known to its eps * max |lse|.
         equal: how many equal terms a result may be a sum of: their roundings, in fp32, add up instead of averaging out.
     """
     eps, largest = torch.finfo(dtype).eps, float(exact.abs().max())
     error_of_eager = float((eager.double() - exact).abs().max())
-    rounding = 4 * eps * largest + eps * natural + 2 * recomputed * max(largest, natural)
+    rounding = 4 * eps * largest + eps * natural + 2 * uncertain * max(largest, natural)
     rounding += equal * min(eps, torch.finfo(torch.float32).eps) * max(largest, natural)
     return (3 if name.startswith("d") else 2) * error_of_eager + rounding
 

@@ -204,6 +204,7 @@ def test_what_is_written_is_found(folder: Path) -> None:
         ("report --target sm_80 --gpu H100", "--gpu H100 has the target sm_90"),
         ("report --tile 64 64 48 64 4 2", "powers of two"),
         ("report --tile 64 64 64 64 4 2 --step queries", "--step must be of the forward pass"),
+        ("report --csv bounds.csv", "--csv is for --bounds"),
         ("report --dtype int8", "invalid choice"),
         ("search --target sm_70", "invalid choice"),
         ("search --shapes nowhere.json", "--shapes nowhere.json is not a list of problems"),

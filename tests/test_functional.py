@@ -201,11 +201,13 @@ def test_fused_attention_serves_where_it_is_faster_and_agrees(threads: int, monk
         assert relative_error(out, partitioned_attention_with_lse(q, k, v, partition, bias=bias)[0]) < 1e-12
 
 
-def test_empty_batches_and_no_heads() -> None:
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+def test_empty_batches_and_no_heads(backend: str) -> None:
     partition = PARTITIONS["local-ragged"]
     for batch, heads in ((0, 2), (2, 0)):
-        leaves = [x.requires_grad_() for x in qkv(partition, batch=batch, heads=heads)]
-        out, lse = partitioned_attention_with_lse(*leaves, partition)
+        leaves = [x.float().requires_grad_() for x in qkv(partition, batch=batch, heads=heads)]
+        bias = torch.zeros(heads, partition.tokens, partition.tokens, requires_grad=True)
+        out, lse = partitioned_attention_with_lse(*leaves, partition, bias=bias, backend=backend)
         assert out.shape == leaves[2].shape
         assert lse.shape == leaves[0].shape[:-1]
         out.sum().backward()

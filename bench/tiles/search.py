@@ -65,7 +65,9 @@ class Task:
         """Median seconds on the GPU of this machine."""
         writes = {"keys": {"dk", "dv"}, "dk": {"dk"}, "dv": {"dv"}}.get(self.step, set())
         forward = tile if self.step == "forward" else tiles.lookup(self.target, "forward", *self._wanted)
-        return kernel_seconds(self.problem, forward, self._backward(tile), KERNELS[self.step], writes)
+        launch = self.launch(tile)
+        assert launch is not None  # or there were nothing to time
+        return kernel_seconds(self.problem, forward, self._backward(tile), launch.name, writes)
 
     @property
     def _wanted(self) -> tuple[int, int, str, int]:
@@ -114,14 +116,15 @@ class Task:
         """Whether what a program keeps in registers, and a stage of what it loads, could fit on a multiprocessor."""
         problem, limits = self.problem, LIMITS[self.target]
         m, n, k, v, warps, stages = tile
+        tokens, of_scores = problem.partition.tokens, 3 * m * n // 2  # where a block has all keys or queries of a group
         key, value = _padded(problem.key_width), _padded(problem.value_width)
         kept = {  # fp32 numbers: sums, and scores or what becomes of them
             "forward": m * (n + v),
             "group": 2 * m * n,
-            "queries": m * (n + key),
-            "keys": n * (m + key + value),
-            "dk": n * (m + key),
-            "dv": n * (m + value),
+            "queries": of_scores if tokens <= n else m * (n + key),
+            "keys": of_scores if tokens <= m else n * (m + key + value),
+            "dk": of_scores if tokens <= m else n * (m + key),
+            "dv": m * n if tokens <= m else n * (m + value),
             "pairs": 2 * m * n,
         }[self.step]
         threads = warps * (64 if self.target.startswith("gfx9") else 32)

@@ -10,9 +10,14 @@ For a query i and a key j of one group, with the gradients do of out and dlse of
     dbias_ij = sum of ds_ij over maps and groups
 
 dlse enters through delta, for d lse_i / d s_ij = p_ij. A group that fits in one block has all its p and dp on chip: one
-kernel forms the five products, takes delta from the first form, and needs neither out nor lse. Longer groups take delta
-from the second form, in passes that each own the rows they write: queries (dq, delta), keys (dk, dv) and pairs (dbias).
-Nothing is added atomically: dbias is summed in registers by a fixed number of programs, and the caller adds their sums.
+kernel forms the five products, takes delta from the first form, and needs neither out nor lse. Longer groups go in
+passes that each own the rows they write: queries (dq, delta), keys (dk, dv) and pairs (dbias).
+
+Where all keys of a group fit in a block beside some of its queries, a program of the first pass has whole rows of p and
+dp, one of the second whole columns: delta has the first form still, and gradients are formed and written chunk by chunk
+of their width, so that the registers are there for scores. Of longer groups p and dp come block by block: delta has the
+second form, and gradients are summed over the blocks. Nothing is added atomically: dbias is summed in registers by a
+fixed number of programs, and the caller adds their sums.
 """
 
 import triton
@@ -21,6 +26,7 @@ import triton.language as tl
 from isa_triton.kernels.common import (
     LOG2_E,
     across,
+    anywhere,
     down,
     inner_products,
     load,
@@ -31,12 +37,6 @@ from isa_triton.kernels.common import (
     store,
     unravel,
 )
-
-
-@triton.jit
-def probabilities(product, scale, bias, lse, query, key):
-    """p, or p^T, from q k^T and the saved lse; zero for tokens outside the map (a query there has lse = infinity)."""
-    return tl.exp2(scores(product, scale, bias, query, key) - lse * LOG2_E)
 
 
 @triton.jit
@@ -100,37 +100,91 @@ def backward_group_kernel(
 
 
 @triton.jit
+def probabilities(product, scale, bias, lse, query, key):
+    """p, or p^T, from q k^T and the saved lse; zero for tokens outside the map (a query there has lse = infinity)."""
+    return tl.exp2(scores(product, scale, bias, query, key) - lse * LOG2_E)
+
+
+@triton.jit
+def finite_probabilities(product, scale, bias, lse, query, key):
+    """`probabilities`, but for keys outside the map something between 0 and 1; their rows of k and v are zero."""
+    exponent = scores(product, scale, bias, query, anywhere(key)) - lse * LOG2_E
+    return tl.exp2(tl.minimum(exponent, 0.0, propagate_nan=tl.PropagateNan.ALL))
+
+
+@triton.jit
+def pack(x):
+    """16-bit numbers [M, N], two to an integer [M, N / 2]: a register each is what compilers would give them.
+
+    They would also undo this, could they look past the branch, which is always taken: grids have one axis.
+    """
+    if x.dtype.primitive_bitwidth == 16:
+        bits = tl.reshape(x.to(tl.uint16, bitcast=True), [x.shape[0], x.shape[1] // 2, 2])
+        low, high = tl.split(bits.to(tl.uint32))
+        x = tl.zeros_like(low)
+        if tl.program_id(1) == 0:
+            x = low | (high << 16)
+    return x
+
+
+@triton.jit
+def unpack(x, dtype, TIME: tl.constexpr):
+    """What was packed. To compilers a second TIME (1 or 2) is another: they would keep what the first had unpacked."""
+    if dtype.primitive_bitwidth == 16:
+        half = 16 + tl.program_id(TIME)
+        low, high = (x << half) >> 16, x >> half
+        x = tl.reshape(tl.join(low, high), [x.shape[0], x.shape[1] * 2]).to(tl.uint16).to(dtype, bitcast=True)
+    return x
+
+
+@triton.jit
 def backward_queries_kernel(
     q, k, v, bias, out, lse, do, dlse, dq, delta, scale, heads, h, w,
     K: tl.constexpr, V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    WIDTH_K: tl.constexpr, PRECISION: tl.constexpr,
+    WIDTH_K: tl.constexpr, ONE_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq, and delta for the passes that follow. A program takes BLOCK_M queries, as in forward."""
     tokens = h.tokens * w.tokens
     block, head, item = unravel(tl.program_id(0), tl.cdiv(tokens, BLOCK_M), heads)
     query = locate(item, head, block * BLOCK_M, h, w, BLOCK_M)
-    q_rows, do_rows, out_rows = rows(q, query), rows(do, query), rows(out, query)
+    q_rows, do_rows = rows(q, query), rows(do, query)
+    dtype: tl.constexpr = q.data.dtype.element_ty
+    lse_m = one_each(lse, query, float("inf"))
 
-    delta_m = tl.zeros([BLOCK_M], tl.float32)
-    for chunk in range(0, V, BLOCK_V):
-        do_chunk, out_chunk = load(do_rows, chunk, V, BLOCK_V), load(out_rows, chunk, V, BLOCK_V)
-        delta_m += tl.sum(do_chunk.to(tl.float32) * out_chunk.to(tl.float32), 1)
+    if ONE_BLOCK:
+        key = locate(item, head, 0, h, w, BLOCK_N)
+        k_rows, v_rows = rows(k, key), rows(v, key)
+        product = inner_products(q_rows, k_rows, K, BLOCK_K, PRECISION)
+        p = finite_probabilities(product, scale, bias, lse_m[:, None], down(query), across(key))  # [BLOCK_M, BLOCK_N]
+        packed = pack(p.to(dtype))
+        dp = inner_products(do_rows, v_rows, V, BLOCK_V, PRECISION)
+        delta_m = tl.sum(unpack(packed, dtype, 1) * dp, 1)
+    else:
+        delta_m = tl.zeros([BLOCK_M], tl.float32)
+        for chunk in range(0, V, BLOCK_V):
+            do_chunk, out_chunk = load(do_rows, chunk, V, BLOCK_V), load(rows(out, query), chunk, V, BLOCK_V)
+            delta_m += tl.sum(do_chunk.to(tl.float32) * out_chunk.to(tl.float32), 1)
     if dlse is not None:
         delta_m -= one_each(dlse, query, 0.0)
     tl.store(rows(delta, query).pointer, delta_m, query.inside)
 
-    lse_m = one_each(lse, query, float("inf"))
-    acc = tl.zeros([BLOCK_M, WIDTH_K], tl.float32)
-    for start in range(0, tokens, BLOCK_N):
-        key = locate(item, head, start, h, w, BLOCK_N)
-        k_rows, v_rows = rows(k, key), rows(v, key)
-        product = inner_products(q_rows, k_rows, K, BLOCK_K, PRECISION)
-        p = probabilities(product, scale, bias, lse_m[:, None], down(query), across(key))  # [BLOCK_M, BLOCK_N]
-        ds = p * (inner_products(do_rows, v_rows, V, BLOCK_V, PRECISION) - delta_m[:, None])
-        keys = load(k_rows, 0, K, WIDTH_K)
-        acc = tl.dot(ds.to(keys.dtype), keys, acc, input_precision=PRECISION)
-    store(rows(dq, query), 0, acc * scale, K, WIDTH_K)
+    if ONE_BLOCK:
+        ds = (unpack(packed, dtype, 2) * (dp - delta_m[:, None])).to(dtype)
+        for chunk in range(0, K, BLOCK_K):
+            dq_chunk = tl.dot(ds, load(k_rows, chunk, K, BLOCK_K), input_precision=PRECISION)
+            store(rows(dq, query), chunk, dq_chunk * scale, K, BLOCK_K)
+    else:
+        acc = tl.zeros([BLOCK_M, WIDTH_K], tl.float32)
+        for start in range(0, tokens, BLOCK_N):
+            key = locate(item, head, start, h, w, BLOCK_N)
+            k_rows, v_rows = rows(k, key), rows(v, key)
+            product = inner_products(q_rows, k_rows, K, BLOCK_K, PRECISION)
+            p = finite_probabilities(product, scale, bias, lse_m[:, None], down(query), across(key))
+            ds = p * (inner_products(do_rows, v_rows, V, BLOCK_V, PRECISION) - delta_m[:, None])
+            keys = load(k_rows, 0, K, WIDTH_K)
+            acc = tl.dot(ds.to(keys.dtype), keys, acc, input_precision=PRECISION)
+        store(rows(dq, query), 0, acc * scale, K, WIDTH_K)
 
 
 @triton.jit
@@ -138,36 +192,56 @@ def backward_keys_kernel(
     q, k, v, bias, lse, delta, do, dk, dv, scale, heads, h, w,
     K: tl.constexpr, V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    WIDTH_K: tl.constexpr, WIDTH_V: tl.constexpr, PRECISION: tl.constexpr,
+    WIDTH_K: tl.constexpr, WIDTH_V: tl.constexpr, ONE_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk and dv, or the one of them that is not None. A program takes BLOCK_N keys; its p and ds are transposed."""
     tokens = h.tokens * w.tokens
     block, head, item = unravel(tl.program_id(0), tl.cdiv(tokens, BLOCK_N), heads)
     key = locate(item, head, block * BLOCK_N, h, w, BLOCK_N)
     k_rows, v_rows = rows(k, key), rows(v, key)
+    dtype: tl.constexpr = q.data.dtype.element_ty
 
-    if dk is not None:
-        dk_acc = tl.zeros([BLOCK_N, WIDTH_K], tl.float32)
-    if dv is not None:
-        dv_acc = tl.zeros([BLOCK_N, WIDTH_V], tl.float32)
-    for start in range(0, tokens, BLOCK_M):
-        query = locate(item, head, start, h, w, BLOCK_M)
+    if ONE_BLOCK:
+        query = locate(item, head, 0, h, w, BLOCK_M)
         q_rows, do_rows = rows(q, query), rows(do, query)
         lse_m = one_each(lse, query, float("inf"))
         product = inner_products(k_rows, q_rows, K, BLOCK_K, PRECISION)
         p = probabilities(product, scale, bias, lse_m[None, :], across(query), down(key))  # [BLOCK_N, BLOCK_M]
+        packed = pack(p.to(dtype))
         if dv is not None:
-            gradients = load(do_rows, 0, V, WIDTH_V)
-            dv_acc = tl.dot(p.to(gradients.dtype), gradients, dv_acc, input_precision=PRECISION)
+            p = unpack(packed, dtype, 1)
+            for chunk in range(0, V, BLOCK_V):
+                dv_chunk = tl.dot(p, load(do_rows, chunk, V, BLOCK_V), input_precision=PRECISION)
+                store(rows(dv, key), chunk, dv_chunk, V, BLOCK_V)
         if dk is not None:
             dp = inner_products(v_rows, do_rows, V, BLOCK_V, PRECISION)
-            ds = p * (dp - one_each(delta, query, 0.0)[None, :])
-            queries = load(q_rows, 0, K, WIDTH_K)
-            dk_acc = tl.dot(ds.to(queries.dtype), queries, dk_acc, input_precision=PRECISION)
-    if dk is not None:
-        store(rows(dk, key), 0, dk_acc * scale, K, WIDTH_K)
-    if dv is not None:
-        store(rows(dv, key), 0, dv_acc, V, WIDTH_V)
+            ds = (unpack(packed, dtype, 2) * (dp - one_each(delta, query, 0.0)[None, :])).to(dtype)
+            for chunk in range(0, K, BLOCK_K):
+                dk_chunk = tl.dot(ds, load(q_rows, chunk, K, BLOCK_K), input_precision=PRECISION)
+                store(rows(dk, key), chunk, dk_chunk * scale, K, BLOCK_K)
+    else:
+        if dk is not None:
+            dk_acc = tl.zeros([BLOCK_N, WIDTH_K], tl.float32)
+        if dv is not None:
+            dv_acc = tl.zeros([BLOCK_N, WIDTH_V], tl.float32)
+        for start in range(0, tokens, BLOCK_M):
+            query = locate(item, head, start, h, w, BLOCK_M)
+            q_rows, do_rows = rows(q, query), rows(do, query)
+            lse_m = one_each(lse, query, float("inf"))
+            product = inner_products(k_rows, q_rows, K, BLOCK_K, PRECISION)
+            p = probabilities(product, scale, bias, lse_m[None, :], across(query), down(key))  # [BLOCK_N, BLOCK_M]
+            if dv is not None:
+                gradients = load(do_rows, 0, V, WIDTH_V)
+                dv_acc = tl.dot(p.to(gradients.dtype), gradients, dv_acc, input_precision=PRECISION)
+            if dk is not None:
+                dp = inner_products(v_rows, do_rows, V, BLOCK_V, PRECISION)
+                ds = p * (dp - one_each(delta, query, 0.0)[None, :])
+                queries = load(q_rows, 0, K, WIDTH_K)
+                dk_acc = tl.dot(ds.to(queries.dtype), queries, dk_acc, input_precision=PRECISION)
+        if dk is not None:
+            store(rows(dk, key), 0, dk_acc * scale, K, WIDTH_K)
+        if dv is not None:
+            store(rows(dv, key), 0, dv_acc, V, WIDTH_V)
 
 
 @triton.jit(do_not_specialize=["items", "slots"])

@@ -8,6 +8,7 @@ from isa_triton.kernels.common import (
     LN_2,
     LOWEST,
     across,
+    anywhere,
     down,
     fold_softmax,
     inner_products,
@@ -62,3 +63,33 @@ def forward_kernel(
 
     if lse is not None:
         tl.store(rows(lse, query).pointer, row_max * LN_2 + tl.log(row_sum), query.inside)
+
+
+@triton.jit(do_not_specialize=["items", "slots"])
+def forward_group_kernel(
+    q, k, v, bias, out, lse, scale, heads, items, slots, h, w,
+    K: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The same for groups with a bias that fit in one block: the bias stays on chip from one group to the next.
+
+    A program takes one head of every `slots`-th of the items, the groups of all maps: grid (slots * heads,).
+    """
+    _, head, slot = unravel(tl.program_id(0), 1, heads)
+    token = locate(0, head, 0, h, w, BLOCK)
+    nothing = tl.zeros([BLOCK, BLOCK], tl.float32)
+    # Of tokens outside the map too: which these are, every group says for itself.
+    bias_score = scores(nothing, scale, bias, down(token), anywhere(across(token)))  # [BLOCK, BLOCK]
+    for item in tl.range(slot, items, slots, num_stages=1):
+        token = locate(item, head, 0, h, w, BLOCK)
+        product = inner_products(rows(q, token), rows(k, token), K, BLOCK_K, PRECISION)
+        score = scores(product, scale, None, down(token), across(token)) + bias_score
+        row_max = tl.max(score, 1)
+        weight = tl.exp2(score - row_max[:, None])
+        row_sum = tl.sum(weight, 1)
+        for chunk in range(0, V, BLOCK_V):
+            values = load(rows(v, token), chunk, V, BLOCK_V)
+            acc = tl.dot(weight.to(values.dtype), values, input_precision=PRECISION)
+            store(rows(out, token), chunk, acc / row_sum[:, None], V, BLOCK_V)
+        if lse is not None:
+            tl.store(rows(lse, token).pointer, row_max * LN_2 + tl.log(row_sum), token.inside)

@@ -21,11 +21,13 @@ from isa_triton.kernels.backward import (
     backward_queries_kernel,
 )
 from isa_triton.kernels.common import Pairs, Pixels
-from isa_triton.kernels.forward import forward_kernel
+from isa_triton.kernels.forward import forward_group_kernel, forward_kernel
 from isa_triton.partition import Axis, Partition
 from isa_triton.tiles import BackwardTiles, Tile
 
-PARTIAL_SUMS = 1024  # programs that share a sum over maps and groups: about as many as fill a device
+PARTIAL_SUMS = (
+    1024  # programs that take maps and groups in turns, for a bias or its gradient: about what a device holds
+)
 
 
 def forward(
@@ -40,7 +42,17 @@ def forward(
     """
     maps, heads = q.shape[0], q.shape[3]
     programs = maps * partition.groups * heads * _ceil_div(partition.tokens, tile.block_m)
-    if programs:
+    if not programs:
+        return
+    if bias is not None and partition.tokens <= tile.block_m == tile.block_n:
+        items = maps * partition.groups
+        slots = min(items, max(1, PARTIAL_SUMS // heads))
+        forward_group_kernel[(slots * heads,)](
+            _pixels(q), _pixels(k), _pixels(v), _pairs(bias), _pixels(out), _pixels(lse), float(scale), heads, items,
+            slots, *_axes(partition), BLOCK=tile.block_n, BLOCK_K=tile.block_k, BLOCK_V=tile.block_v,
+            **_constants(q, v, tile, precision),
+        )  # fmt: skip
+    else:
         forward_kernel[(programs,)](
             _pixels(q), _pixels(k), _pixels(v), _pairs(bias), _pixels(out), _pixels(lse), float(scale), heads,
             *_axes(partition), ONE_BLOCK=partition.tokens <= tile.block_n, **_blocks(tile),
@@ -84,13 +96,15 @@ def backward(
     tile = tiles.queries
     backward_queries_kernel[(items * heads * _ceil_div(partition.tokens, tile.block_m),)](
         *inputs, out, lse, do, dlse, dq, delta, *scaling, *_axes(partition),
-        WIDTH_K=width_k, **_blocks(tile), **_constants(q, v, tile, precision),
+        WIDTH_K=width_k, ONE_BLOCK=partition.tokens <= tile.block_n, **_blocks(tile),
+        **_constants(q, v, tile, precision),
     )  # fmt: skip
     passes = [(tiles.keys, dk, dv)] if tiles.values is None else [(tiles.keys, dk, None), (tiles.values, None, dv)]
     for tile, *outputs in passes:
         backward_keys_kernel[(items * heads * _ceil_div(partition.tokens, tile.block_n),)](
             *inputs, lse, delta, do, *outputs, *scaling, *_axes(partition),
-            WIDTH_K=width_k, WIDTH_V=width_v, **_blocks(tile), **_constants(q, v, tile, precision),
+            WIDTH_K=width_k, WIDTH_V=width_v, ONE_BLOCK=partition.tokens <= tile.block_m, **_blocks(tile),
+            **_constants(q, v, tile, precision),
         )  # fmt: skip
     if partials is not None:
         tile = tiles.pairs
@@ -107,7 +121,7 @@ def in_one_kernel(tiles: BackwardTiles, partition: Partition) -> bool:
 
 def bias_partials_shape(maps: int, heads: int, partition: Partition, tiles: BackwardTiles) -> tuple[int, int, int, int]:
     """Shape [slots, heads, tokens, tokens] of the partial sums of dbias: bounded, and the same on every device."""
-    slots = max(1, PARTIAL_SUMS // (heads * _blocks_of_pairs(tiles, partition)))
+    slots = max(1, PARTIAL_SUMS // max(1, heads * _blocks_of_pairs(tiles, partition)))
     return min(slots, maps * partition.groups), heads, partition.tokens, partition.tokens
 
 

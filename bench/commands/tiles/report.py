@@ -27,6 +27,7 @@ from bench.commands.tiles.common import (
     wide_console,
     write_json,
 )
+from bench.results import write_whole
 from bench.tiles.assembly import UNITS
 from bench.tiles.compile import Launch, Problem
 from bench.tiles.passes import Kernel, Whole, kernel, pass_launches
@@ -52,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--step", choices=list(KERNELS), help="the kernel that --tile is for (default: forward)")
     add("--bounds", action="store_true", help="instead: H100's predictions beside the bounds that are promised for it")
+    add("--csv", type=Path, metavar="FILE", help="write the lines of --bounds there")
     add("--json", type=Path, metavar="FILE", help="write all figures there")
     add_compilers(parser)
 
@@ -59,8 +61,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     console, verifier = wide_console(), Verifier(args.cache)
     if args.bounds:
-        console.print(_bounds(verifier))
+        lines = _bounds(verifier)
+        console.print(_bounds_table(lines))
+        if args.csv is not None:
+            write_whole(args.csv, BOUND_COLUMNS, lines)
         return
+    if args.csv is not None:
+        raise argparse.ArgumentError(None, "--csv is for --bounds; one pass goes into --json")
     gpu, wanted = machine(args), problem(args)
     try:
         kernels = [kernel(launch, wanted, gpu, verifier) for launch in _launches(args, wanted)]
@@ -144,27 +151,29 @@ BOUNDS = (  # of H100, bf16: (problem, pass, times the larger of bytes and produ
 )
 
 
-def _bounds(verifier: Verifier) -> Table:
-    table, gpu = Table(box=box.SIMPLE_HEAD), MACHINES["H100"]
-    for column in (
-        "PREDICTED for H100",
-        "us",
-        "bytes us",
-        "products us",
-        "ratio",
-        "bound",
-        "holds",
-        "kernels bound by",
-    ):
-        table.add_column(column, justify="left" if column in ("PREDICTED for H100", "kernels bound by") else "right")
+BOUND_COLUMNS = (
+    "predicted for H100", "us", "us of bytes", "us of products", "ratio", "at most", "holds", "kernels bound by",
+)  # fmt: skip
+
+
+def _bounds(verifier: Verifier) -> list[tuple[str, ...]]:
+    """A line for each promise: the ratio is to the larger of bytes and products, and should be `at most` so large."""
+    lines, gpu = list[tuple[str, ...]](), MACHINES["H100"]
     for wanted, pass_, bound in BOUNDS:
         kernels = [kernel(launch, wanted, gpu, verifier) for launch in pass_launches(gpu.target, wanted, pass_)]
         whole = Whole(wanted, pass_, gpu, kernels)
-        binding = ", ".join(kernel.prediction.bound for kernel in kernels)
-        holds = whole.ratio <= bound
-        table.add_row(
-            f"{pass_}, {describe(wanted)}", f"{1e6 * whole.seconds:.1f}", f"{1e6 * whole.bytes_seconds:.1f}",
-            f"{1e6 * whole.flops_seconds:.1f}", f"{whole.ratio:.2f}", f"{bound:.1f}", "yes" if holds else "no", binding,
-            style=None if holds else "red",
-        )  # fmt: skip
+        microseconds = (f"{1e6 * seconds:.1f}" for seconds in (whole.seconds, whole.bytes_seconds, whole.flops_seconds))
+        lines.append((
+            f"{pass_}, {describe(wanted)}", *microseconds, f"{whole.ratio:.2f}", f"{bound:.1f}",
+            "yes" if whole.ratio <= bound else "no", ", ".join(f"{k.name} {k.prediction.bound}" for k in kernels),
+        ))  # fmt: skip
+    return lines
+
+
+def _bounds_table(lines: Iterable[tuple[str, ...]]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD)
+    for column in BOUND_COLUMNS:
+        table.add_column(column, justify="left" if column in (BOUND_COLUMNS[0], BOUND_COLUMNS[-1]) else "right")
+    for line in lines:
+        table.add_row(*line, style=None if "yes" in line else "red")
     return table
