@@ -102,13 +102,14 @@ def test_a_lazy_negation_is_a_negation(backend: str) -> None:
     def lazily_negated(x: Tensor) -> Tensor:
         return torch.complex(x, x).conj().imag
 
-    q, k, v = qkv(RAGGED, dtype=torch.float32)
-    do, bias = torch.randn_like(v), torch.randn(2, RAGGED.tokens, RAGGED.tokens)
+    partition = Partition.local((3, 5), window=(2, 3))
+    q, k, v = qkv(partition, dtype=torch.float32)
+    do, bias = torch.randn_like(v), torch.randn(2, partition.tokens, partition.tokens)
     assert lazily_negated(q).is_neg()
 
     def derivatives(*inputs: Tensor, do: Tensor) -> tuple[Tensor, ...]:
         leaves = [x.detach().requires_grad_() for x in inputs]
-        out = partitioned_attention(*leaves[:3], RAGGED, bias=leaves[3], backend=backend)
+        out = partitioned_attention(*leaves[:3], partition, bias=leaves[3], backend=backend)
         return out, *torch.autograd.grad(out, leaves, do)
 
     expected = derivatives(-q, -k, -v, -bias, do=-do)
@@ -116,7 +117,7 @@ def test_a_lazy_negation_is_a_negation(backend: str) -> None:
     assert all(relative_error(g, e) < 1e-6 for g, e in zip(got, expected, strict=True))
 
 
-@pytest.mark.parametrize(("backend", "tokens"), [("eager", 16384), ("triton", 512)])
+@pytest.mark.parametrize(("backend", "tokens"), [("eager", 16384), ("triton", 320)])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_long_groups_keep_the_budget(backend: str, tokens: int, dtype: torch.dtype) -> None:
     partition, some = Partition.dense((1, tokens)), slice(0, tokens, tokens // 64)  # queries that are looked at
@@ -131,7 +132,7 @@ def test_long_groups_keep_the_budget(backend: str, tokens: int, dtype: torch.dty
     assert float((out - exact).abs().max()) <= allowed_error("out", exact, formula(dtype), dtype)
 
 
-@pytest.mark.parametrize(("backend", "side"), [("eager", 200), ("triton", 15)])
+@pytest.mark.parametrize(("backend", "side"), [("eager", 200), ("triton", 10)])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_a_bias_gradient_over_many_groups_keeps_the_budget(backend: str, side: int, dtype: torch.dtype) -> None:
     partition = Partition.local((side, side + 1), window=(2, 2))  # side^2 / 4 groups and more

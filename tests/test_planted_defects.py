@@ -54,6 +54,8 @@ DEFECTS = (
     Defect(
         "old sum not shrunk", "kernels/common.py", "row_sum * shrink", "row_sum", "generated_case and local and 5.10"
     ),
+    Defect("halves exchanged", "kernels/backward.py", "low | (high << 16)", "high | (low << 16)", "whole"),
+    Defect("pixels before the map", "partition.py", "inside & (y >= 0) & (x >= 0)", "inside", "shifted"),
     Defect("dlse forgotten", "kernels/backward.py", "delta -= one_each", "delta -= 0 * one_each"),
 )
 
