@@ -80,6 +80,7 @@ def run(args: argparse.Namespace) -> None:
     for map_ in args.sizes:
         check_partition_size(args.partition_size, map_)
     console = Console()
+    console.width = max(console.width, 120)  # rather wrapped by the terminal than cut off
     rows: list[Row] = []
     for map_ in args.sizes:
         rows += block(args, map_)
