@@ -1,9 +1,9 @@
-"""What several test files share: partitions worth testing, inputs, and errors measured against a budget."""
+"""What several test files share: partitions worth testing, inputs, norms that do something, relative errors."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from isa_triton import Partition
 
@@ -48,3 +48,14 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
         return 0.0
     actual, expected = actual.detach(), expected.detach()
     return float((actual - expected).abs().max() / expected.abs().max().clamp(min=1))
+
+
+def lively(module: nn.Module) -> nn.Module:
+    """Batch normalisation that is not the identity, in fp64."""
+    for norm in module.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            nn.init.uniform_(norm.weight, 0.5, 1.5)
+            nn.init.normal_(norm.bias)
+            nn.init.normal_(norm.running_mean)
+            nn.init.uniform_(norm.running_var, 0.5, 1.5)
+    return module.double()

@@ -27,9 +27,7 @@ Theirs = Callable[["Published", Tensor], Tensor]
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """On NCHW maps: PyTorch sums those that are channels_last in fp32 on a CPU, 20,000 pixels with an error of 1e-5,
-    and later layers amplify it.
-    """
+    """On NCHW maps: on a CPU PyTorch sums those that are channels_last less accurately, and later layers amplify it."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.contiguous())

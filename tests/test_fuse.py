@@ -18,8 +18,8 @@ from bench.measure import Step, count
 from isa_triton import InterlacedSparseSelfAttention, ISAHead, ISAModule, SelfAttention2d
 from isa_triton.checkpoints import FusedStage, decompose, fuse
 from isa_triton.modules import ConvNormReLU
-from tests.cases import relative_error
-from tests.test_modules import assert_same, lively
+from tests.cases import lively, relative_error
+from tests.test_modules import assert_same
 
 LEAKY: dict[str, Any] = {"activation": partial(nn.LeakyReLU, 0.01)}  # not in place
 LAYERS: dict[str, Callable[[], nn.Module]] = {

@@ -15,18 +15,7 @@ import isa_triton
 import reference
 from isa_triton import InterlacedSparseSelfAttention, ISAHead, ISAModule, SelfAttention2d
 from isa_triton.modules import Conv1x1
-from tests.cases import relative_error
-
-
-def lively(module: nn.Module) -> nn.Module:
-    """Batch normalisation that is not the identity, in fp64."""
-    for norm in module.modules():
-        if isinstance(norm, nn.BatchNorm2d):
-            nn.init.uniform_(norm.weight, 0.5, 1.5)
-            nn.init.normal_(norm.bias)
-            nn.init.normal_(norm.running_mean)
-            nn.init.uniform_(norm.running_var, 0.5, 1.5)
-    return module.double()
+from tests.cases import lively, relative_error
 
 
 def everything(module: nn.Module, x: Tensor) -> Iterator[tuple[str, Tensor]]:

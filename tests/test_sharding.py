@@ -38,7 +38,7 @@ from bench.workload import Workload
 from isa_triton import InterlacedSparseSelfAttention, ISAHead, ISAModule, Partition, SelfAttention2d
 from isa_triton.exchange import columns, deal, even_cuts, exchanged, groups, halo, slabs, windows
 from isa_triton.sharding import MapParallel
-from tests.cases import relative_error
+from tests.cases import lively, relative_error
 
 MAPS = (((24, 16), "zeros"), ((33, 20), "zeros"), ((33, 20), "mask"), ((40, 56), "zeros"))  # else P divides: no padding
 
@@ -95,16 +95,10 @@ def fake_devices(shape: tuple[int, ...], rank: int = 0) -> Iterator[DeviceMesh]:
 # -- the same numbers --------------------------------------------------------------------------------------------------
 
 
-def lively(module: nn.Module) -> nn.Module:
-    """Normalisation that is not the identity."""
+def seeded(module: nn.Module) -> nn.Module:
+    """The same norms on every device."""
     torch.manual_seed(1)
-    for norm in module.modules():
-        if isinstance(norm, nn.BatchNorm2d):
-            nn.init.uniform_(norm.weight, 0.5, 1.5)
-            nn.init.normal_(norm.bias)
-            nn.init.normal_(norm.running_mean)
-            nn.init.uniform_(norm.running_var, 0.5, 1.5)
-    return module
+    return lively(module)
 
 
 Call = Callable[[nn.Module, Tensor], Tensor]
@@ -146,7 +140,7 @@ def two_stage_errors() -> dict[Any, tuple[dict[str, float], dict[str, float]]]:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     errors = {}
     for (size, padding), dtype in product(MAPS, (torch.float64, torch.float32)):
-        alone = lively(InterlacedSparseSelfAttention(6, 4, 5, 7, partition_size=(8, 4), padding=padding)).to(dtype)
+        alone = seeded(InterlacedSparseSelfAttention(6, 4, 5, 7, partition_size=(8, 4), padding=padding)).to(dtype)
         exact, sharded = copy.deepcopy(alone).double(), copy.deepcopy(alone)
         parallelize_module(sharded, mesh, MapParallel())
         for training in (True, False):
@@ -164,7 +158,7 @@ def difference(
     module: nn.Module, size: tuple[int, int], mesh: DeviceMesh, channels: int = 6, call: Call = nn.Module.__call__
 ) -> float:
     """The largest relative error of a sharded pass in fp64 against one device."""
-    module = lively(module).double()
+    module = seeded(module)
     alone = copy.deepcopy(module)
     parallelize_module(module, mesh, MapParallel(rows="rows"))
     x = torch.randn(2, channels, *size, dtype=torch.float64)
