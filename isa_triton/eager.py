@@ -47,15 +47,12 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """``out = softmax(scale q k^T + bias) v`` inside every group, and lse, the log-sum-exp of its scores (or empty)."""
     out, lse = empty_outputs(q, v, with_lse)
+    if not with_lse and _fused_is_faster(q, v):
+        _fused_forward(q, k, v, bias, scale, partition, out)
+        return out, lse
     maps = {"q": q, "k": k, "v": v, "out": out} | ({"lse": lse[..., None]} if with_lse else {})
     for chunk in _chunks(partition, maps, bias):
         qs, ks, vs = chunk.load("q"), chunk.load("k"), chunk.load("v")  # [n, T, width]
-        if not with_lse and _fused_is_faster(qs, vs):
-            heads = 1 if chunk.bias is None else chunk.bias.shape[0]
-            q_, k_, v_ = (x.unflatten(0, (-1, heads)) for x in (qs, ks, vs))
-            mask = None if chunk.bias is None else chunk.bias[None].to(qs.dtype)
-            chunk.store("out", F.scaled_dot_product_attention(q_, k_, v_, attn_mask=mask, scale=scale))
-            continue
         o, l = chunk.scratch("o", vs.shape), lse.new_empty(vs.shape[:2])
         for rows in chunk.query_blocks:
             s, p = chunk.softmax_scores(qs[:, rows], ks, rows, scale)  # [n, rows, T]
@@ -66,6 +63,31 @@ def forward(
         if with_lse:
             chunk.store("lse", l)
     return out, lse
+
+
+def _fused_forward(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, partition: Partition, out: Tensor
+) -> None:
+    """out by torch's fused attention, some groups with all their heads at a time."""
+    if out.numel() == 0:
+        return
+    scratch, (heads, width) = _Scratch(q), q.shape[3:]
+    budget = _chunk_bytes(q) // scratch.dtype.itemsize
+    for piece in partition.pieces():
+        tokens = piece[0].tokens * piece[1].tokens
+        scores = 0 if q.device.type == "cpu" else tokens  # which other devices may hold
+        groups = max(1, budget // (tokens * heads * (4 * width + scores)))
+        mask = None if bias is None else _crop(bias, partition, piece).to(scratch.dtype)
+        mask = None if mask is None else mask.reshape(1, heads, tokens, tokens)
+        # [B, groups_h, groups_w, t_h, t_w, heads, width] each
+        *views, o = (partition.view(x, piece) for x in (q, k, v, out))
+        for box in _boxes(o.shape[:3], groups):
+            chunk, to = ([x[box] for x in views], o[box]) if box else (views, o)
+            if box or scratch.dtype != q.dtype:
+                chunk = [scratch(name, x.shape).copy_(x) for name, x in zip("qkv", chunk, strict=True)]
+            qs, ks, vs = (x.reshape(-1, tokens, heads, width).transpose(1, 2) for x in chunk)  # [n, heads, T, width]
+            attended = F.scaled_dot_product_attention(qs, ks, vs, attn_mask=mask, scale=scale)
+            to.copy_(attended.transpose(1, 2).reshape(to.shape))
 
 
 def backward(
@@ -137,6 +159,8 @@ class _Scratch:
     """Memory by name that the next chunk uses again: pages fresh from the system cost more than the copy into them."""
 
     def __init__(self, like: Tensor) -> None:
+        on_cpu = like.device.type == "cpu"
+        self.dtype = lse_dtype(like.dtype) if on_cpu else like.dtype  # CPUs multiply halves far more slowly
         self._like = like
         self._memory: dict[str, Tensor] = {}
         self._views: dict[tuple[str, tuple[int, ...]], Tensor] = {}
@@ -146,7 +170,7 @@ class _Scratch:
         if view is None:
             size, memory = math.prod(shape), self._memory.get(name)
             if memory is None or memory.numel() < size:
-                view = self._memory[name] = self._like.new_empty(shape)
+                view = self._memory[name] = self._like.new_empty(shape, dtype=self.dtype)
             else:
                 view = memory.view(-1)[:size].view(shape)
             self._views[name, shape] = view
@@ -181,12 +205,8 @@ class _Chunk:
         view.copy_(values.view(view.shape))
 
     def view_bias(self, bias: Tensor) -> Tensor:
-        """Bias of the chunk's heads: [heads, T, T], or [heads, t_h, t_w, t_h, t_w] where not all tokens are inside."""
-        if self._tokens == self._partition.tokens:
-            return bias[self._heads]
-        tokens = (self._partition.h.tokens, self._partition.w.tokens)
-        h, w = (slice(run.token, run.token + run.tokens) for run in self._piece)
-        return bias.unflatten(2, tokens).unflatten(1, tokens)[self._heads, h, w, h, w]
+        """Bias of the chunk's heads, a view: [heads, T, T] or [heads, t_h, t_w, t_h, t_w]."""
+        return _crop(bias, self._partition, self._piece)[self._heads]
 
     def softmax_scores(self, q: Tensor, k: Tensor, rows: slice, scale: float) -> tuple[Tensor, Tensor]:
         """Scores S = scale q k^T + bias of a block of queries, and softmax(S); both [n, rows, T]."""
@@ -199,24 +219,24 @@ class _Chunk:
 
 def _chunks(partition: Partition, maps: dict[str, Tensor], bias: Tensor | None) -> Iterator[_Chunk]:
     q, v = maps["q"], maps["v"]
-    on_cpu = q.device.type == "cpu"
-    like = q.new_empty(0, dtype=lse_dtype(q.dtype) if on_cpu else q.dtype)  # CPUs multiply halves far more slowly
-    scratch, budget = _Scratch(like), (_CHUNK_BYTES_CPU if on_cpu else _CHUNK_BYTES_ELSEWHERE) // like.element_size()
+    scratch = _Scratch(q)
+    budget = _chunk_bytes(q) // scratch.dtype.itemsize
     for piece in partition.pieces():
         tokens = piece[0].tokens * piece[1].tokens
         rows = min(tokens, max(1, budget // tokens))
         attentions = max(1, budget // (tokens * (2 * q.shape[-1] + 2 * v.shape[-1] + rows)))
         query_blocks = tuple(slice(i, min(i + rows, tokens)) for i in range(0, tokens, rows))
         views = {name: partition.view(x, piece).movedim(-2, 3) for name, x in maps.items()}
-        extents = views["q"].shape[:4]
-        whole = math.prod(extents) <= attentions
-        for box in _boxes(extents, attentions):
-            chunk = views if whole else {name: x[box] for name, x in views.items()}
-            yield _Chunk(partition, piece, chunk, bias, box[3], query_blocks, scratch)
+        for box in _boxes(views["q"].shape[:4], attentions):
+            chunk = {name: x[box] for name, x in views.items()} if box else views
+            yield _Chunk(partition, piece, chunk, bias, box[3] if box else slice(None), query_blocks, scratch)
 
 
 def _boxes(extents: Sequence[int], volume: int) -> Iterator[tuple[slice, ...]]:
-    """Boxes of at most `volume` elements that tile `extents`, the last dimension filled first."""
+    """Boxes of at most `volume` elements that tile `extents`, the last dimension filled first; () if one holds all."""
+    if 0 < math.prod(extents) <= volume:
+        yield ()
+        return
     steps: list[int] = []
     for extent in reversed(extents):
         steps.insert(0, max(1, min(extent, volume)))
@@ -228,10 +248,20 @@ def _boxes(extents: Sequence[int], volume: int) -> Iterator[tuple[slice, ...]]:
 def _fused_is_faster(q: Tensor, v: Tensor) -> bool:
     """Whether torch's fused attention beats matmul, softmax, matmul on a chunk [n, T, width] in cache.
 
-    Its kernels want equal widths. On CPUs it was, at widths up to 128, faster from 256 tokens on, and with one thread:
-    on shorter groups it gains little from more (and it was slower at ISA's own 256 and 512). Elsewhere it saves the
-    scores' way through memory.
+    Its kernels want equal widths. On CPUs it was up to a width of 128 (and slower at ISA's own 256 and 512). Elsewhere
+    it saves the scores' way through memory.
     """
-    if q.shape[-1] != v.shape[-1]:
-        return False
-    return q.device.type != "cpu" or (q.shape[-1] <= 128 and (q.shape[1] >= 256 or torch.get_num_threads() == 1))
+    return q.shape[-1] == v.shape[-1] and (q.device.type != "cpu" or q.shape[-1] <= 128)
+
+
+def _chunk_bytes(x: Tensor) -> int:
+    return _CHUNK_BYTES_CPU if x.device.type == "cpu" else _CHUNK_BYTES_ELSEWHERE
+
+
+def _crop(bias: Tensor, partition: Partition, piece: tuple[Run, Run]) -> Tensor:
+    """Bias of the tokens that a piece has inside the map, a view: [heads, T, T] or [heads, t_h, t_w, t_h, t_w]."""
+    if piece[0].tokens * piece[1].tokens == partition.tokens:
+        return bias
+    tokens = (partition.h.tokens, partition.w.tokens)
+    h, w = (slice(run.token, run.token + run.tokens) for run in piece)
+    return bias.unflatten(2, tokens).unflatten(1, tokens)[:, h, w, h, w]

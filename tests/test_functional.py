@@ -186,27 +186,32 @@ def test_error_stays_within_the_budget_of_the_same_precision(dtype: torch.dtype,
     assert partitioned_attention_with_lse(*exact, partition)[1].dtype == torch.float64
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_fused_attention_serves_where_it_is_faster_and_agrees(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Long groups always, short ones with one thread; with lse there is none, and the same result."""
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+@pytest.mark.parametrize("chunk_bytes", [8 << 20, 4096])
+@pytest.mark.parametrize("name", PARTITIONS)
+def test_fused_attention_serves_where_it_is_faster_and_agrees(
+    name: str, chunk_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Up to a width of 128, in one chunk or in many; with lse there is none, and the same result."""
+    monkeypatch.setattr(eager, "_CHUNK_BYTES_CPU", chunk_bytes)
     fused = Mock(wraps=eager.F.scaled_dot_product_attention)
     monkeypatch.setattr(eager.F, "scaled_dot_product_attention", fused)
-    for partition in (Partition.dense((16, 17)), PARTITIONS["shifted-ragged"]):
-        q, k, v = qkv(partition, key_width=8, value_width=8)
-        bias = torch.randn(2, partition.tokens, partition.tokens, dtype=q.dtype)
-        fused.reset_mock()
-        out = partitioned_attention(q, k, v, partition, bias=bias)
-        assert fused.called == (partition.tokens >= 256 or threads == 1)
-        assert relative_error(out, partitioned_attention_with_lse(q, k, v, partition, bias=bias)[0]) < 1e-12
+    for width in (8, 136):
+        q, k, v = qkv(PARTITIONS[name], key_width=width, value_width=width)
+        bias = torch.randn(2, PARTITIONS[name].tokens, PARTITIONS[name].tokens, dtype=q.dtype)
+        for b in (bias, None):
+            fused.reset_mock()
+            out = partitioned_attention(q, k, v, PARTITIONS[name], bias=b)
+            assert fused.called == (width == 8)
+            assert relative_error(out, partitioned_attention_with_lse(q, k, v, PARTITIONS[name], bias=b)[0]) < 1e-12
 
 
 @pytest.mark.parametrize("backend", ["eager", "triton"])
 def test_empty_batches_and_no_heads(backend: str) -> None:
     partition = PARTITIONS["local-ragged"]
-    for batch, heads in ((0, 2), (2, 0)):
-        leaves = [x.float().requires_grad_() for x in qkv(partition, batch=batch, heads=heads)]
+    for batch, heads, width in ((0, 2, 5), (2, 0, 5), (0, 2, 3), (2, 0, 3)):
+        leaves = [x.float().requires_grad_() for x in qkv(partition, batch=batch, heads=heads, value_width=width)]
         bias = torch.zeros(heads, partition.tokens, partition.tokens, requires_grad=True)
+        assert partitioned_attention(*leaves, partition, bias=bias, backend=backend).shape == leaves[2].shape
         out, lse = partitioned_attention_with_lse(*leaves, partition, bias=bias, backend=backend)
         assert out.shape == leaves[2].shape
         assert lse.shape == leaves[0].shape[:-1]

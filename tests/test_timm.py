@@ -76,6 +76,24 @@ def test_accelerated_models_are_the_same_function(key: str) -> None:
         assert error(actual[name], expected[name]) < 1e-9, name
 
 
+@pytest.mark.parametrize("key", MODELS)
+@torch.no_grad()
+def test_inference_follows_weights_however_they_change(key: str) -> None:
+    """Position biases are kept from call to call; also where nobody counts versions, they are those of the weights."""
+    network, x = model(key)
+    theirs = copy.deepcopy(network)
+    accelerate(network)
+    for change in (1.0, -0.5):
+        for ours_, theirs_ in zip(network.parameters(), theirs.parameters(), strict=True):
+            ours_.data.mul_(change)
+            theirs_.data.mul_(change)
+        for _ in range(2):
+            assert error(network(x), theirs(x)) < 1e-9
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert network.float()(x.float()).isfinite().all()
+    assert error(network.float()(x.float()).double(), theirs(x)) < 1e-3
+
+
 TINY: dict[str, Any] = {"depths": (1, 1), "embed_dim": (32, 32), "stem_width": 8, "num_classes": 3}
 
 

@@ -8,7 +8,9 @@ attention.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -112,7 +114,9 @@ class AcceleratedSwinBlock(SwinTransformerBlock):
             x = F.pad(_roll(x, shift, -1), (0, 0, 0, right, 0, bottom))
             x = _roll(x, shift, 1)
         partition = Partition.local((height + bottom, width + right), window, shift)
-        x = _attention(self.attn, x, partition, self.attn._get_rel_pos_bias()[0], self.backend)
+        made_of = self.attn.relative_position_bias_table, self.attn.relative_position_index
+        bias = _kept(self.attn, made_of, self.attn._get_rel_pos_bias)[0]
+        x = _attention(self.attn, x, partition, bias, self.backend)
         if bottom or right:
             x = _roll(_roll(x, shift, -1)[:, :height, :width], shift, 1)
         return x
@@ -130,10 +134,12 @@ def _block_or_grid(attn: Any, x: Tensor, partition_size: tuple[int, int], block:
     """MaxViT's attention inside the windows or the grid of a map."""
     height, width = x.shape[2:] if isinstance(attn, Attention2d) else x.shape[1:3]
     tokens = min(partition_size[0], height), min(partition_size[1], width)  # a small map is one window
-    partition = (
-        Partition.local((height, width), tokens) if block else Partition.interlaced((height, width), grid=tokens)
-    )
-    bias = None if attn.rel_pos is None else _bias(attn.rel_pos.get_bias().flatten(0, -3), partition_size, tokens)
+    size = height, width
+    partition = Partition.local(size, tokens) if block else Partition.interlaced(size, grid=tokens)
+    bias = None
+    if attn.rel_pos is not None:
+        made_of = *attn.rel_pos.parameters(), *attn.rel_pos.buffers()
+        bias = _cropped(_kept(attn, made_of, attn.rel_pos.get_bias).flatten(0, -3), partition_size, tokens)
     return _attention(attn, x, partition, bias, backend)
 
 
@@ -143,16 +149,71 @@ def _attention(attn: Any, x: Tensor, partition: Partition, bias: Tensor | None, 
         raise ValueError(
             f"dropout of attention weights is not supported: train with attn_drop 0, not {attn.attn_drop.p}"
         )
-    nchw = isinstance(attn, Attention2d)
-    if nchw:
-        x = x.contiguous(memory_format=torch.channels_last)  # convolutions keep it, and attention wants channels last
-    qkv = attn.qkv(x)
-    qkv = qkv.permute(0, 2, 3, 1) if nchw else qkv  # [B, H, W, 3 C]
+    copies = x.is_cpu and backend != "triton" and not torch.is_grad_enabled()
+    attend = _attend_gathered if copies and partition.divides else _attend_in_place
+    if isinstance(attn, Attention2d):
+        return attn.proj_drop(attend(attn, x.permute(0, 2, 3, 1), partition, bias, backend).permute(0, 3, 1, 2))
+    return attn.proj_drop(attend(attn, x, partition, bias, backend))
+
+
+def _attend_in_place(attn: Any, x: Tensor, partition: Partition, bias: Tensor | None, backend: str) -> Tensor:
+    q, k, v = _heads(attn, _linear(attn.qkv, x))  # [B, H, W, heads, width]
+    context = partitioned_attention(q, k, v, partition, bias=bias, scale=attn.scale, backend=backend)
+    return _linear(attn.proj, context.flatten(3))
+
+
+def _attend_gathered(attn: Any, x: Tensor, partition: Partition, bias: Tensor | None, backend: str) -> Tensor:
+    """The same between copies of x and y: PyTorch's attention on a CPU copies, and q, k, v and context are four."""
+    attended = _attend_tokens(attn, partition.view(x).reshape(-1, partition.tokens, x.shape[3]), bias)
+    y = x.new_empty(*x.shape[:3], attended.shape[-1])
+    result = partition.view(y)  # [B, groups_h, groups_w, t_h, t_w, C]
+    result.copy_(attended.view(result.shape))
+    return y
+
+
+def _attend_tokens(attn: Any, tokens: Tensor, bias: Tensor | None) -> Tensor:
+    """Attention with projections among the tokens [n, T, C] of every group."""
+    q, k, v = (t.transpose(1, 2) for t in _heads(attn, _linear(attn.qkv, tokens)))  # [n, heads, T, width]
+    mask = None if bias is None else bias[None]
+    context = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=attn.scale)
+    return _linear(attn.proj, context.transpose(1, 2).flatten(2))
+
+
+def _linear(layer: Any, x: Tensor) -> Tensor:
+    """A linear layer or a 1x1 convolution of x [..., C]."""
+    return layer(x) if isinstance(layer, nn.Linear) else F.linear(x, layer.weight.flatten(1), layer.bias)
+
+
+def _heads(attn: Any, qkv: Tensor) -> tuple[Tensor, ...]:
+    """q, k and v [B, ..., heads, width], from all of them [B, ..., 3 heads width]."""
     head_first = getattr(attn, "head_first", False)
-    qkv = qkv.unflatten(3, (attn.num_heads, 3, -1) if head_first else (3, attn.num_heads, -1))
-    q, k, v = qkv.unbind(4 if head_first else 3)  # [B, H, W, heads, width]
-    context = partitioned_attention(q, k, v, partition, bias=bias, scale=attn.scale, backend=backend).flatten(3)
-    return attn.proj_drop(attn.proj(context.permute(0, 3, 1, 2) if nchw else context))
+    *shape, channels = qkv.shape
+    heads = (attn.num_heads, 3) if head_first else (3, attn.num_heads)
+    return qkv.view(*shape, *heads, channels // (3 * attn.num_heads)).unbind(-2 if head_first else -3)
+
+
+_biases: WeakKeyDictionary[nn.Module, tuple[tuple[Tensor, ...], Tensor]] = WeakKeyDictionary()
+
+
+def _kept(attn: nn.Module, made_of: tuple[Tensor, ...], compute: Callable[[], Tensor]) -> Tensor:
+    """compute(), the position bias; on a CPU in inference the last one, while what it is made of has the same values.
+
+    To compute it takes longer there than to compare, up to a fifth of the attention. Other devices would have to wait.
+    """
+    observed = (  # a result is not all that is wanted of the computation
+        torch.is_grad_enabled()
+        or torch.is_autocast_enabled("cpu")
+        or torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
+    if observed or attn.training or not all(type(x) in (Tensor, nn.Parameter) and x.is_cpu for x in made_of):
+        return compute()
+    then, bias = _biases.get(attn, ((), made_of[0]))
+    if len(then) != len(made_of) or not all(map(torch.equal, then, made_of)):
+        bias = compute()
+        _biases[attn] = tuple(x.clone() for x in made_of), bias
+    return bias
 
 
 def _roll(x: Tensor, shift: tuple[int, int], sign: int) -> Tensor:
@@ -160,7 +221,7 @@ def _roll(x: Tensor, shift: tuple[int, int], sign: int) -> Tensor:
     return x.roll((sign * shift[0], sign * shift[1]), (1, 2))
 
 
-def _bias(bias: Tensor, window: tuple[int, int], tokens: tuple[int, int]) -> Tensor:
+def _cropped(bias: Tensor, window: tuple[int, int], tokens: tuple[int, int]) -> Tensor:
     """A window's position bias [heads, T, T] for its first `tokens` rows and columns: only distances count."""
     if tokens == window:
         return bias
