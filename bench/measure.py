@@ -109,7 +109,7 @@ class Counter(TorchDispatchMode):
 def seconds(
     steps: Mapping[str, Step], *, rounds: int = 7, budget: float = 2.0, device: str = "cpu"
 ) -> dict[str, float]:
-    """Median seconds of each step over interleaved rounds (A B C A B C), so that a drifting machine is fair to all.
+    """Median seconds of each step over interleaved rounds (A B C C B A), so that a drifting machine is fair to all.
 
     The first call of each is a warm-up, and its only sample where the budget allows no second.
 
@@ -120,8 +120,8 @@ def seconds(
         device: where the steps run; devices other than the CPU are timed with their own events.
     """
     samples: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(1 + rounds):
-        for name, call in steps.items():
+    for round_ in range(1 + rounds):
+        for name, call in reversed(steps.items()) if round_ % 2 else steps.items():
             if not samples[name] or sum(samples[name]) < budget:
                 samples[name].append(_timed(call, device))
     return {name: statistics.median(times[1:] or times) for name, times in samples.items()}
