@@ -17,8 +17,8 @@ from isa_triton.checkpoints import from_mmseg, from_openseg, from_paddleseg
 from reference import long_range_attention, short_range_attention
 from tests.cases import relative_error
 
-C, K, V, O, CLASSES = 6, 4, 5, 7, 3  # the authors' module takes four widths
-BACKBONE, HEAD = 9, 8  # the heads have one, which is that of the values too
+C, K, V, O, CLASSES = 6, 16, 5, 7, 3  # the authors' module takes four widths
+BACKBONE, HEAD = 9, 20  # the heads have one, which is that of the values too
 P = (8, 4)
 SIZES = [(16, 24), (17, 29), (7, 5), (97, 97)]
 ABN_EPS = 1e-5
@@ -78,8 +78,10 @@ def attended(attention: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor) 
 def assert_same(
     ours: nn.Module, convert: Callable[[Weights], Weights], theirs: Theirs, net: Published, x: Tensor
 ) -> None:
-    """Equal to 1e-11 in fp64, and in fp32 to 1e-5 and twice their error in training, where rounding is amplified:
-    batches whose contexts hardly differ are divided by their small deviation.
+    """Equal to 1e-11 in fp64 and to 1e-5 in fp32.
+
+    Training amplifies rounding, a channel's by its mean over its deviation and scores' by their size, theirs as ours:
+    the weights are such that either has about 7e-6 at most.
     """
 
     def both(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -89,8 +91,7 @@ def assert_same(
 
     (actual, expected), (actual_64, expected_64) = both(torch.float32), both(torch.float64)
     assert relative_error(actual_64, expected_64) < 1e-11
-    allowed = 1e-5 + (2 * relative_error(expected.double(), expected_64) if net.training else 0)
-    assert relative_error(actual.double(), expected_64) < allowed
+    assert relative_error(actual, expected) < 1e-5
 
 
 # -- the authors' layout -----------------------------------------------------------------------------------------------
@@ -152,7 +153,7 @@ def kernel(out: int, into: int, side: int = 1) -> Tensor:
 
 def batch_norm(name: str, width: int, abn: bool = False) -> Weights:
     """Statistics that are not the identity; in-place ABN takes the absolute value of its scale."""
-    scale = torch.rand(width) + 0.5
+    scale = 0.8 * torch.rand(width) + 0.4
     signs = torch.where(torch.arange(width) % 2 == 0, -1, 1) if abn else 1
     parts = {"weight": scale * signs, "bias": torch.randn(width), "running_mean": torch.randn(width)}
     return {f"{name}.{part}": x for part, x in (parts | {"running_var": torch.rand(width) + 0.5}).items()}
