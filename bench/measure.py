@@ -121,7 +121,7 @@ def seconds(
     """
     samples: dict[str, list[float]] = {name: [] for name in steps}
     for round_ in range(1 + rounds):
-        for name, call in reversed(steps.items()) if round_ % 2 else steps.items():
+        for name, call in list(steps.items())[:: -1 if round_ % 2 else 1]:
             if not samples[name] or sum(samples[name]) < budget:
                 samples[name].append(_timed(call, device))
     return {name: statistics.median(times[1:] or times) for name, times in samples.items()}
