@@ -273,6 +273,23 @@ class Partition(NamedTuple):
         first = self.h.pixel(h.group, h.token) * y + self.w.pixel(w.group, w.token) * x
         return tensor.as_strided(shape, (batch, *groups, *tokens, *rest), tensor.storage_offset() + first)
 
+    def join(self, values: Any) -> Any:
+        """The map [B, H, W, ...] that `view` sees as `values` [B, groups_h, groups_w, tokens_h, tokens_w, ...], a copy.
+
+        Raises:
+            ValueError: the partition does not divide the map, or `values` are of other groups.
+        """
+        h, w = self
+        groups_and_tokens = h.groups, w.groups, h.tokens, w.tokens
+        if not self.divides or tuple(values.shape[1:5]) != groups_and_tokens:
+            raise ValueError(
+                f"values must be [B, {', '.join(map(str, groups_and_tokens))}, ...] of a partition that divides its"
+                f" map, got {tuple(values.shape)} and {self}"
+            )
+        rows, columns = ((i, i + 2) if axis.token_stride == 1 else (i + 2, i) for i, axis in enumerate(self, start=1))
+        order = (0, *rows, *columns, *range(5, values.dim()))
+        return values.permute(order).reshape(len(values), *self.size, *values.shape[5:])
+
 
 @lru_cache(maxsize=1024)
 def _pieces(partition: Partition) -> tuple[tuple[Run, Run], ...]:

@@ -107,6 +107,19 @@ def test_view_without_a_piece_is_the_whole_map() -> None:
     assert torch.equal(view, x.view(2, 2, 3, 2, 4, 3).permute(0, 2, 4, 1, 3, 5))
 
 
+@pytest.mark.parametrize("size", [(6, 8), (9, 12), (1, 7), (5, 7)], ids=str)
+def test_join_is_the_inverse_of_view(size: tuple[int, int]) -> None:
+    x = torch.randn(2, *size, 3, 2)
+    whole = [partition for partition in every_partition(size) if partition.divides]
+    assert whole
+    for partition in whole:
+        assert torch.equal(partition.join(partition.view(x)), x)
+        with pytest.raises(ValueError, match=r"values must be \[B, \d+, \d+, \d+, \d+, \.\.\.\] of a partition that"):
+            partition.join(x)
+    with pytest.raises(ValueError, match="divides its map, got"):
+        Partition.local((5, 7), window=(2, 2)).join(torch.zeros(2, 3, 4, 2, 2, 3))
+
+
 def test_integers_of_numpy_and_torch_become_python_s() -> None:
     expected = Partition.local((200, 300), window=(8, 9))
     for pair in (np.array([8, 9], np.uint8), torch.tensor([8, 9]), (np.int8(8), 9)):

@@ -145,8 +145,8 @@ class NCHWBatchNorm(nn.BatchNorm2d):
 def two_stage_errors() -> dict[Any, dict[str, float]]:
     """Relative errors of every tensor against one process in the same precision.
 
-    What fp32 loses depends on the layer, on one device as on many: gradients of normalised channels are sums that nearly
-    cancel, and a ReLU may fall on the other side of zero. This seed's layer is far from both.
+    What fp32 loses depends on the layer, on one device as on many: gradients of normalised channels are sums that
+    nearly cancel, and a ReLU may fall on the other side of zero. This seed's layer is far from both.
     """
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     options: dict[str, Any] = {"partition_size": (8, 4), "norm_layer": NCHWBatchNorm}
@@ -497,4 +497,3 @@ def test_the_command_runs_counts_and_keeps_other_runs(tmp_path: Path, capsys: py
         ("run", 2),
     }
     assert (tmp_path / "sharding.png").stat().st_size > 0
-

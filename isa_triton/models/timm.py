@@ -1,9 +1,11 @@
-"""timm's MaxViT and Swin on this library: windows and grids where they lie, without copies, masks or size limits.
+"""timm's MaxViT and Swin on this library: windows and grids where they lie, without masks or size limits.
 
 MaxViT (Tu et al., arXiv 2204.01697, section 3) attends inside windows of a fixed size, then inside grids of a fixed
 size: `Partition.local` and `Partition.interlaced(grid=)`. Swin (Liu et al., arXiv 2103.14030, section 3.2) attends
 inside windows, then inside windows that are shifted: `Partition.local(shift=)`. Their position biases are the `bias` of
 attention.
+
+Nothing is copied, but in inference on a CPU: PyTorch's attention there wants the tokens of a group side by side.
 """
 
 from __future__ import annotations
@@ -164,11 +166,9 @@ def _attend_in_place(attn: Any, x: Tensor, partition: Partition, bias: Tensor | 
 
 def _attend_gathered(attn: Any, x: Tensor, partition: Partition, bias: Tensor | None, backend: str) -> Tensor:
     """The same between copies of x and y: PyTorch's attention on a CPU copies, and q, k, v and context are four."""
-    attended = _attend_tokens(attn, partition.view(x).reshape(-1, partition.tokens, x.shape[3]), bias)
-    y = x.new_empty(*x.shape[:3], attended.shape[-1])
-    result = partition.view(y)  # [B, groups_h, groups_w, t_h, t_w, C]
-    result.copy_(attended.view(result.shape))
-    return y
+    pixels = partition.view(x)  # [B, groups_h, groups_w, t_h, t_w, C]
+    attended = _attend_tokens(attn, pixels.reshape(-1, partition.tokens, x.shape[3]), bias)
+    return partition.join(attended.view(*pixels.shape[:5], -1))
 
 
 def _attend_tokens(attn: Any, tokens: Tensor, bias: Tensor | None) -> Tensor:
