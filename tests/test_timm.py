@@ -89,6 +89,8 @@ def test_inference_follows_weights_however_they_change(key: str) -> None:
             theirs_.data.mul_(change)
         for _ in range(2):
             assert error(network(x), theirs(x)) < 1e-9
+    if not key.startswith("Swin"):  # which timm itself cannot run without images
+        assert network(x[:0]).shape == (0, 5)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert network.float()(x.float()).isfinite().all()
     assert error(network.float()(x.float()).double(), theirs(x)) < 1e-3

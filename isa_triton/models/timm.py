@@ -116,8 +116,7 @@ class AcceleratedSwinBlock(SwinTransformerBlock):
             x = F.pad(_roll(x, shift, -1), (0, 0, 0, right, 0, bottom))
             x = _roll(x, shift, 1)
         partition = Partition.local((height + bottom, width + right), window, shift)
-        made_of = self.attn.relative_position_bias_table, self.attn.relative_position_index
-        bias = _kept(self.attn, made_of, self.attn._get_rel_pos_bias)[0]
+        bias = _kept(self.attn, [self.attn.relative_position_bias_table], self.attn._get_rel_pos_bias)[0]
         x = _attention(self.attn, x, partition, bias, self.backend)
         if bottom or right:
             x = _roll(_roll(x, shift, -1)[:, :height, :width], shift, 1)
@@ -139,9 +138,9 @@ def _block_or_grid(attn: Any, x: Tensor, partition_size: tuple[int, int], block:
     size = height, width
     partition = Partition.local(size, tokens) if block else Partition.interlaced(size, grid=tokens)
     bias = None
-    if attn.rel_pos is not None:
-        made_of = *attn.rel_pos.parameters(), *attn.rel_pos.buffers()
-        bias = _cropped(_kept(attn, made_of, attn.rel_pos.get_bias).flatten(0, -3), partition_size, tokens)
+    if (rel_pos := attn.rel_pos) is not None:
+        bias = _kept(rel_pos, list(rel_pos.parameters()), rel_pos.get_bias).flatten(0, -3)
+        bias = _cropped(bias, partition_size, tokens)
     return _attention(attn, x, partition, bias, backend)
 
 
@@ -168,7 +167,7 @@ def _attend_gathered(attn: Any, x: Tensor, partition: Partition, bias: Tensor | 
     """The same between copies of x and y: PyTorch's attention on a CPU copies, and q, k, v and context are four."""
     pixels = partition.view(x)  # [B, groups_h, groups_w, t_h, t_w, C]
     attended = _attend_tokens(attn, pixels.reshape(-1, partition.tokens, x.shape[3]), bias)
-    return partition.join(attended.view(*pixels.shape[:5], -1))
+    return partition.join(attended.view(*pixels.shape[:5], attended.shape[2]))
 
 
 def _attend_tokens(attn: Any, tokens: Tensor, bias: Tensor | None) -> Tensor:
@@ -186,17 +185,17 @@ def _linear(layer: Any, x: Tensor) -> Tensor:
 
 def _heads(attn: Any, qkv: Tensor) -> tuple[Tensor, ...]:
     """q, k and v [B, ..., heads, width], from all of them [B, ..., 3 heads width]."""
-    head_first = getattr(attn, "head_first", False)
-    *shape, channels = qkv.shape
-    heads = (attn.num_heads, 3) if head_first else (3, attn.num_heads)
-    return qkv.view(*shape, *heads, channels // (3 * attn.num_heads)).unbind(-2 if head_first else -3)
+    heads, width = attn.num_heads, qkv.shape[-1] // (3 * attn.num_heads)
+    if getattr(attn, "head_first", False):
+        return qkv.view(*qkv.shape[:-1], heads, 3, width).unbind(-2)
+    return qkv.view(*qkv.shape[:-1], 3, heads, width).unbind(-3)
 
 
-_biases: WeakKeyDictionary[nn.Module, tuple[tuple[Tensor, ...], Tensor]] = WeakKeyDictionary()
+_biases: WeakKeyDictionary[nn.Module, tuple[Any, list[Tensor], Tensor]] = WeakKeyDictionary()
 
 
-def _kept(attn: nn.Module, made_of: tuple[Tensor, ...], compute: Callable[[], Tensor]) -> Tensor:
-    """compute(), the position bias; on a CPU in inference the last one, while what it is made of has the same values.
+def _kept(module: Any, weights: list[nn.Parameter], compute: Callable[[], Tensor]) -> Tensor:
+    """compute(), a module's position bias; on a CPU in inference the last one, while weights and window are the same.
 
     To compute it takes longer there than to compare, up to a fifth of the attention. Other devices would have to wait.
     """
@@ -207,12 +206,13 @@ def _kept(attn: nn.Module, made_of: tuple[Tensor, ...], compute: Callable[[], Te
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack() > 0
     )
-    if observed or attn.training or not all(type(x) in (Tensor, nn.Parameter) and x.is_cpu for x in made_of):
+    if observed or module.training or type(weights[0]) is not nn.Parameter or not weights[0].is_cpu:
         return compute()
-    then, bias = _biases.get(attn, ((), made_of[0]))
-    if len(then) != len(made_of) or not all(map(torch.equal, then, made_of)):
+    kind = module.window_size, weights[0].dtype  # torch.equal looks at values only
+    kind_then, then, bias = _biases.get(module, (None, [], weights[0]))
+    if kind_then != kind or not all(map(torch.equal, then, weights)):
         bias = compute()
-        _biases[attn] = tuple(x.clone() for x in made_of), bias
+        _biases[module] = kind, [x.clone() for x in weights], bias
     return bias
 
 
