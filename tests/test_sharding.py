@@ -454,11 +454,11 @@ def gives_up() -> None:
 
 
 def stuck() -> None:
-    broken(lambda: time.sleep(12))
+    broken(lambda: time.sleep(8))
 
 
 def test_a_process_that_is_stuck_ends_the_job_within_the_timeout(tmp_path: Path) -> None:
-    left, _ = processes(2, stuck, tmp_path, timeout=6.0)
+    left, _ = processes(2, stuck, tmp_path, timeout=5.0)
     assert "RuntimeError" in left
     assert "Timed out" in left
 
