@@ -197,7 +197,7 @@ _biases: WeakKeyDictionary[nn.Module, tuple[Any, list[Tensor], Tensor]] = WeakKe
 def _kept(module: Any, weights: list[nn.Parameter], compute: Callable[[], Tensor]) -> Tensor:
     """compute(), a module's position bias; on a CPU in inference the last one, while weights and window are the same.
 
-    To compute it takes longer there than to compare, up to a fifth of the attention. Other devices would have to wait.
+    An MLP of distances takes longer there than a comparison of its weights. Other devices would have to wait for that.
     """
     observed = (  # a result is not all that is wanted of the computation
         torch.is_grad_enabled()
