@@ -59,3 +59,10 @@ def lively(module: nn.Module) -> nn.Module:
             nn.init.normal_(norm.running_mean)
             nn.init.uniform_(norm.running_var, 0.5, 1.5)
     return module.double()
+
+
+class NCHWBatchNorm(nn.BatchNorm2d):
+    """On NCHW maps: on a CPU PyTorch sums those that are channels_last less accurately, and later layers amplify it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.contiguous())

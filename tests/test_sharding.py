@@ -38,7 +38,7 @@ from bench.workload import Workload
 from isa_triton import InterlacedSparseSelfAttention, ISAHead, ISAModule, Partition, SelfAttention2d
 from isa_triton.exchange import columns, deal, even_cuts, exchanged, groups, halo, slabs, windows
 from isa_triton.sharding import MapParallel
-from tests.cases import lively, relative_error
+from tests.cases import NCHWBatchNorm, lively, relative_error
 
 MAPS = (((24, 16), "zeros"), ((33, 20), "zeros"), ((33, 20), "mask"), ((40, 56), "zeros"))  # else P divides: no padding
 
@@ -133,13 +133,6 @@ def errors_of(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[st
 
 def worst(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     return max(errors_of(actual, expected).values())
-
-
-class NCHWBatchNorm(nn.BatchNorm2d):
-    """On a CPU PyTorch sums channels_last maps in fp32, to 3e-5 of a gradient, and NCHW maps in fp64."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.contiguous())
 
 
 def two_stage_errors() -> dict[Any, dict[str, float]]:

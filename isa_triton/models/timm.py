@@ -29,6 +29,9 @@ Model = TypeVar("Model", bound=nn.Module)
 def accelerate(model: Model, *, backend: str = "auto") -> Model:
     """Let every partition attention of a timm model run on `partitioned_attention`, in place.
 
+    "auto" is, in inference on a CPU, torch's fused attention between one copy of the map and another, where windows
+    divide it: faster there than copies of q, k, v and the result, which "eager" makes.
+
     No weight is touched, so checkpoints load before and after. Calling it again sets the backend anew; `restore` takes
     it back. Maps that the window or grid does not divide: MaxViT, which refuses them in timm, attends to the real
     pixels only; Swin attends to zeros behind the map too, as in timm.
@@ -150,8 +153,8 @@ def _attention(attn: Any, x: Tensor, partition: Partition, bias: Tensor | None, 
         raise ValueError(
             f"dropout of attention weights is not supported: train with attn_drop 0, not {attn.attn_drop.p}"
         )
-    copies = x.is_cpu and backend != "triton" and not torch.is_grad_enabled()
-    attend = _attend_gathered if copies and partition.divides else _attend_in_place
+    gathers = backend == "auto" and x.is_cpu and partition.divides and not torch.is_grad_enabled()
+    attend = _attend_gathered if gathers else _attend_in_place
     if isinstance(attn, Attention2d):
         return attn.proj_drop(attend(attn, x.permute(0, 2, 3, 1), partition, bias, backend).permute(0, 3, 1, 2))
     return attn.proj_drop(attend(attn, x, partition, bias, backend))
