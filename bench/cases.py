@@ -5,16 +5,16 @@ A few named cases cover every feature once; `strategy` describes the space that 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench.budget import allowed_error, natural_scales
 from isa_triton import Partition, partitioned_attention_with_lse
-from reference.attention import long_range_groups, short_range_groups
+from reference.attention import attention_of_groups, long_range_groups, short_range_groups
+from reference.budget import allowed_error, natural_scales
 
 NAMES = ("out", "lse", "dq", "dk", "dv", "dbias")
 KINDS = ("interlaced", "grid", "local", "rows", "columns", "dense")
@@ -170,40 +170,8 @@ def _derivatives(inputs: dict[str, Tensor], case: Case, backend: str | None = No
     q, k, v, bias = leaves["q"], leaves["k"], leaves["v"], leaves.get("bias")
     if backend is None:
         whole = case.partition.h.tokens, case.partition.w.tokens
-        out, lse = formula(q, k, v, bias, case.scale, case.groups(), whole, case.shift)
+        out, lse = attention_of_groups(q, k, v, bias, case.scale, case.groups(), whole, case.shift)
     else:
         out, lse = partitioned_attention_with_lse(q, k, v, case.partition, bias=bias, scale=case.scale, backend=backend)
     upstream = inputs["do"], inputs["dlse"].to(lse.dtype)
     return out.detach(), lse.detach(), *torch.autograd.grad((out, lse), list(leaves.values()), upstream)
-
-
-def formula(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    scale: float,
-    groups: Iterable[tuple[slice, slice]],
-    whole: Pair,
-    shift: Pair = (0, 0),
-) -> tuple[Tensor, Tensor]:
-    """out and lse in the precision of the arguments, group by group.
-
-    Args:
-        groups: the rows and columns of every group's pixels.
-        whole: rows and columns of tokens in a group that is whole, by which bias numbers them.
-        shift: of windows; a piece that it leaves on an edge has the last rows or columns of a whole one.
-    """
-    out, lse = torch.zeros_like(v), torch.zeros_like(q[..., 0])
-    for pixels in groups:
-        here = (slice(None), *pixels)
-        h, w = q[here].shape[1:3]
-        qs, ks, vs = (x[here].flatten(1, 2).transpose(1, 2) for x in (q, k, v))  # [B, heads, T, width]
-        scores = qs @ ks.mT * scale
-        if bias is not None:
-            y, x = (-s % t if at.start == 0 else 0 for at, t, s in zip(pixels, whole, shift, strict=True))
-            tokens = ((y + torch.arange(h))[:, None] * whole[1] + x + torch.arange(w)).flatten()
-            scores = scores + bias[:, tokens][:, :, tokens]
-        out[here] = (scores.softmax(-1) @ vs).transpose(1, 2).unflatten(1, (h, w))
-        lse[here] = scores.logsumexp(-1).transpose(1, 2).unflatten(1, (h, w))
-    return out, lse

@@ -13,8 +13,8 @@ from torch import nn
 import reference
 from bench import opponents
 from isa_triton import ISAHead
-from isa_triton.models.classification import out_channels
-from isa_triton.modules import Conv1x1
+from isa_triton.maps import Conv1x1
+from isa_triton.models.resnet import out_channels
 
 
 def behind_conv(block: Callable[[int], nn.Module], dropout: float = 0.0) -> Callable[[int, int], nn.Module]:

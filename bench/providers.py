@@ -19,7 +19,8 @@ from torch import Tensor, nn
 import reference
 from bench import heads, opponents, peers
 from bench.workload import Workload
-from isa_triton import InterlacedSparseSelfAttention, ISAHead, Partition, fused, partitioned_attention
+from isa_triton import InterlacedSparseSelfAttention, ISAHead, Partition, partitioned_attention
+from isa_triton.backend.triton import DEVICES
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -56,7 +57,7 @@ class Provider:
 
     def runs_on(self, device: str) -> bool:
         """Whether the provider can be timed on a device; any can be counted on fake tensors."""
-        return not self.kernels or torch.device(device).type in fused.DEVICES
+        return not self.kernels or torch.device(device).type in DEVICES
 
     def build(self, workload: Workload, device: str = "cpu") -> Callable[..., Tensor]:
         """The callable that takes the workload's inputs.
@@ -235,7 +236,7 @@ PROVIDERS = {
         ),
         Provider(
             name="dense-sdpa",
-            title="dense-sdpa (the same, fused by torch)",
+            title="dense-sdpa (the same, by torch's scaled_dot_product_attention)",
             colour="#E69F00",
             marker="s",
             line="--",

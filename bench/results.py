@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -16,17 +14,12 @@ import torch
 from rich import box
 from rich.table import Table
 
-from bench.files import write_text
 from bench.providers import PROVIDERS
+from bench.records import format_size, short
 from bench.workload import LEVELS, PASSES, Level, Pass, Workload, closed_form_flops, closed_form_score_bytes
-
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # after the choice of a backend without a display
-
-Record = TypeVar("Record", bound="DataclassInstance")
 
 OURS = "isa"  # what the others are compared with
 
@@ -97,57 +90,6 @@ class Row:
     @property
     def pixels(self) -> int:
         return self.height * self.width
-
-
-COLUMNS = tuple(name.rstrip("_") for name in Row.__dataclass_fields__)
-
-
-def write_rows(path: Path, rows: Iterable[Row]) -> None:
-    """Write the CSV of some rows, whole or not at all."""
-    write_whole(path, COLUMNS, (tuple(asdict(row).values()) for row in rows))
-
-
-def read_rows(path: Path) -> list[Row]:
-    """The rows of a CSV that `write_rows` wrote. Returns and raises as `read_records`."""
-    return read_records(path, Row)
-
-
-def write_whole(path: Path, columns: Sequence[str], lines: Iterable[Sequence[object]]) -> None:
-    """Write a CSV, whole or not at all: a reader never sees half of it. None becomes an empty cell."""
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(columns)
-    table.writerows(lines)
-    write_text(path, text.getvalue())
-
-
-_TYPES: dict[str, Callable[[str], Any]] = {"int": int, "float | None": lambda text: float(text) if text else None}
-
-
-def read_records(path: Path, kind: type[Record]) -> list[Record]:
-    """The lines of a CSV whose columns are the fields of a dataclass; none where there is no such file.
-
-    Raises:
-        ValueError: the file is something else.
-    """
-    if not path.exists():
-        return []
-    columns = [field.name.rstrip("_") for field in fields(kind)]
-    types = [_TYPES.get(str(field.type), str) for field in fields(kind)]
-    try:
-        with path.open(newline="") as file:
-            header, *lines = list(csv.reader(file)) or [[]]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path} is not a CSV: {error}") from error
-    if header != columns:
-        raise ValueError(f"{path} must have the columns {','.join(columns)}, got {','.join(header)}")
-    records = []
-    for number, line in enumerate(lines, 2):
-        try:
-            records.append(kind(*(type_(text) for type_, text in zip(types, line, strict=True))))
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}, must hold one {','.join(columns)}, got {line}") from error
-    return records
 
 
 @dataclass(frozen=True)
@@ -328,13 +270,3 @@ def _apart(values: Sequence[int], factor: float) -> list[int]:
 
 def _panel(row: Row) -> tuple[Level, Pass]:
     return row.level, row.pass_
-
-
-def format_size(size: tuple[int, int]) -> str:
-    """A map or a partition size, height first: 64x128."""
-    return f"{size[0]}x{size[1]}"
-
-
-def short(value: float) -> str:
-    """Three digits or whole: 0.98, 51.2, 191."""
-    return f"{value:.0f}" if value >= 99.95 else f"{value:.3g}"

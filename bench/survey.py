@@ -14,9 +14,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from bench import measure
 from bench.arguments import amount, device, positive
 from bench.providers import Provider
-from bench.results import Row, read_rows, write_rows
+from bench.records import read, write
+from bench.results import Row
 from bench.workload import Level, Pass, Workload
-from isa_triton import fused
+from isa_triton.backend.triton import DEVICES
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 
@@ -54,7 +55,7 @@ def conduct(args: argparse.Namespace, path: Path, plan: Sequence[tuple[Workload,
         argparse.ArgumentError: the file at `path` is something else.
     """
     try:
-        survey = Survey(args, () if args.fresh else read_rows(path))
+        survey = Survey(args, () if args.fresh else read(path, Row))
     except ValueError as error:
         raise argparse.ArgumentError(None, f"{error}; --fresh writes it anew") from error
     console, bar = Console(), (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -64,7 +65,7 @@ def conduct(args: argparse.Namespace, path: Path, plan: Sequence[tuple[Workload,
             where = f"{workload.level} {workload.pass_} {workload.height}x{workload.width}"
             progress.update(task, description=where)
             survey.visit(workload, providers)
-            write_rows(path, survey.rows())
+            write(path, Row, survey.rows())
             progress.advance(task, len(providers))
     if remarks := survey.remarks():
         console.print("Not there or not timed (-):", *remarks, sep="\n  ", highlight=False)
@@ -136,7 +137,7 @@ class Survey:
         panel = provider.name, workload.level, workload.pass_
         predicted = flops / self.rates.get(panel, self.first_guess)
         if not provider.runs_on(self.args.device):
-            self.remark(f"{provider.name} is counted only: it runs on {' and '.join(fused.DEVICES)} devices")
+            self.remark(f"{provider.name} is counted only: it runs on {' and '.join(DEVICES)} devices")
             return False
         if peak > self.args.memory_limit * 1e9:
             reason = f"would need {peak / 1e9:.1f} GB"

@@ -7,10 +7,11 @@ import sys
 import torch
 from torch import Tensor
 
-from . import fused, ops
+from . import ops
+from .backend import check_backend, choose
+from .backend.contract import Call
 from .partition import Partition
 
-BACKENDS = ("auto", "triton", "eager")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -85,8 +86,7 @@ def _attention(
     backend: str,
     with_lse: bool,
 ) -> tuple[Tensor, Tensor]:
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
+    check_backend(backend)
     if not isinstance(partition, Partition):
         raise TypeError(f"partition must be a Partition, got {type(partition).__name__}")
     tensors = {"q": q, "k": k, "v": v} | ({} if bias is None else {"bias": bias})
@@ -103,18 +103,8 @@ def _attention(
     elif not -sys.float_info.max <= scale <= sys.float_info.max:  # nor an integer beyond it
         raise ValueError(f"scale must be finite, got {scale!r}")
     q, k, v = tensors["q"], tensors["k"], tensors["v"]
-    backend = _choose(backend, q)
-    return ops.attention(q, k, v, tensors.get("bias"), float(scale), partition, with_lse, backend)
-
-
-def _choose(backend: str, q: Tensor) -> str:
-    """The kernels where they can run, for "auto" on the devices they are made for; eager otherwise."""
-    if backend == "eager" or (backend == "auto" and q.device.type not in fused.DEVICES):
-        return "eager"
-    obstacle = fused.why_not(q)
-    if backend == "triton" and obstacle:
-        raise ValueError(f"backend='triton' cannot be had: {obstacle}")
-    return "eager" if obstacle else "triton"
+    call = Call(float(scale), partition, with_lse, choose(backend, q))
+    return ops.attention(q, k, v, tensors.get("bias"), call)
 
 
 def _check_kinds(tensors: dict[str, Tensor]) -> None:

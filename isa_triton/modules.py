@@ -1,79 +1,56 @@
-"""Layers that project and compose: one attention stage, the two-stage ISA, the ISA module and the head.
+"""The layers: one attention stage, the two-stage ISA, the ISA module that networks insert, and the head.
 
-Feature maps are [B, C, H, W]. NCHW and channels_last inputs are both read as they lie; everything in between is
-channels_last, so that the attention's [B, H, W, heads, width] tensors are views of the projections' outputs.
+They project and compose; `maps` has what they are made of, and says how feature maps lie in memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from functools import partial
-from typing import Any, TypedDict, Unpack
+from collections.abc import Sequence
+from typing import TypedDict, Unpack
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from .functional import BACKENDS, partitioned_attention
+from .backend import check_backend
+from .maps import (
+    PATTERNS,
+    RELU,
+    Activation,
+    Conv1x1,
+    ConvNormReLU,
+    NormLayer,
+    PartitionSize,
+    attend_maps,
+    check_map,
+    check_partition_size,
+    check_widths,
+    crop,
+    each_partition_size,
+    make_partition,
+    one_of,
+    pad_to_multiple,
+    pads,
+    recomputed,
+    unit_options,
+)
 from .partition import Partition
 
-_PATTERNS: dict[str, Callable[[tuple[int, int], tuple[int, int]], Partition]] = {
-    "interlaced": lambda size, partition_size: Partition.interlaced(size, stride=partition_size),
-    "local": lambda size, partition_size: Partition.local(size, window=partition_size),
-    "rows": lambda size, partition_size: Partition.rows(size),
-    "columns": lambda size, partition_size: Partition.columns(size),
-    "dense": lambda size, partition_size: Partition.dense(size),
-}
-_PARTITIONED = ("interlaced", "local")  # the patterns that a partition size shapes
 
-NormLayer = Callable[[int], nn.Module]  # from channels
-Activation = Callable[[], nn.Module]
-_RELU = partial(nn.ReLU, inplace=True)
+class StageOptions(TypedDict, total=False):
+    """Keywords of `SelfAttention2d`, which has their defaults, that whatever is built of stages passes on."""
 
-
-class ISAOptions(TypedDict, total=False):
-    """Keywords of `InterlacedSparseSelfAttention` that what is built of it passes on; it has their defaults."""
-
-    order: str
     padding: str
     backend: str
+    norm_layer: NormLayer
+    activation: Activation
     recompute: bool
 
 
-class Conv1x1(nn.Conv2d):
-    """A 1x1 convolution as a GEMM over pixels, of one input or of several that stand for their concatenation.
+class ISAOptions(StageOptions, total=False):
+    """Keywords of `InterlacedSparseSelfAttention` that whatever is built of it passes on."""
 
-    [B, C_i, H, W], ... -> [B, out_channels, H, W], channels_last. The parameters are those of `nn.Conv2d`.
-    """
-
-    def __init__(self, in_channels: int, out_channels: int, bias: bool = False) -> None:
-        super().__init__(in_channels, out_channels, kernel_size=1, bias=bias)
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        size = inputs[0].shape[2:]
-        weights = self.weight.flatten(1).split([x.shape[1] for x in inputs], dim=1)  # [out, C_i]
-        y = self.bias  # then [B, H W, out]
-        for x, weight in zip(inputs, weights, strict=True):
-            pixels = x.permute(0, 2, 3, 1).flatten(1, 2)  # [B, H W, C_i], NCHW or channels_last
-            weight = weight.mT.expand(len(x), -1, -1)  # a batched GEMM takes NCHW transposed; folding B would copy it
-            y = torch.bmm(pixels, weight) if y is None else torch.baddbmm(y, pixels, weight)
-        assert y is not None
-        return y.unflatten(1, size).permute(0, 3, 1, 2)
-
-
-class ConvNormReLU(nn.Sequential):
-    """Convolution without bias, normalisation, activation: batch normalisation and ReLU unless told otherwise."""
-
-    def __init__(self, conv: nn.Conv2d, norm_layer: NormLayer = nn.BatchNorm2d, activation: Activation = _RELU) -> None:
-        super().__init__()
-        self.conv = conv
-        self.norm: Any = norm_layer(conv.out_channels)
-        self.relu = activation()
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        return self.relu(self.norm(self.conv(*inputs)))
+    order: str
 
 
 class SelfAttention2d(nn.Module):
@@ -115,25 +92,21 @@ class SelfAttention2d(nn.Module):
         out_channels: int | None = None,
         *,
         pattern: str,
-        partition_size: tuple[int, int] = (8, 8),
+        partition_size: PartitionSize = (8, 8),
         padding: str = "zeros",
         backend: str = "auto",
         norm_layer: NormLayer = nn.BatchNorm2d,
-        activation: Activation = _RELU,
+        activation: Activation = RELU,
         recompute: bool = False,
     ) -> None:
         super().__init__()
         out_channels = in_channels if out_channels is None else out_channels
-        _check_widths(
-            in_channels=in_channels,
-            key_channels=key_channels,
-            value_channels=value_channels,
-            out_channels=out_channels,
-        )
-        self.pattern = _one_of("pattern", pattern, tuple(_PATTERNS))
-        self.partition_size = _partition_size(partition_size)
-        self.padding = _one_of("padding", padding, ("zeros", "mask"))
-        self.backend = _one_of("backend", backend, BACKENDS)
+        check_widths(in_channels=in_channels, out_channels=out_channels)
+        check_widths(key_channels=key_channels, value_channels=value_channels)
+        self.pattern = one_of("pattern", pattern, PATTERNS)
+        self.partition_size = check_partition_size(partition_size)
+        self.padding = one_of("padding", padding, ("zeros", "mask"))
+        self.backend = check_backend(backend)
         self.recompute = recompute
 
         def project(c: int, out: int) -> ConvNormReLU:
@@ -174,7 +147,8 @@ class InterlacedSparseSelfAttention(nn.Module):
         out_channels: width of both stages' results; default in_channels.
         partition_size: (P_h, P_w) of both stages.
         order: "long-short", as published, or "short-long".
-        padding, backend, norm_layer, activation, recompute: see `SelfAttention2d`; padded once, before both stages.
+        options: padding, backend, norm_layer, activation and recompute of `SelfAttention2d`. The map is padded once,
+            before both stages.
 
     x [B, in_channels, H, W] -> [B, out_channels, H, W], channels_last. Raises as `SelfAttention2d`.
 
@@ -190,33 +164,18 @@ class InterlacedSparseSelfAttention(nn.Module):
         value_channels: int,
         out_channels: int | None = None,
         *,
-        partition_size: tuple[int, int] = (8, 8),
+        partition_size: PartitionSize = (8, 8),
         order: str = "long-short",
-        padding: str = "zeros",
-        backend: str = "auto",
-        norm_layer: NormLayer = nn.BatchNorm2d,
-        activation: Activation = _RELU,
-        recompute: bool = False,
+        **options: Unpack[StageOptions],
     ) -> None:
         super().__init__()
         out_channels = in_channels if out_channels is None else out_channels
-        self.order = _one_of("order", order, ("long-short", "short-long"))
+        self.order = one_of("order", order, ("long-short", "short-long"))
         long_in, short_in = (in_channels, out_channels) if order == "long-short" else (out_channels, in_channels)
 
         def stage(pattern: str, stage_in: int) -> SelfAttention2d:
-            return SelfAttention2d(
-                stage_in,
-                key_channels,
-                value_channels,
-                out_channels,
-                pattern=pattern,
-                partition_size=partition_size,
-                padding=padding,
-                backend=backend,
-                norm_layer=norm_layer,
-                activation=activation,
-                recompute=recompute,
-            )
+            widths = stage_in, key_channels, value_channels, out_channels
+            return SelfAttention2d(*widths, pattern=pattern, partition_size=partition_size, **options)
 
         self.long_range = stage("interlaced", long_in)
         self.short_range = stage("local", short_in)
@@ -245,14 +204,14 @@ class ISAModule(nn.Module):
 
     Args:
         in_channels, key_channels, value_channels, out_channels: widths.
-        partition_sizes: one (P_h, P_w), or several for parallel branches; then x is expanded to as many times
+        partition_size: (P_h, P_w), or several such pairs for parallel branches; then x is expanded to as many times
             out_channels by a conv1x1 + BN + ReLU before it is fused with the branches.
         dropout: probability that a channel of the result is dropped in training.
-        norm_layer, activation, options: see `InterlacedSparseSelfAttention`.
+        options: order and all options of `InterlacedSparseSelfAttention`.
 
     x [B, in_channels, H, W] -> [B, out_channels, H, W], channels_last. Raises as `SelfAttention2d`.
 
-    >>> ISAModule(64, 32, 64, 48, partition_sizes=((4, 4), (8, 8)))(torch.randn(2, 64, 16, 24)).shape
+    >>> ISAModule(64, 32, 64, 48, partition_size=((4, 4), (8, 8)))(torch.randn(2, 64, 16, 24)).shape
     torch.Size([2, 48, 16, 24])
     """
 
@@ -263,27 +222,20 @@ class ISAModule(nn.Module):
         value_channels: int,
         out_channels: int,
         *,
-        partition_sizes: Sequence[tuple[int, int]] = ((8, 8),),
+        partition_size: PartitionSize | Sequence[PartitionSize] = (8, 8),
         dropout: float = 0.05,
-        norm_layer: NormLayer = nn.BatchNorm2d,
-        activation: Activation = _RELU,
         **options: Unpack[ISAOptions],
     ) -> None:
         super().__init__()
-        if not isinstance(partition_sizes, Sequence) or not partition_sizes:
-            raise ValueError(f"partition_sizes must hold at least one (P_h, P_w), got {partition_sizes!r}")
-        widths = (in_channels, key_channels, value_channels, out_channels)
+        widths, sizes = (in_channels, key_channels, value_channels, out_channels), each_partition_size(partition_size)
         self.branches = nn.ModuleList(
-            InterlacedSparseSelfAttention(
-                *widths, partition_size=partition_size, norm_layer=norm_layer, activation=activation, **options
-            )
-            for partition_size in partition_sizes
+            InterlacedSparseSelfAttention(*widths, partition_size=size, **options) for size in sizes
         )
-        n = len(partition_sizes)
+        n = len(sizes)
         expanded = in_channels if n == 1 else n * out_channels
 
         def project(c: int, out: int) -> ConvNormReLU:
-            return ConvNormReLU(Conv1x1(c, out), norm_layer, activation)
+            return ConvNormReLU(Conv1x1(c, out), **unit_options(options))
 
         self.expand = nn.Identity() if n == 1 else project(in_channels, expanded)
         self.fuse = project(expanded + n * out_channels, out_channels)
@@ -302,9 +254,9 @@ class ISAHead(nn.Module):
         channels: width of the head, and of the values (512).
         num_classes: width of the result.
         key_channels, dropout: of the ISA module.
-        partition_size: (P_h, P_w), or several of them for parallel branches.
+        partition_size: (P_h, P_w), or several such pairs for parallel branches.
         align_corners: of the upsampling; True for heads trained on sizes like 769x769.
-        norm_layer, activation, options: see `InterlacedSparseSelfAttention`.
+        options: order and all options of `InterlacedSparseSelfAttention`.
 
     x [B, in_channels, H, W] -> logits [B, num_classes, H, W], or of the `size` given to forward, upsampled.
     Raises as `SelfAttention2d`.
@@ -320,29 +272,18 @@ class ISAHead(nn.Module):
         num_classes: int,
         *,
         key_channels: int = 256,
-        partition_size: tuple[int, int] | Sequence[tuple[int, int]] = (8, 8),
+        partition_size: PartitionSize | Sequence[PartitionSize] = (8, 8),
         dropout: float = 0.1,
         align_corners: bool = False,
-        norm_layer: NormLayer = nn.BatchNorm2d,
-        activation: Activation = _RELU,
         **options: Unpack[ISAOptions],
     ) -> None:
         super().__init__()
-        _check_widths(in_channels=in_channels, channels=channels, num_classes=num_classes)
+        check_widths(in_channels=in_channels, channels=channels, num_classes=num_classes)
         self.align_corners = align_corners
         reduce = nn.Conv2d(in_channels, channels, 3, padding=1, bias=False)
-        self.reduce = ConvNormReLU(reduce, norm_layer, activation)
-        self.isa = ISAModule(
-            channels,
-            key_channels,
-            channels,
-            channels,
-            partition_sizes=_partition_sizes(partition_size),
-            dropout=dropout,
-            norm_layer=norm_layer,
-            activation=activation,
-            **options,
-        )
+        self.reduce = ConvNormReLU(reduce, **unit_options(options))
+        widths = channels, key_channels, channels, channels
+        self.isa = ISAModule(*widths, partition_size=partition_size, dropout=dropout, **options)
         self.classifier = Conv1x1(channels, num_classes, bias=True)
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
@@ -353,84 +294,3 @@ class ISAHead(nn.Module):
 
     def extra_repr(self) -> str:
         return f"align_corners={self.align_corners}"
-
-
-def check_map(x: Tensor, channels: int) -> None:
-    """Raises ValueError where x is not [B, channels, H, W]."""
-    if x.dim() != 4 or x.shape[1] != channels or x.shape[2] < 1 or x.shape[3] < 1:
-        raise ValueError(f"x must be [B, {channels}, H, W] with H, W of at least 1, got {tuple(x.shape)}")
-
-
-def make_partition(pattern: str, size: tuple[int, int], partition_size: tuple[int, int]) -> Partition:
-    """The partition of a map of (H, W) pixels by the name of its pattern; P is clamped to the map."""
-    return _PATTERNS[pattern](size, (min(partition_size[0], size[0]), min(partition_size[1], size[1])))
-
-
-def pads(pattern: str, padding: str) -> bool:
-    """Whether a stage pads its map to a multiple of the partition size."""
-    return padding == "zeros" and pattern in _PARTITIONED
-
-
-def attend_maps(q: Tensor, k: Tensor, v: Tensor, partition: Partition, backend: str) -> Tensor:
-    """One head of attention between maps: q, k [B, K, H, W] and v [B, V, H, W] -> context [B, V, H, W]."""
-    q, k, v = (x.permute(0, 2, 3, 1).unsqueeze(3) for x in (q, k, v))  # [B, H, W, 1, K or V]
-    return partitioned_attention(q, k, v, partition, backend=backend).squeeze(3).permute(0, 3, 1, 2)
-
-
-def pad_to_multiple(x: Tensor, partition_size: tuple[int, int]) -> Tensor:
-    """x [B, C, H, W] with zeros around it, centred, low side floor(pad / 2), up to a multiple of P on both axes."""
-    P_h, P_w = partition_size
-    pad_h = (x.shape[2] + P_h - 1) // P_h * P_h - x.shape[2]  # no modulo of a negative: symbolic shapes refuse it
-    pad_w = (x.shape[3] + P_w - 1) // P_w * P_w - x.shape[3]
-    if pad_h == 0 and pad_w == 0:
-        return x
-    return F.pad(x, (pad_w // 2, pad_w - pad_w // 2, pad_h // 2, pad_h - pad_h // 2))
-
-
-def crop(x: Tensor, size: Sequence[int]) -> Tensor:
-    """The inverse of `pad_to_multiple`: the centre of x [B, C, H, W], a view."""
-    top, left = (x.shape[2] - size[0]) // 2, (x.shape[3] - size[1]) // 2
-    return x[:, :, top : top + size[0], left : left + size[1]]
-
-
-def recomputed(layers: nn.Module, x: Tensor) -> Tensor:
-    """layers(x), of which backward keeps x alone and computes the rest again."""
-    return checkpoint(layers, x, use_reentrant=False, context_fn=lambda: (nullcontext(), _buffers_kept(layers)))
-
-
-@contextmanager
-def _buffers_kept(layers: nn.Module) -> Iterator[None]:
-    """Layers work on copies of their buffers: running statistics do not count a batch a second time."""
-    kept = [(layer, dict(layer._buffers)) for layer in layers.modules()]
-    for layer, buffers in kept:
-        layer._buffers.update({name: None if x is None else x.clone() for name, x in buffers.items()})
-    try:
-        yield
-    finally:
-        for layer, buffers in kept:
-            layer._buffers.update(buffers)
-
-
-def _one_of(name: str, value: str, valid: tuple[str, ...]) -> str:
-    if value not in valid:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, valid))}, got {value!r}")
-    return value
-
-
-def _partition_size(value: tuple[int, int]) -> tuple[int, int]:
-    pair = isinstance(value, Sequence) and len(value) == 2
-    if not pair or not all(type(p) is int and p >= 1 for p in value):
-        raise ValueError(f"partition_size must be two integers (P_h, P_w) of at least 1, got {value!r}")
-    return value[0], value[1]
-
-
-def _partition_sizes(value: tuple[int, int] | Sequence[tuple[int, int]]) -> Sequence[tuple[int, int]]:
-    """One partition size or several, as several."""
-    several = isinstance(value, Sequence) and (not value or isinstance(value[0], Sequence))
-    return value if several else (value,)  # type: ignore[return-value]
-
-
-def _check_widths(**widths: int) -> None:
-    for name, width in widths.items():
-        if not isinstance(width, int) or width < 1:
-            raise ValueError(f"{name} must be an integer of at least 1, got {width!r}")

@@ -1,43 +1,30 @@
 """What PyTorch sees: opaque operators, and autograd Functions that know every derivative.
 
 `attention` is differentiable to any order, in reverse and forward mode, and accepts torch.func, torch.compile and
-torch.export. First derivatives run the backend's own code; anything higher goes through `eager.plain`. Arguments were
-checked by `functional`; shapes are those of `eager`.
+torch.export. First derivatives run the backend's own code; anything higher goes through `backend.plain`. Shapes are
+those of `backend.contract`.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.utils.flop_counter import register_flop_formula
 
-from . import eager, fused
-from .partition import Axis, Partition
+from . import _tracing
+from .backend import BY_NAME, plain
+from .backend.contract import Call, empty_gradients, empty_outputs
 
 Tensors = tuple[Tensor, ...]
-_BACKENDS: dict[str, Any] = {"eager": eager, "triton": fused}
 
 
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    scale: float,
-    partition: Partition,
-    with_lse: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    """out and lse (meaningful if `with_lse`), differentiable with respect to q, k, v and bias.
-
-    `backend` is "eager" or "triton".
-    """
-    return _call(_Attention, q, k, v, bias, scale, partition, with_lse, backend)
+def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
+    """out and lse (meaningful if `call.with_lse`), differentiable with respect to q, k, v and bias."""
+    return _apply(_Attention, q, k, v, bias, call)
 
 
 # -- operators: what a compiler keeps in its graph instead of the loop over chunks or the kernels ----------------------
@@ -49,160 +36,116 @@ _library.define(
 )
 _library.define(
     "backward(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? out, Tensor? lse, Tensor do, Tensor? dlse,"
-    " float scale, SymInt[] h, SymInt[] w, str backend) -> (Tensor, Tensor, Tensor, Tensor)"
+    " float scale, SymInt[] h, SymInt[] w, bool with_lse, str backend) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 
 
-def _partition(h: Sequence[int], w: Sequence[int]) -> Partition:
-    return Partition(Axis(*h), Axis(*w))
-
-
 @torch.library.impl(_library, "forward", "CompositeExplicitAutograd")
-def _forward_operator(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    scale: float,
-    h: list[int],
-    w: list[int],
-    with_lse: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    return _BACKENDS[backend].forward(q, k, v, bias, scale, _partition(h, w), with_lse)
+def _forward_operator(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *call: Any) -> Tensors:
+    return _run_forward(q, k, v, bias, Call.unflatten(*call))
 
 
 @torch.library.impl(_library, "backward", "CompositeExplicitAutograd")
-def _backward_operator(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    out: Tensor | None,
-    lse: Tensor | None,
-    do: Tensor,
-    dlse: Tensor | None,
-    scale: float,
-    h: list[int],
-    w: list[int],
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _BACKENDS[backend].backward(q, k, v, bias, out, lse, do, dlse, scale, _partition(h, w))
+def _backward_operator(*tensors_and_call: Any) -> Tensors:
+    *tensors, scale, h, w, with_lse, backend = tensors_and_call
+    return _run_backward(*tensors, Call.unflatten(scale, h, w, with_lse, backend))
 
 
 @torch.library.register_fake("isa_triton::forward", lib=_library)
-def _fake_forward(q: Any, k: Any, v: Any, bias: Any, scale: Any, h: Any, w: Any, with_lse: bool, backend: str) -> Any:
-    return eager.empty_outputs(q, v, with_lse)
+def _fake_forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *call: Any) -> Tensors:
+    return empty_outputs(q, v, Call.unflatten(*call).with_lse)
 
 
 @torch.library.register_fake("isa_triton::backward", lib=_library)
 def _fake_backward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *_: Any) -> Tensors:
-    return eager.empty_gradients(q, k, v, bias)
+    return empty_gradients(q, k, v, bias)
 
 
-@register_flop_formula(torch.ops.isa_triton.forward)
-def _forward_flops(q: Any, k: Any, v: Any, bias: Any, scale: Any, h: Any, w: Any, *_: Any, **__: Any) -> int:
-    return _matmul_flops(q, h, w, widths=q[-1] + v[-1])
+def _forward_flops(q: Any, k: Any, v: Any, bias: Any, *call: Any, **_: Any) -> int:
+    return _matmul_flops(q, Call.unflatten(*call), widths=q[-1] + v[-1])
 
 
-@register_flop_formula(torch.ops.isa_triton.backward)
-def _backward_flops(
-    q: Any,
-    k: Any,
-    v: Any,
-    bias: Any,
-    out: Any,
-    lse: Any,
-    do: Any,
-    dlse: Any,
-    scale: Any,
-    h: Any,
-    w: Any,
-    *_: Any,
-    **__: Any,
-) -> int:
-    return _matmul_flops(q, h, w, widths=3 * q[-1] + 2 * v[-1])  # the scores again, dP, dv, dq, dk
+def _backward_flops(q: Any, k: Any, v: Any, *rest: Any, **_: Any) -> int:
+    widths = 3 * q[-1] + 2 * v[-1]  # the scores again, dP, dv, dq, dk
+    return _matmul_flops(q, Call.unflatten(*rest[-5:]), widths)
 
 
-def _matmul_flops(q: Any, h: Any, w: Any, widths: int) -> int:
-    return 2 * q[0] * q[3] * widths * _partition(h, w).pairs
+def _matmul_flops(q: Any, call: Call, widths: int) -> int:
+    return 2 * q[0] * q[3] * widths * call.partition.pairs
 
 
-def _opaque(backend: str, *tensors: Tensor | None) -> bool:
-    """Whether a call has to be one operator: for compilers, and around kernels for whoever else looks at operators.
+def _register_flop_formulas(flop_counter: ModuleType) -> None:
+    flop_counter.register_flop_formula(torch.ops.isa_triton.forward)(_forward_flops)
+    flop_counter.register_flop_formula(torch.ops.isa_triton.backward)(_backward_flops)
 
-    Eager code is made of PyTorch's own operators, which modes may look into; kernels that nobody looks at save the
-    dispatcher's time. Tensors without memory must not meet a kernel.
+
+_tracing.when_imported("torch.utils.flop_counter", _register_flop_formulas)  # which imports Triton
+
+
+def _is_operator(call: Call, *tensors: Tensor | None) -> bool:
+    """Whether a call has to be one operator: for compilers, and where others look and the backend's inside is opaque.
+
+    Kernels that nobody looks at save the dispatcher's time; tensors without memory must not meet one.
     """
     if torch.compiler.is_compiling():
         return True
-    if backend != "triton":
-        return False
-    observed = torch._C._len_torch_dispatch_stack() > 0 or torch.autograd._profiler_enabled()
-    return observed or any(type(x) not in (Tensor, torch.nn.Parameter) or x.is_meta for x in tensors if x is not None)
+    return BY_NAME[call.backend].OPAQUE and _tracing.wants_operators([x for x in tensors if x is not None])
+
+
+def _run_forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, call: Call) -> Tensors:
+    return BY_NAME[call.backend].forward(q, k, v, bias, call)
+
+
+def _run_backward(*tensors_and_call: Any) -> Tensors:
+    return BY_NAME[tensors_and_call[-1].backend].backward(*tensors_and_call)
 
 
 # -- derivatives -------------------------------------------------------------------------------------------------------
 
 
 class _Attention(torch.autograd.Function):
-    @staticmethod
-    def run(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        bias: Tensor | None,
-        scale: float,
-        partition: Partition,
-        with_lse: bool,
-        backend: str,
-    ) -> Tensors:
-        if _opaque(backend, q, k, v, bias):
-            return torch.ops.isa_triton.forward.default(q, k, v, bias, scale, *map(list, partition), with_lse, backend)
-        return _BACKENDS[backend].forward(q, k, v, bias, scale, partition, with_lse)
+    """q, k, v, bias, call -> out, lse."""
 
     @staticmethod
-    def forward(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        bias: Tensor | None,
-        scale: float,
-        partition: Partition,
-        with_lse: bool,
-        backend: str,
-    ) -> Tensors:
-        with_lse = with_lse or _keeps_output(q, v, partition, backend)
-        return _Attention.run(q, k, v, bias, scale, partition, with_lse, backend)
+    def run(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, call: Call) -> Tensors:
+        if _is_operator(call, q, k, v, bias):
+            return torch.ops.isa_triton.forward.default(q, k, v, bias, *call.flat())
+        return _run_forward(q, k, v, bias, call)
+
+    @staticmethod
+    def forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, call: Call) -> Tensors:
+        with_lse = call.with_lse or _keeps_output(q, v, call)
+        return _Attention.run(q, k, v, bias, call._replace(with_lse=with_lse))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
-        q, k, v, bias, ctx.scale, ctx.partition, ctx.with_lse, ctx.backend = inputs
-        kept = output if _keeps_output(q, v, ctx.partition, ctx.backend) else (None, None)
+        q, k, v, bias, ctx.call = inputs
+        kept = output if _keeps_output(q, v, ctx.call) else (None, None)
         ctx.save_for_backward(q, k, v, bias, *kept)
         ctx.save_for_forward(q, k, v, bias)
         ctx.set_materialize_grads(False)
-        if not ctx.with_lse:
+        if not ctx.call.with_lse:
             ctx.mark_non_differentiable(output[1])
 
     @staticmethod
     def backward(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
         q, k, v, bias, out, lse = ctx.saved_tensors
         do = q.new_zeros(v.shape) if do is None else do
-        dlse = dlse if ctx.with_lse else None  # a compiler passes zeros where autograd passes None
-        inputs = q, k, v, bias, out, lse, do, dlse, ctx.scale, ctx.partition, ctx.backend
-        dq, dk, dv, dbias = _call(_AttentionBackward, *inputs)
-        return dq, dk, dv, None if bias is None else dbias, None, None, None, None
+        dlse = dlse if ctx.call.with_lse else None  # a compiler passes zeros where autograd passes None
+        dq, dk, dv, dbias = _apply(_AttentionBackward, q, k, v, bias, out, lse, do, dlse, ctx.call)
+        return dq, dk, dv, None if bias is None else dbias, None
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, q: Tensor, k: Tensor, v: Tensor, bias: Any, *rest: Any) -> tuple[Any, Any]:
-        n, with_lse = info.batch_size, rest[2]
+    def vmap(info: Any, in_dims: Any, q: Tensor, k: Tensor, v: Tensor, bias: Any, call: Call) -> tuple[Any, Any]:
+        n, lse_dim = info.batch_size, 3 if call.with_lse else None
         folded = (_fold(x, dim, n, at) for x, dim, at in zip((q, k, v, bias), in_dims, (3, 3, 3, 0), strict=False))
-        out, lse = _call(_Attention, *folded, *rest)
-        return (_unfold(out, n, heads=3), _unfold(lse, n, heads=3) if with_lse else lse), (3, 3 if with_lse else None)
+        out, lse = _apply(_Attention, *folded, call)
+        return (_unfold(out, n, heads=3), _unfold(lse, n, heads=3) if call.with_lse else lse), (3, lse_dim)
 
 
 class _AttentionBackward(torch.autograd.Function):
+    """q, k, v, bias, out, lse, do, dlse, call -> dq, dk, dv, dbias."""
+
     @staticmethod
     def run(
         q: Tensor,
@@ -213,31 +156,27 @@ class _AttentionBackward(torch.autograd.Function):
         lse: Tensor | None,
         do: Tensor,
         dlse: Tensor | None,
-        scale: float,
-        partition: Partition,
-        backend: str,
+        call: Call,
     ) -> Tensors:
-        if _opaque(backend, q, k, v, bias, do, dlse):
-            return torch.ops.isa_triton.backward.default(
-                q, k, v, bias, out, lse, do, dlse, scale, *map(list, partition), backend
-            )
-        return _BACKENDS[backend].backward(q, k, v, bias, out, lse, do, dlse, scale, partition)
+        if _is_operator(call, q, k, v, bias, do, dlse):
+            return torch.ops.isa_triton.backward.default(q, k, v, bias, out, lse, do, dlse, *call.flat())
+        return _run_backward(q, k, v, bias, out, lse, do, dlse, call)
 
     forward = run
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
-        q, k, v, bias, _, _, do, dlse, ctx.scale, ctx.partition, _ = inputs
+        q, k, v, bias, _, _, do, dlse, ctx.call = inputs
         ctx.save_for_backward(q, k, v, bias, do, dlse)
         ctx.save_for_forward(q, k, v, bias, do, dlse)
 
     @staticmethod
-    def _plain(ctx: Any) -> Callable[..., Tensors]:
+    def _plain(call: Call) -> Callable[..., Tensors]:
         """The gradients as a function of q, k, v, bias, do and dlse; out and lse are functions of those."""
 
         def gradients(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, do: Tensor, dlse: Tensor | None) -> Tensors:
             def f(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensors:
-                out, lse = eager.plain(q, k, v, bias, ctx.scale, ctx.partition)
+                out, lse = plain.attention(q, k, v, bias, call.scale, call.partition)
                 return (out,) if dlse is None else (out, lse)
 
             dq, dk, dv, dbias = _pull_back(f, (q, k, v, bias), (do,) if dlse is None else (do, dlse))
@@ -247,38 +186,38 @@ class _AttentionBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
-        dq, dk, dv, dbias, ddo, ddlse = _pull_back(_AttentionBackward._plain(ctx), ctx.saved_tensors, cotangents)
-        return dq, dk, dv, dbias, None, None, ddo, ddlse, None, None, None
+        dq, dk, dv, dbias, ddo, ddlse = _pull_back(_AttentionBackward._plain(ctx.call), ctx.saved_tensors, cotangents)
+        return dq, dk, dv, dbias, None, None, ddo, ddlse, None
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *inputs: Any) -> tuple[Any, Any]:
-        n, bias = info.batch_size, inputs[3]
-        heads = (3, 3, 3, 0, 3, 3, 3, 3)
-        folded = (_fold(x, dim, n, at) for x, dim, at in zip(inputs, in_dims, heads, strict=False))
-        *gradients, dbias = _call(_AttentionBackward, *folded, *inputs[len(heads) :])
-        outputs = [_unfold(x, n, heads=3) for x in gradients] + [dbias if bias is None else _unfold(dbias, n, heads=0)]
-        return tuple(outputs), (3, 3, 3, None if bias is None else 0)
+        n, (*tensors, call) = info.batch_size, inputs
+        has_bias, heads = tensors[3] is not None, (3, 3, 3, 0, 3, 3, 3, 3)
+        folded = (_fold(x, dim, n, at) for x, dim, at in zip(tensors, in_dims, heads, strict=False))
+        *gradients, dbias = _apply(_AttentionBackward, *folded, call)
+        outputs = [_unfold(x, n, heads=3) for x in gradients] + [_unfold(dbias, n, heads=0) if has_bias else dbias]
+        return tuple(outputs), (3, 3, 3, 0 if has_bias else None)
 
 
-def _keeps_output(q: Tensor, v: Tensor, partition: Partition, backend: str) -> bool:
-    return backend == "triton" and fused.keeps_output(q, v, partition)
+def _keeps_output(q: Tensor, v: Tensor, call: Call) -> bool:
+    return BY_NAME[call.backend].keeps_output(q, v, call.partition)
 
 
 class _AttentionForwardMode(_Attention):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, Tensor | None]:
         def f(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensors:
-            return eager.plain(q, k, v, bias, ctx.scale, ctx.partition)
+            return plain.attention(q, k, v, bias, ctx.call.scale, ctx.call.partition)
 
         out, lse = _push_forward(f, ctx.saved_tensors[:4], tangents[:4])
-        return out, lse if ctx.with_lse else None
+        return out, lse if ctx.call.with_lse else None
 
 
 class _AttentionBackwardForwardMode(_AttentionBackward):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensors:
         tangents = (*tangents[:4], *tangents[6:8])  # all but those of out and lse
-        return _push_forward(_AttentionBackward._plain(ctx), ctx.saved_tensors, tangents)
+        return _push_forward(_AttentionBackward._plain(ctx.call), ctx.saved_tensors, tangents)
 
 
 _FORWARD_MODE: dict[Any, Any] = {_Attention: _AttentionForwardMode, _AttentionBackward: _AttentionBackwardForwardMode}
@@ -286,24 +225,23 @@ for _function in _FORWARD_MODE.values():
     _function.forward.__signature__ = inspect.signature(_function.forward)  # autograd asks for it in every call
 
 
-def _call(function: Any, *inputs: Any) -> Any:
+def _apply(function: Any, *inputs: Any) -> Any:
     """Apply a Function where somebody may differentiate; else only run it, in a fraction of the host's time."""
     if torch.compiler.is_compiling():  # Dynamo refuses every Function with a jvp
         return function.apply(*inputs)
-    tensors = [x for x in inputs if isinstance(x, Tensor)]
-    recorded = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-    if recorded or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    if _tracing.is_differentiated([x for x in inputs if isinstance(x, Tensor)]):
         return _FORWARD_MODE[function].apply(*inputs)
     return function.run(*inputs)
 
 
 def _setup_operator(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
-    *arguments, h, w, with_lse, backend = inputs
-    _Attention.setup_context(ctx, (*arguments, _partition(h, w), with_lse, backend), output)
+    q, k, v, bias, *call = inputs
+    _Attention.setup_context(ctx, (q, k, v, bias, Call.unflatten(*call)), output)
 
 
 def _differentiate_operator(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
-    return *_Attention.backward(ctx, *gradients), None  # two axes where the Function has one partition
+    *of_tensors, _ = _Attention.backward(ctx, *gradients)
+    return *of_tensors, None, None, None, None, None  # what a call is made of has none
 
 
 # An exported graph holds the operator without the Function around it, and must train all the same.

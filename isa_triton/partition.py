@@ -19,15 +19,12 @@ from itertools import groupby, product
 from operator import index
 from typing import Any, NamedTuple
 
-try:
-    import triton
-    import triton.language as tl  # noqa: F401  # Triton's interpreter asks for it in every file with a kernel's source
-except ModuleNotFoundError:  # macOS and Windows: the eager backend needs the host half of this file only
-    triton = None
-
 
 def coordinates(group, token, h, w):  # type: ignore[no-untyped-def]  # ints, arrays or tl.tensors alike
-    """Row y and column x of each (group, token), and whether it lies inside the map: the equation on both axes."""
+    """Row y and column x of each (group, token), and whether it lies inside the map: the equation on both axes.
+
+    Kernels compile this very source for the device.
+    """
     y = h.origin + (group // w.groups) * h.group_stride + (token // w.tokens) * h.token_stride
     x = w.origin + (group % w.groups) * w.group_stride + (token % w.tokens) * w.token_stride
     inside = (y < h.size) & (x < w.size)
@@ -36,7 +33,9 @@ def coordinates(group, token, h, w):  # type: ignore[no-untyped-def]  # ints, ar
     return y, x, inside
 
 
-device_coordinates = triton.jit(coordinates) if triton else None  # the same source, for kernels
+def ceil_div(a: int, b: int) -> int:
+    """The least integer not below a / b. Without a negation: symbolic shapes understand it too."""
+    return (a + b - 1) // b
 
 
 class Run(NamedTuple):
@@ -67,19 +66,19 @@ class Axis(NamedTuple):
     @classmethod
     def interlaced(cls, size: int, stride: int) -> Axis:
         """`stride` groups whose tokens lie `stride` pixels apart."""
-        return cls(size, groups=stride, tokens=_ceil_div(size, stride), group_stride=1, token_stride=stride)
+        return cls(size, groups=stride, tokens=ceil_div(size, stride), group_stride=1, token_stride=stride)
 
     @classmethod
     def grid(cls, size: int, tokens: int) -> Axis:
         """Interlaced groups of `tokens` tokens each, spread over the whole axis."""
-        stride = _ceil_div(size, tokens)
+        stride = ceil_div(size, tokens)
         return cls(size, groups=stride, tokens=tokens, group_stride=1, token_stride=stride)
 
     @classmethod
     def local(cls, size: int, window: int, shift: int = 0) -> Axis:
         """Groups of `window` adjacent pixels; a shift leaves `shift` of them to the first group."""
         origin = shift - window if shift else 0
-        return cls(size, _ceil_div(size - origin, window), window, group_stride=window, token_stride=1, origin=origin)
+        return cls(size, ceil_div(size - origin, window), window, group_stride=window, token_stride=1, origin=origin)
 
     @property
     def divides(self) -> bool:
@@ -96,8 +95,8 @@ class Axis(NamedTuple):
         def inside(group: int) -> tuple[int, int]:
             """The first of the group's tokens inside the map, and the first behind them."""
             start = self.pixel(group, 0)
-            stop = min(self.tokens, _ceil_div(self.size - start, self.token_stride))
-            return max(0, _ceil_div(-start, self.token_stride)), stop
+            stop = min(self.tokens, ceil_div(self.size - start, self.token_stride))
+            return max(0, ceil_div(-start, self.token_stride)), stop
 
         same = [(tokens, list(groups)) for tokens, groups in groupby(range(self.groups), inside)]
         return tuple(Run(groups[0], len(groups), start, stop - start) for (start, stop), groups in same)
@@ -294,10 +293,6 @@ class Partition(NamedTuple):
 @lru_cache(maxsize=1024)
 def _pieces(partition: Partition) -> tuple[tuple[Run, Run], ...]:
     return tuple(product(partition.h.runs(), partition.w.runs()))
-
-
-def _ceil_div(a: int, b: int) -> int:
-    return (a + b - 1) // b
 
 
 def _pair(name: str, pair: Any) -> tuple[int, int]:

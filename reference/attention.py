@@ -6,7 +6,7 @@ The paper's symbols: the affinity matrix is A = softmax(Q K^T / sqrt(d)), the co
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -110,3 +110,35 @@ def affinity(
         block = torch.softmax(scale * (queries @ keys.transpose(-1, -2)), dim=-1)  # [B, heads, T, T]
         matrix[:, :, members[:, None], members] = block
     return matrix
+
+
+def attention_of_groups(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    groups: Iterable[tuple[slice, slice]],
+    whole: tuple[int, int],
+    shift: tuple[int, int] = (0, 0),
+) -> tuple[Tensor, Tensor]:
+    """out and lse in the precision of the arguments, group by group.
+
+    Args:
+        groups: the rows and columns of every group's pixels.
+        whole: rows and columns of tokens in a group that is whole, by which bias numbers them.
+        shift: of windows; a piece that it leaves on an edge has the last rows or columns of a whole one.
+    """
+    out, lse = torch.zeros_like(v), torch.zeros_like(q[..., 0])
+    for pixels in groups:
+        here = (slice(None), *pixels)
+        h, w = q[here].shape[1:3]
+        qs, ks, vs = (x[here].flatten(1, 2).transpose(1, 2) for x in (q, k, v))  # [B, heads, T, width]
+        scores = qs @ ks.mT * scale
+        if bias is not None:
+            y, x = (-s % t if at.start == 0 else 0 for at, t, s in zip(pixels, whole, shift, strict=True))
+            tokens = ((y + torch.arange(h))[:, None] * whole[1] + x + torch.arange(w)).flatten()
+            scores = scores + bias[:, tokens][:, :, tokens]
+        out[here] = (scores.softmax(-1) @ vs).transpose(1, 2).unflatten(1, (h, w))
+        lse[here] = scores.logsumexp(-1).transpose(1, 2).unflatten(1, (h, w))
+    return out, lse

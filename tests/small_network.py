@@ -13,7 +13,7 @@ from bench.__main__ import main
 from bench.training import run as running
 from bench.training.recipe import RECIPES, Recipe
 from isa_triton import ISAHead
-from isa_triton.models.segmentation import IANet, fcn_head
+from isa_triton.models.ianet import IANet, fcn_head
 
 
 class Pyramid(nn.Module):

@@ -15,6 +15,7 @@ import torch
 from bench import results
 from bench.__main__ import main
 from bench.commands import sharding
+from bench.records import columns as columns_of
 from isa_triton import (
     InterlacedSparseSelfAttention,
     ISAHead,
@@ -120,9 +121,9 @@ MODULES: list[Row] = [
     (lambda: isa(order="both"), ValueError, "order must be one of 'long-short', 'short-long', got 'both'"),
     (lambda: isa(padding=None), ValueError, "padding must be one of"),
     (lambda: isa()(X[:, 1:]), ValueError, "x must be [B, 4, H, W]"),
-    (lambda: ISAModule(4, 2, 3, 4, partition_sizes=()), ValueError, "partition_sizes must hold at least one"),
-    (lambda: ISAModule(4, 2, 3, 4, partition_sizes=8), ValueError, "partition_sizes must hold at least one (P_h, P_w)"),
-    (lambda: ISAModule(4, 2, 3, 4, partition_sizes=(8, 8)), ValueError, "two integers (P_h, P_w) of at least 1, got 8"),
+    (lambda: ISAModule(4, 2, 3, 4, partition_size=()), ValueError, "partition_size must be two integers"),
+    (lambda: ISAModule(4, 2, 3, 4, partition_size=8), ValueError, "partition_size must be two integers (P_h, P_w)"),
+    (lambda: ISAModule(4, 2, 3, 4, partition_size=((8, 8), (0, 4))), ValueError, "of at least 1, got (0, 4)"),
     (lambda: ISAModule(4, 2, 3, 0), ValueError, "out_channels must be an integer of at least 1, got 0"),
     (lambda: ISAHead(4, 3, 0), ValueError, "num_classes must be an integer of at least 1, got 0"),
     (lambda: ISAHead(4, 3, 2, partition_size=8), ValueError, "two integers (P_h, P_w) of at least 1, got 8"),
@@ -195,7 +196,7 @@ def test_bad_commands_exit_with_2(arguments: list[str], words: str, capsys: pyte
 def test_broken_results_are_named(
     command: str, content: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    columns = {"scaling": results.COLUMNS, "sharding": sharding.COLUMNS}[command]
+    columns = {"scaling": columns_of(results.Row), "sharding": columns_of(sharding.Row)}[command]
     text = content.format(columns=",".join(columns), words=",".join("word" for _ in columns))
     file = tmp_path / f"{command}.csv"
     file.write_text(text, errors="surrogateescape")

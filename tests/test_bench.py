@@ -19,7 +19,8 @@ from bench.__main__ import main
 from bench.arguments import size
 from bench.measure import Counter, count, seconds, step
 from bench.providers import PROVIDERS
-from bench.results import Row, read_rows, write_rows
+from bench.records import read, write
+from bench.results import Row
 from bench.workload import LEVELS, PASSES, Level, Pass, Workload, closed_form_flops
 
 PAPER: dict[str, Any] = {"key_channels": 256, "value_channels": 512, "partition_size": (8, 8)}
@@ -210,12 +211,12 @@ ROW = Row(
 
 def test_the_csv_has_its_columns_and_reads_back(tmp_path: Path) -> None:
     rows = [ROW, replace(ROW, seconds=None, source="counted")]
-    write_rows(tmp_path / "new" / "scaling.csv", rows)
+    write(tmp_path / "new" / "scaling.csv", Row, rows)
     assert (tmp_path / "new" / "scaling.csv").read_text().splitlines()[0] == (
         "provider,level,pass,height,width,channels,key_channels,value_channels,"
         "dtype,device,flops,peak_bytes,seconds,source,partition_size"
     )
-    assert read_rows(tmp_path / "new" / "scaling.csv") == rows
+    assert read(tmp_path / "new" / "scaling.csv", Row) == rows
 
 
 def test_the_csv_is_whole_or_as_it_was(tmp_path: Path) -> None:
@@ -223,17 +224,17 @@ def test_the_csv_is_whole_or_as_it_was(tmp_path: Path) -> None:
         yield ROW
         raise KeyboardInterrupt
 
-    write_rows(tmp_path / "scaling.csv", [ROW])
+    write(tmp_path / "scaling.csv", Row, [ROW])
     with pytest.raises(KeyboardInterrupt):
-        write_rows(tmp_path / "scaling.csv", broken())
-    assert read_rows(tmp_path / "scaling.csv") == [ROW]
+        write(tmp_path / "scaling.csv", Row, broken())
+    assert read(tmp_path / "scaling.csv", Row) == [ROW]
     assert [path.name for path in tmp_path.iterdir()] == ["scaling.csv"]
 
 
 def test_a_csv_with_other_columns_is_refused(tmp_path: Path) -> None:
     (tmp_path / "other.csv").write_text("provider,flops\nisa,1\n")
     with pytest.raises(ValueError, match="must have the columns provider,level,pass"):
-        read_rows(tmp_path / "other.csv")
+        read(tmp_path / "other.csv", Row)
 
 
 TINY = ["--channels=8", "--key-channels=4", "--value-channels=6", "--rounds=1"]
@@ -243,7 +244,7 @@ SCALING = ["scaling", "--partition-size=2x3", *TINY]
 def test_scaling_writes_its_csv_and_plots(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names = [name for name in PROVIDERS if not PROVIDERS[name].compiles]
     main([*SCALING, "--out", str(tmp_path), "--sizes", "7x11", "12x9", "--providers", *names])
-    rows = read_rows(tmp_path / "scaling.csv")
+    rows = read(tmp_path / "scaling.csv", Row)
     assert {row.map for row in rows} == {(7, 11), (12, 9)}
     assert {row.partition_size for row in rows} == {"2x3"}
     everywhere = [row.provider for row in rows if (row.level, row.pass_, row.map) == ("module", "training", (7, 11))]
@@ -260,7 +261,7 @@ def test_scaling_writes_its_csv_and_plots(tmp_path: Path, capsys: pytest.Capture
 def test_scaling_does_not_run_what_does_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     only = ["--providers", "dense", "isa", "--level", "attention", "--passes", "forward", "--sizes", "64", "128"]
     main([*SCALING, "--out", str(tmp_path), *only, "--memory-limit", "0.0005"])
-    dense, isa = read_rows(tmp_path / "scaling.csv")[2:]
+    dense, isa = read(tmp_path / "scaling.csv", Row)[2:]
     assert (dense.seconds, dense.source) == (None, "counted")
     assert dense.peak_bytes > 2 * 4 * 128**4  # two copies of the scores, which no one ever made
     assert (isa.seconds, isa.source) == (None, "counted")
@@ -271,7 +272,7 @@ def test_scaling_measures_only_what_its_csv_lacks(tmp_path: Path, monkeypatch: p
     only = ["--out", str(tmp_path), "--level", "attention", "--passes", "forward", "--providers"]
     monkeypatch.setattr("bench.commands.scaling.plot", lambda *_: None)  # drawn elsewhere
     main([*SCALING, *only, "unfused", "isa", "--sizes", "6", "7x11"])
-    first = read_rows(tmp_path / "scaling.csv")
+    first = read(tmp_path / "scaling.csv", Row)
     timed: list[set[str]] = []
 
     def timing(steps: dict[str, Any], **_: Any) -> dict[str, float]:
@@ -282,17 +283,17 @@ def test_scaling_measures_only_what_its_csv_lacks(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(measure, "matmul_rate", lambda *_: 1e9)
     main([*SCALING, *only, "isa", "--sizes", "7x11"])
     assert timed == []
-    assert sorted(read_rows(tmp_path / "scaling.csv"), key=str) == sorted(first, key=str)
+    assert sorted(read(tmp_path / "scaling.csv", Row), key=str) == sorted(first, key=str)
     main([*SCALING, *only, "isa", "dense", "--sizes", "6"])
     assert timed == [{"isa", "dense"}]  # times of one map come from one run
-    rows = {(row.provider, row.map): row.seconds for row in read_rows(tmp_path / "scaling.csv")}
+    rows = {(row.provider, row.map): row.seconds for row in read(tmp_path / "scaling.csv", Row)}
     assert rows[("isa", (6, 6))] == rows[("dense", (6, 6))] == 1.0
     assert rows[("isa", (7, 11))] == first[3].seconds
     main([*SCALING, *only, "isa", "--sizes", "6", "--partition-size", "3x2"])
     assert timed[1:] == [{"isa"}]
-    assert len(read_rows(tmp_path / "scaling.csv")) == 6
+    assert len(read(tmp_path / "scaling.csv", Row)) == 6
     main([*SCALING, *only, "isa", "--sizes", "6", "--fresh"])
-    assert len(read_rows(tmp_path / "scaling.csv")) == 1
+    assert len(read(tmp_path / "scaling.csv", Row)) == 1
 
 
 def test_scaling_of_nobody_says_so_and_draws_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -313,7 +314,7 @@ def test_partitions_writes_its_csv_and_a_plot(tmp_path: Path) -> None:
     sizes = ["--size", "8x12", "--partition-sizes", "1x2", "4", "--partition-size", "2x3", "--passes", "forward"]
     main(["partitions", *TINY, "--out", str(tmp_path), *sizes])
     assert {path.name for path in tmp_path.iterdir()} == {"partitions.csv", "partition_sizes_forward.png"}
-    rows = read_rows(tmp_path / "partitions.csv")
+    rows = read(tmp_path / "partitions.csv", Row)
     flops = {(row.provider, row.partition_size): row.flops for row in rows if row.level == "attention"}
     for window, area in (("1x2", 2), ("2x3", 6), ("4x4", 16)):
         long, short = 2 * (4 + 6) * 96 * 96 // area, 2 * (4 + 6) * 96 * area

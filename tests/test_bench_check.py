@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from bench.__main__ import main
-from bench.budget import allowed_error
 from bench.cases import Case
 from bench.commands import check
 from bench.commands.check import named_cases
-from isa_triton.kernels import launch
+from isa_triton.backend.kernels import launch
+from reference.budget import allowed_error
 
 FEW = [
     Case("interlaced", (5, 7), (2, 3), (16, 24), heads=2),

@@ -11,7 +11,7 @@ from torch import nn
 from bench import heads
 from bench.heads import CONTEXTS, head
 from isa_triton import ISAHead
-from isa_triton.models.segmentation import fcn_head
+from isa_triton.models.ianet import fcn_head
 
 CLASSES, SIZE = 5, (7, 9)
 

@@ -20,7 +20,7 @@ from bench.tiles.program import Loop, Op, read_program
 from bench.tiles.read import LIMITS, Binary, programs_at_once, room
 from bench.tiles.roofline import LAUNCH, MACHINES, predict
 from bench.tiles.search import KERNELS
-from isa_triton.kernels import launch
+from isa_triton.backend.kernels import launch
 from isa_triton.partition import Partition
 from isa_triton.tiles import BackwardTiles, Tile
 from tests import guard
@@ -210,7 +210,7 @@ def planted(stretch: Stretch = QUIET, programs: int = 4, matrix: str = "HGMMA") 
     return Binary(64, 0, 0, 0, 0, 4, programs, 1, {matrix: 1}, 0, (), (), PROGRAM, (stretch,))
 
 
-LAUNCHED = Launch("isa_triton.kernels.forward", "forward_kernel", gpu("sm_90"), {}, {}, {}, {}, (2112,))
+LAUNCHED = Launch("isa_triton.backend.kernels.forward", "forward_kernel", gpu("sm_90"), {}, {}, {}, {}, (2112,))
 H100 = MACHINES["H100"]
 
 

@@ -73,7 +73,9 @@ BEST = Tile(32, 64, 64, 16, 2, 3)
 @dataclass(frozen=True)
 class PlantedTask(Task):
     def launch(self, tile: Tile) -> Launch:
-        return Launch("isa_triton.kernels.forward", "forward_kernel", gpu("sm_90"), {}, {}, {}, {"tile": tile}, (132,))
+        return Launch(
+            "isa_triton.backend.kernels.forward", "forward_kernel", gpu("sm_90"), {}, {}, {}, {"tile": tile}, (132,)
+        )
 
 
 @dataclass

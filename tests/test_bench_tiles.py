@@ -29,7 +29,7 @@ from bench.tiles.read import (
     sass_instructions,
 )
 from bench.tiles.verify import SHAPES, Case, cases, offences
-from isa_triton.kernels import common
+from isa_triton.backend.kernels import common
 from isa_triton.partition import Partition
 
 ROOT = Path(__file__).parent.parent

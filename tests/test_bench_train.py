@@ -29,7 +29,7 @@ from torchvision import datasets, tv_tensors
 from bench import opponents
 from bench.__main__ import main
 from bench.commands.train import signals
-from bench.files import replacing
+from bench.records import replacing
 from bench.training import InputError
 from bench.training import run as running
 from bench.training.data import DATA_SETS, MEAN, STD, RandomFlip, Samples, batches

@@ -175,7 +175,7 @@ def activation(abn: bool) -> dict[str, Any]:
 @pytest.mark.parametrize("ps", [[P], [P, (2, 3)]], ids=["one", "two"])
 def test_the_authors_module(size: tuple[int, int], training: bool, abn: bool, ps: list[tuple[int, int]]) -> None:
     weights = openseg_weights((C, K, V, O), len(ps), abn)
-    module = ISAModule(C, K, V, O, partition_sizes=ps, dropout=0.0, norm_layer=NCHWBatchNorm, **activation(abn))
+    module = ISAModule(C, K, V, O, partition_size=ps, dropout=0.0, norm_layer=NCHWBatchNorm, **activation(abn))
     convert = partial(from_openseg, inplace_abn=abn)
     theirs = partial(openseg_module, prefix="net.", ps=ps)
     net = Published({f"net.{name}": x for name, x in weights.items()}, training, abn)

@@ -1,4 +1,4 @@
-"""partitioned_attention on the eager backend: equations, derivatives, layouts, transforms, and errors at the door."""
+"""partitioned_attention on the eager backend: equations, derivatives, layouts, transforms, and refusals."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.flop_counter import FlopCounterMode
 
 import reference
-from isa_triton import Partition, eager, partitioned_attention, partitioned_attention_with_lse
+from isa_triton import Partition, partitioned_attention, partitioned_attention_with_lse
+from isa_triton.backend import eager
 from tests.cases import PARTITIONS, qkv, relative_error
 
 every_partition = pytest.mark.parametrize("partition", PARTITIONS.values(), ids=PARTITIONS.keys())
@@ -193,15 +194,15 @@ def test_fused_attention_serves_where_it_is_faster_and_agrees(
 ) -> None:
     """Up to a width of 128, in one chunk or in many; with lse there is none, and the same result."""
     monkeypatch.setattr(eager, "_CHUNK_BYTES_CPU", chunk_bytes)
-    fused = Mock(wraps=eager.F.scaled_dot_product_attention)
-    monkeypatch.setattr(eager.F, "scaled_dot_product_attention", fused)
+    sdpa = Mock(wraps=eager.F.scaled_dot_product_attention)
+    monkeypatch.setattr(eager.F, "scaled_dot_product_attention", sdpa)
     for width in (8, 136):
         q, k, v = qkv(PARTITIONS[name], key_width=width, value_width=width)
         bias = torch.randn(2, PARTITIONS[name].tokens, PARTITIONS[name].tokens, dtype=q.dtype)
         for b in (bias, None):
-            fused.reset_mock()
+            sdpa.reset_mock()
             out = partitioned_attention(q, k, v, PARTITIONS[name], bias=b)
-            assert fused.called == (width == 8)
+            assert sdpa.called == (width == 8)
             assert relative_error(out, partitioned_attention_with_lse(q, k, v, PARTITIONS[name], bias=b)[0]) < 1e-12
 
 
@@ -296,7 +297,7 @@ def test_operators_pass_opcheck(with_bias: bool, transposed: bool) -> None:
     for with_lse in (False, True):
         torch.library.opcheck(torch.ops.isa_triton.forward.default, (q, k, v, bias, 0.5, *axes, with_lse, "eager"))
         dlse = torch.randn(q.shape[:-1]) if with_lse else None
-        arguments = (q, k, v, bias, None, None, torch.randn_like(v), dlse, 0.5, *axes, "eager")
+        arguments = (q, k, v, bias, None, None, torch.randn_like(v), dlse, 0.5, *axes, with_lse, "eager")
         torch.library.opcheck(torch.ops.isa_triton.backward.default, arguments)
 
 
@@ -320,7 +321,7 @@ def test_flops_of_operators_and_of_matmuls_agree_with_the_pairs(partition: Parti
             out.backward(torch.ones_like(out))
         assert counter.get_total_flops() == backward
     with FlopCounterMode(display=False) as counter:
-        torch.ops.isa_triton.backward.default(q, k, v, None, None, None, v, None, 1.0, *axes, "eager")
+        torch.ops.isa_triton.backward.default(q, k, v, None, None, None, v, None, 1.0, *axes, False, "eager")
     assert counter.get_total_flops() == backward
 
 

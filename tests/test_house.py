@@ -2,88 +2,53 @@
 
 from __future__ import annotations
 
-import ast
 import doctest
 import importlib
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).parent.parent
-# A file may import what stands right of it, and nothing else of ours; external packages are checked where it matters.
-ARROWS = {
-    "isa_triton.partition": set(),
-    "isa_triton.eager": {"isa_triton.partition"},
-    "isa_triton.tiles": set(),
-    "isa_triton.kernels": {"isa_triton.partition", "isa_triton.tiles", "isa_triton.kernels"},
-    "isa_triton.fused": {"isa_triton.partition", "isa_triton.eager", "isa_triton.kernels", "isa_triton.tiles"},
-    "isa_triton.ops": {"isa_triton.partition", "isa_triton.eager", "isa_triton.fused"},
-    "isa_triton.functional": {"isa_triton.partition", "isa_triton.fused", "isa_triton.ops"},
-    "isa_triton.modules": {"isa_triton.partition", "isa_triton.functional"},
-    "isa_triton.checkpoints": {"isa_triton.partition", "isa_triton.eager", "isa_triton.modules"},
-    "isa_triton.models": {
-        "isa_triton.partition",
-        "isa_triton.functional",
-        "isa_triton.modules",
-        "isa_triton.checkpoints",
-        "isa_triton.models",
-    },
-    "isa_triton.exchange": set(),
-    "isa_triton.sharding": {"isa_triton.exchange", "isa_triton.modules"},
-    "isa_triton": {"isa_triton.partition", "isa_triton.functional", "isa_triton.modules"},
-    "reference": {"reference"},
-    "bench": {"bench", "isa_triton", "reference"},
-    "tests": {"tests", "bench", "isa_triton", "reference"},
-}
-WITHOUT_TORCH = ("isa_triton.partition", "isa_triton.kernels", "isa_triton.tiles")
-TORCH_ONLY = ("reference",)
-
-
-def modules() -> dict[str, Path]:
-    files = (path for folder in ("isa_triton", "reference", "bench", "tests") for path in (ROOT / folder).rglob("*.py"))
-    return {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in files}
-
-
-def imports(name: str, path: Path) -> set[str]:
-    """Absolute names of everything that a file imports, at any depth."""
-    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            base = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
-            origin = ".".join([*base, *([node.module] if node.module else [])])
-            found |= {f"{origin}.{alias.name}" for alias in node.names} if origin in modules() else {origin}
-    return found
-
-
-def within(name: str, parents: set[str]) -> bool:
-    """Whether a name is one of the parents or lies inside one; the package isa_triton stands for its public names."""
-    return any(name == parent or name.startswith(f"{parent}.") for parent in parents)
+from tests.house import (
+    ARROWS,
+    PACKAGES,
+    ROOT,
+    TORCH_ONLY,
+    WITHOUT_TORCH,
+    imports,
+    is_within,
+    modules,
+    picture,
+)
 
 
 @pytest.mark.parametrize("name", sorted(modules()))
-def test_arrows(name: str) -> None:
-    rule = next((key for key in sorted(ARROWS, key=len, reverse=True) if within(name, {key})), None)
+def test_a_file_imports_from_lower_floors_only(name: str) -> None:
+    rule = next((key for key in sorted(ARROWS, key=len, reverse=True) if is_within(name, {key})), None)
     assert rule is not None, f"{name} has no place in the house"
     if rule == "isa_triton" and name != "isa_triton":
         pytest.fail(f"{name} has no arrows: say in ARROWS what it may import")
-    ours = {
-        other
-        for other in imports(name, modules()[name])
-        if other.split(".")[0] in ("isa_triton", "reference", "bench", "tests")
-    }
-    assert {other for other in ours if not within(other, ARROWS[rule])} == set()
-    external = {other.split(".")[0] for other in imports(name, modules()[name])} - sys.stdlib_module_names
-    if within(name, set(WITHOUT_TORCH)):
+    found = set(imports(name))
+    ours = {other for other in found if other.split(".")[0] in PACKAGES}
+    assert {other for other in ours if not is_within(other, ARROWS[rule])} == set()
+    external = {other.split(".")[0] for other in found} - sys.stdlib_module_names
+    if is_within(name, WITHOUT_TORCH):
         assert "torch" not in external
-    if within(name, set(TORCH_ONLY)):
+    if is_within(name, TORCH_ONLY):
         assert external <= {"torch", "reference", "__future__"}
+
+
+def test_no_arrow_leads_back() -> None:
+    arrows = picture()
+    while True:  # take rooms away that nothing enters, until none is left
+        entered = {to for _, to in arrows}
+        lower = {(start, to) for start, to in arrows if start in entered}
+        if lower == arrows:
+            break
+        arrows = lower
+    assert arrows == set()
 
 
 def python(code: str) -> str:
@@ -104,16 +69,26 @@ def test_the_library_works_without_triton() -> None:
 
 def test_broken_kernels_are_not_taken_for_missing_triton() -> None:
     output = python(
-        "import sys; sys.modules['isa_triton.kernels.backward'] = None\n"
-        "try: import isa_triton\n"
+        "import os, sys; os.environ['TRITON_INTERPRET'] = '1'\n"
+        "sys.modules['isa_triton.backend.kernels.backward'] = None\n"
+        "import torch; from isa_triton import *; q = torch.ones(1, 4, 6, 1, 16)\n"
+        "try: partitioned_attention(q, q, q, Partition.dense((4, 6)), backend='triton')\n"
         "except ModuleNotFoundError as error: print(error.name)\n"
     )
-    assert output.split() == ["isa_triton.kernels.backward"]
+    assert output.split() == ["isa_triton.backend.kernels.backward"]
 
 
-@pytest.mark.parametrize("name", ["partition", "tiles", "functional", "modules", "checkpoints", "exchange"])
+@pytest.mark.parametrize(
+    "name", ["partition", "tiles", "functional", "maps", "modules", "inference", "sharding.layouts"]
+)
 def test_examples_in_docstrings(name: str) -> None:
     module = importlib.import_module(f"isa_triton.{name}")
     results = doctest.testmod(module, extraglobs={"torch": torch})
     assert results.attempted > 0
     assert results.failed == 0
+
+
+def test_importing_the_library_loads_nothing_that_only_kernels_compilers_and_figures_need() -> None:
+    output = python("import sys, isa_triton, isa_triton.models.block, isa_triton.checkpoints; print(*sys.modules)")
+    heavy = {"triton", "matplotlib", "rich", "timm", "torchvision", "torch._dynamo", "torch._inductor", "sympy"}
+    assert heavy & set(output.split()) == set()

@@ -15,11 +15,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.budget import allowed_error, natural_scales
-from bench.cases import formula, laid_out
-from isa_triton.kernels import launch
+from bench.cases import laid_out
+from isa_triton.backend.kernels import launch
 from isa_triton.partition import Partition
 from isa_triton.tiles import BackwardTiles, Tile
+from reference.attention import attention_of_groups
+from reference.budget import allowed_error, natural_scales
 from tests import guard
 
 Pair = tuple[int, int]
@@ -184,7 +185,7 @@ def derivatives(inputs: dict[str, Tensor], case: Case, dtype: torch.dtype) -> di
     if case.bias:
         leaves.append(inputs["bias"].to(dtype).clone().requires_grad_())
     bias = leaves[3] if case.bias else None
-    out, lse = formula(*leaves[:3], bias, case.scale, case.slices(), case.tokens, case.shift)
+    out, lse = attention_of_groups(*leaves[:3], bias, case.scale, case.slices(), case.tokens, case.shift)
     gradients = torch.autograd.grad([out, lse], leaves, [do, dlse])
     names = ["out", "lse", "dq", "dk", "dv", "dbias"]
     return dict(zip(names, (t.detach().double() for t in (out, lse, *gradients)), strict=False))

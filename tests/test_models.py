@@ -20,17 +20,17 @@ from torch import Tensor, nn
 
 import reference
 from isa_triton import ISAHead
-from isa_triton.checkpoints import fuse
-from isa_triton.models.classification import isa_resnet, resnet
-from isa_triton.models.detection import ISABlock, insert
-from isa_triton.models.segmentation import IANet, fcn_head, from_mmseg, ianet, resnet_backbone
+from isa_triton.inference import fuse
+from isa_triton.models.block import ISABlock, insert
+from isa_triton.models.ianet import IANet, fcn_head, from_mmseg, ianet, resnet_backbone
+from isa_triton.models.resnet import isa_resnet, resnet
 from tests.cases import relative_error
 from tests.test_checkpoints import P, Published, Weights, batch_norm, head_weights, kernel, published_head
 
 CLASSES, SIZE = 5, (33, 49)  # the map at output stride 8 is 5x7
 
 
-@pytest.mark.parametrize("name", ["segmentation", "detection", "classification"])
+@pytest.mark.parametrize("name", ["ianet", "block", "resnet"])
 def test_examples_in_docstrings(name: str) -> None:
     results = doctest.testmod(importlib.import_module(f"isa_triton.models.{name}"), extraglobs={"torch": torch})
     assert results.failed == 0

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import isa_triton
 import reference
 from isa_triton import InterlacedSparseSelfAttention, ISAHead, ISAModule, SelfAttention2d
-from isa_triton.modules import Conv1x1
+from isa_triton.maps import Conv1x1
 from tests.cases import lively, relative_error
 
 
@@ -78,11 +78,11 @@ def test_both_paddings_agree_where_the_partition_divides() -> None:
 
 def test_padding_is_centred_with_the_small_half_first() -> None:
     x = torch.ones(1, 1, 5, 4)
-    padded = isa_triton.modules.pad_to_multiple(x, (4, 3))
+    padded = isa_triton.maps.pad_to_multiple(x, (4, 3))
     assert padded.shape == (1, 1, 8, 6)
     assert torch.equal(padded[0, 0].nonzero()[[0, -1]], torch.tensor([[1, 1], [5, 4]]))
-    assert torch.equal(isa_triton.modules.crop(padded, (5, 4)), x)
-    assert isa_triton.modules.pad_to_multiple(padded, (4, 3)) is padded
+    assert torch.equal(isa_triton.maps.crop(padded, (5, 4)), x)
+    assert isa_triton.maps.pad_to_multiple(padded, (4, 3)) is padded
 
 
 def test_padded_pixels_enter_batch_statistics_and_masked_ones_do_not_exist() -> None:
@@ -100,7 +100,7 @@ def test_padded_pixels_enter_batch_statistics_and_masked_ones_do_not_exist() -> 
 
 
 def test_several_partition_sizes_are_parallel_branches() -> None:
-    module = lively(ISAModule(6, 4, 5, 7, partition_sizes=((2, 2), (4, 3)))).eval()
+    module = lively(ISAModule(6, 4, 5, 7, partition_size=((2, 2), (4, 3)))).eval()
     x = torch.randn(2, 6, 8, 9, dtype=torch.float64)
     assert isinstance(module, ISAModule)
     parts = [module.expand(x), *(branch(x) for branch in module.branches)]
@@ -163,13 +163,13 @@ def test_projections_copy_no_input(memory_format: torch.memory_format, monkeypat
     assert seen[0].data_ptr() == x.data_ptr()
     monkeypatch.undo()
     given: list[Tensor] = []
-    attention = isa_triton.modules.partitioned_attention
+    attention = isa_triton.maps.partitioned_attention
 
     def spy(*arguments: Any, **options: Any) -> Tensor:
         given.extend(arguments[:3])
         return attention(*arguments, **options)
 
-    monkeypatch.setattr(isa_triton.modules, "partitioned_attention", spy)
+    monkeypatch.setattr(isa_triton.maps, "partitioned_attention", spy)
     SelfAttention2d(6, 4, 5, pattern="local", partition_size=(4, 4))(x)
     assert all(t.is_contiguous() for t in given)
 
@@ -197,7 +197,7 @@ def test_state_dicts_and_copies_round_trip() -> None:
 
 
 def test_autocast_runs_in_half_and_trains() -> None:
-    module = ISAModule(8, 8, 8, 8, partition_sizes=((4, 4),), dropout=0.0)
+    module = ISAModule(8, 8, 8, 8, partition_size=((4, 4),), dropout=0.0)
     x = torch.randn(1, 8, 9, 13)
     expected = copy.deepcopy(module)(x)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -245,7 +245,7 @@ BAD_MODULES: list[tuple[Callable[[], Any], str]] = [
     (lambda: SelfAttention2d(6, 0, 5, pattern="local"), "key_channels must be an integer of at least 1, got 0"),
     (lambda: InterlacedSparseSelfAttention(*WIDTHS, order="both"), "order must be one of 'long-short'"),
     (lambda: InterlacedSparseSelfAttention(*WIDTHS, partition_size=(8,)), r"partition_size must be two"),
-    (lambda: ISAModule(*WIDTHS, 7, partition_sizes=()), "partition_sizes must hold at least one"),
+    (lambda: ISAModule(*WIDTHS, 7, partition_size=()), "partition_size must be two integers"),
     (lambda: ISAHead(6, 8, 0), "num_classes must be an integer of at least 1"),
     (lambda: InterlacedSparseSelfAttention(*WIDTHS)(torch.ones(2, 5, 8, 8)), r"x must be \[B, 6, H, W\].*\(2, 5, 8, 8"),
     (lambda: SelfAttention2d(*WIDTHS, pattern="rows")(torch.ones(6, 8, 8)), r"x must be \[B, 6, H, W\]"),

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.budget import allowed_error
 from isa_triton import Partition, partitioned_attention, partitioned_attention_with_lse
+from reference.budget import allowed_error
 from tests.cases import qkv, relative_error
 
 both_backends = pytest.mark.parametrize("backend", ["eager", "triton"])

@@ -49,10 +49,19 @@ DEFECTS = (
         "key.number.to(tl.int64) * numbers.query\n    column = query.number",
     ),
     Defect("dv from unnormalised p", "kernels/backward.py", "tl.dot(p.to(do_chunk", "tl.dot(weight.to(do_chunk"),
-    Defect("tail group skipped", "kernels/launch.py", "maps * partition.groups *", "maps * (partition.groups - 1) *"),
+    Defect(
+        "tail group skipped",
+        "kernels/launch.py",
+        "maps * partition.groups *",
+        "maps * (partition.groups - 1) *",
+    ),
     Defect("delta of the wrong row", "kernels/backward.py", "(dp - delta[:, None])", "(dp - delta[None, :])"),
     Defect(
-        "old sum not shrunk", "kernels/common.py", "row_sum * shrink", "row_sum", "generated_case and local and 5.10"
+        "old sum not shrunk",
+        "kernels/common.py",
+        "row_sum * shrink",
+        "row_sum",
+        "generated_case and local and 5.10",
     ),
     Defect("halves exchanged", "kernels/backward.py", "low | (high << 16)", "high | (low << 16)", "whole"),
     Defect("pixels before the map", "partition.py", "inside & (y >= 0) & (x >= 0)", "inside", "shifted"),
@@ -68,7 +77,7 @@ def test_a_planted_defect_is_found(defect: Defect, tmp_path: Path) -> None:
             shutil.copytree(source, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "*.png"))
         else:
             shutil.copy(source, tmp_path / name)
-    file = tmp_path / "isa_triton" / defect.file
+    file = tmp_path / "isa_triton" / defect.file.replace("kernels/", "backend/kernels/")
     text = file.read_text()
     assert defect.right in text, "the code has changed: plant the defect anew"
     file.write_text(text.replace(defect.right, defect.wrong))

@@ -33,11 +33,12 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from bench.__main__ import main
 from bench.commands import sharding as bench
-from bench.results import read_records, write_whole
+from bench.records import read, write_whole
 from bench.workload import Workload
 from isa_triton import InterlacedSparseSelfAttention, ISAHead, ISAModule, Partition, SelfAttention2d
-from isa_triton.exchange import columns, deal, even_cuts, exchanged, groups, halo, slabs, windows
 from isa_triton.sharding import MapParallel
+from isa_triton.sharding.exchange import exchanged
+from isa_triton.sharding.layouts import columns, even_cuts, groups, halo, slabs, split_residues, windows
 from tests.cases import NCHWBatchNorm, lively, relative_error
 
 MAPS = (((24, 16), "zeros"), ((33, 20), "zeros"), ((33, 20), "mask"), ((40, 56), "zeros"))  # else P divides: no padding
@@ -205,7 +206,7 @@ def other_errors() -> dict[str, float]:
         "recomputed": difference(isa(6, 4, 5, 7, recompute=True), (13, 10), mesh),
         "devices without rows": difference(isa(6, 4, 5, 7), (5, 9), mesh),
         "devices without groups": difference(isa(6, 4, 5, 6, partition_size=(1, 2), padding="mask"), (7, 9), mesh),
-        "branches": difference(ISAModule(6, 4, 5, 7, partition_sizes=((4, 4), (3, 5)), dropout=0.0), (13, 10), mesh),
+        "branches": difference(ISAModule(6, 4, 5, 7, partition_size=((4, 4), (3, 5)), dropout=0.0), (13, 10), mesh),
         "head": difference(head(), (13, 10), mesh),
         "upsampled": difference(head(), (13, 10), mesh, call=upsampled(40, 33)),
         "upsampled by corners": difference(head(align_corners=True), (13, 10), mesh, call=upsampled(40, 33)),
@@ -226,7 +227,7 @@ def test_every_layer_equals_one_device(tmp_path: Path) -> None:
 def dropped() -> Tensor:
     mesh = init_device_mesh("cpu", (2,))
     torch.manual_seed(dist.get_rank())  # dice of its own for every process
-    module = ISAModule(6, 4, 5, 64, dropout=0.5, partition_sizes=((4, 4),))
+    module = ISAModule(6, 4, 5, 64, dropout=0.5, partition_size=((4, 4),))
     module.fuse.norm.bias.data.fill_(10.0)  # no output is zero by ReLU
     parallelize_module(module, mesh, MapParallel())
     y = module(distribute_tensor(torch.randn(2, 6, 9, 8), mesh, [Shard(2)]))
@@ -332,7 +333,7 @@ def test_layouts_cover_the_map_and_groups_stay_together(devices: int) -> None:
 
 @pytest.mark.parametrize("devices", range(1, 65))
 def test_groups_are_dealt_evenly(devices: int) -> None:
-    shares = [(h[1] - h[0]) * (w[1] - w[0]) for h, w in deal((0, 8), (0, 8), devices)]
+    shares = [(h[1] - h[0]) * (w[1] - w[0]) for h, w in split_residues((0, 8), (0, 8), devices)]
     assert len(shares) == devices
     assert sum(shares) == 64
     assert max(shares) <= 2 * math.ceil(64 / devices)
@@ -473,7 +474,7 @@ def test_the_command_runs_counts_and_keeps_other_runs(tmp_path: Path, capsys: py
     words = ["sharding", "--out", str(tmp_path), "--size", "16x12", "--channels", "8", "--rounds", "1"]
     simulation = ["--simulated-sizes", "64x48", "--simulated-channels", "8", "--simulated-partition-size", "8"]
     main([*words, *simulation, "--devices", "1", "4"])
-    rows = read_records(tmp_path / "sharding.csv", bench.Row)
+    rows = read(tmp_path / "sharding.csv", bench.Row)
     assert {(row.source, row.devices) for row in rows} == {("run", 1), ("simulated", 1), ("simulated", 4)}
     assert all((row.seconds is not None) == (row.source == "run") for row in rows)
     printed = capsys.readouterr().out
@@ -485,7 +486,7 @@ def test_the_command_runs_counts_and_keeps_other_runs(tmp_path: Path, capsys: py
         ([value if name != "devices" else 2 for name, value in vars(row).items()] for row in rows[:1]),
     )
     main([*words, "--devices"])
-    assert {(row.source, row.devices) for row in read_records(tmp_path / "sharding.csv", bench.Row)} == {
+    assert {(row.source, row.devices) for row in read(tmp_path / "sharding.csv", bench.Row)} == {
         ("run", 1),
         ("run", 2),
     }

@@ -40,10 +40,10 @@ import reference
 from bench import opponents
 from bench.arguments import folder, positive
 from bench.commands.paper import parameters
-from bench.results import write_whole
+from bench.records import write_whole
 from bench.tasks import IGNORED, SIZE, TASKS, Drawn, Task
 from isa_triton import ISAModule, SelfAttention2d
-from isa_triton.models.detection import ISABlock
+from isa_triton.models.block import ISABlock
 from reference.attention import Groups
 
 HELP = "tasks that need long-range context, learned with every head: accuracy.csv, accuracy_*.png"
@@ -106,7 +106,7 @@ class Beside(nn.Module):
 def isa(*sizes: int, order: str = "long-short") -> ISAModule:
     """The ISA module with these partition sizes."""
     return ISAModule(
-        CHANNELS, KEYS, CHANNELS, CHANNELS, partition_sizes=[(p, p) for p in sizes], dropout=0.0, order=order
+        CHANNELS, KEYS, CHANNELS, CHANNELS, partition_size=[(p, p) for p in sizes], dropout=0.0, order=order
     )
 
 

@@ -27,9 +27,10 @@ from torch import Tensor
 from bench import measure
 from bench.arguments import device, folder, positive
 from bench.cases import NAMES, Case, errors, strategy
-from bench.files import write_text
+from bench.records import write_text
 from bench.results import plt
-from isa_triton import fused, partitioned_attention
+from isa_triton import partitioned_attention
+from isa_triton.backend.triton import DEVICES
 
 HELP = "both backends against fp64, forward and backward: check.csv, with times on a GPU"
 COLUMNS = ("backend", "case", "dtype", "logits", "seed", *NAMES, "forward_ms", "backward_ms")
@@ -70,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    gpu = torch.device(args.device).type in fused.DEVICES
+    gpu = torch.device(args.device).type in DEVICES
     if not gpu and os.environ.get("TRITON_INTERPRET") != "1":  # read when kernels are decorated: begin again with it
         sys.stdout.flush()
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, "TRITON_INTERPRET": "1"})
@@ -109,7 +110,7 @@ class Sheet:
         """Check one case and, on a GPU, time it; returns whether it is right."""
         parts = errors(case, backend, self.device)
         right = all(part <= 1 for part in parts.values())  # NaN is not
-        times = seconds(case, backend, self.device) if torch.device(self.device).type in fused.DEVICES else ()
+        times = seconds(case, backend, self.device) if torch.device(self.device).type in DEVICES else ()
         self.rows.append((backend, case, parts, times))
         if not right:
             self.wrong.append((backend, case))

@@ -25,9 +25,9 @@ from bench import measure
 from bench.arguments import check_partition_size, device, folder, positive, size
 from bench.measure import Step
 from bench.providers import PROVIDERS, Provider, isa_module
-from bench.results import format_size, short
+from bench.records import format_size, short
 from bench.workload import Workload
-from isa_triton.checkpoints import fuse
+from isa_triton.inference import fuse
 
 HELP = "fused inference against the authors' layout, timm's MaxViT and Swin: inference.csv"
 SIZES = ((64, 64), (97, 97), (128, 128))

@@ -22,9 +22,11 @@ from rich.table import Table
 from triton.runtime.jit import KernelInterface
 
 from bench.arguments import device, folder, positive
-from bench.files import write_text
-from isa_triton import Partition, fused, ops, partitioned_attention, tiles
-from isa_triton.kernels import launch
+from bench.records import write_text
+from isa_triton import Partition, ops, partitioned_attention, tiles
+from isa_triton.backend import triton as triton_backend
+from isa_triton.backend.contract import Call
+from isa_triton.backend.kernels import launch
 
 HELP = "microseconds of host time a call, layer by layer: overhead.csv"
 KERNELS = tuple(name for name, value in vars(launch).items() if isinstance(value, KernelInterface))
@@ -62,8 +64,10 @@ def run(args: argparse.Namespace) -> None:
 def forward(device: str) -> Layers:
     """The layers of a call without gradients, the innermost first."""
     q, k, v, partition, scale = _arguments(device)
-    tile = tiles.lookup(fused.INTERPRETED_TARGET, "forward", q.shape[-1], v.shape[-1], "float32", partition.tokens)
-    out, axes = torch.empty_like(v), tuple(map(list, partition))
+    tile = tiles.lookup(
+        triton_backend.INTERPRETED_TARGET, "forward", q.shape[-1], v.shape[-1], "float32", partition.tokens
+    )
+    out, call = torch.empty_like(v), Call(scale, partition, with_lse=False, backend="triton")
 
     def bare(q: Any, k: Any, v: Any, partition: Any, backend: Any = None) -> Any:
         return v
@@ -71,11 +75,9 @@ def forward(device: str) -> Layers:
     return {
         "bare Python call": lambda: bare(q, k, v, partition, backend="triton"),
         "launcher": lambda: launch.forward(q, k, v, None, out, None, scale, partition, tile),
-        "fused: outputs, tile, device": lambda: fused.forward(q, k, v, None, scale, partition, False),
-        "operator: dispatch": lambda: torch.ops.isa_triton.forward.default(
-            q, k, v, None, scale, *axes, False, "triton"
-        ),
-        "ops.attention: autograd": lambda: ops.attention(q, k, v, None, scale, partition, False, "triton"),
+        "backend: outputs, tile, device": lambda: triton_backend.forward(q, k, v, None, call),
+        "operator: dispatch": lambda: torch.ops.isa_triton.forward.default(q, k, v, None, *call.flat()),
+        "ops.attention: autograd": lambda: ops.attention(q, k, v, None, call),
         "partitioned_attention: checks": lambda: partitioned_attention(q, k, v, partition, backend="triton"),
     }
 
@@ -84,8 +86,8 @@ def training(device: str) -> Layers:
     """The layers of a call with gradients: those of backward, and forward and backward together."""
     q, k, v, partition, scale = _arguments(device)
     leaves = a, b, c = tuple(x.requires_grad_() for x in (q.clone(), k.clone(), v.clone()))
-    do, axes = torch.ones_like(v), tuple(map(list, partition))
-    chosen = tiles.backward(fused.INTERPRETED_TARGET, q.shape[-1], v.shape[-1], "float32", partition.tokens)
+    do, call = torch.ones_like(v), Call(scale, partition, with_lse=False, backend="triton")
+    chosen = tiles.backward(triton_backend.INTERPRETED_TARGET, q.shape[-1], v.shape[-1], "float32", partition.tokens)
     assert launch.in_one_kernel(chosen, partition)
     dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
 
@@ -100,11 +102,9 @@ def training(device: str) -> Layers:
         "launcher": lambda: launch.backward(
             q, k, v, None, None, None, do, None, dq, dk, dv, None, None, scale, partition, chosen
         ),
-        "fused: gradients, tiles, device": lambda: fused.backward(
-            q, k, v, None, None, None, do, None, scale, partition
-        ),
+        "backend: gradients, tiles, device": lambda: triton_backend.backward(q, k, v, None, None, None, do, None, call),
         "operator: dispatch": lambda: torch.ops.isa_triton.backward.default(
-            q, k, v, None, None, None, do, None, scale, *axes, "triton"
+            q, k, v, None, None, None, do, None, *call.flat()
         ),
         "partitioned_attention, recorded": attend,
         "and its backward": lambda: torch.autograd.grad(attend(), leaves, do),

@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from bench import measure
 from bench.arguments import folder
 from bench.heads import CONTEXTS
-from bench.results import format_size, write_whole
+from bench.records import format_size, write_whole
 
 HELP = "FLOPs of the paper's heads under the authors' conventions and exactly: paper.csv"
 CHANNELS = 2048

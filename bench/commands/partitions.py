@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from bench import survey
 from bench.arguments import check_partition_size, folder, size
 from bench.providers import Attend, Provider
-from bench.results import QUANTITIES, Quantity, Row, format_size, short
+from bench.records import format_size, short
+from bench.results import QUANTITIES, Quantity, Row
 from bench.workload import BLOCK_LEVELS, PASSES, Level, Workload, closed_form_flops
 from isa_triton import InterlacedSparseSelfAttention, ISAModule, Partition, SelfAttention2d, partitioned_attention
 
@@ -59,7 +60,7 @@ def branches(factors: Sequence[int], workload: Workload) -> nn.Module:
     """The ISA module with a branch for every factor, of so many times the partition size."""
     (P_h, P_w), channels = workload.partition_size, workload.channels
     sizes = [(P_h * factor, P_w * factor) for factor in factors]
-    return ISAModule(channels, workload.key_channels, workload.value_channels, channels, partition_sizes=sizes)
+    return ISAModule(channels, workload.key_channels, workload.value_channels, channels, partition_size=sizes)
 
 
 STAGES = tuple(

@@ -27,8 +27,8 @@ import reference
 from bench import measure
 from bench.arguments import device, folder, positive, size
 from bench.heads import CONTEXTS, head
-from bench.results import format_size, short, write_whole
-from isa_triton.models.segmentation import ianet
+from bench.records import format_size, short, write_whole
+from isa_triton.models.ianet import ianet
 
 HELP = "IANet on a photograph, ISA's head beside the dense one, in seconds and bytes: photograph.csv"
 SIZES = ((513, 769), (1024, 2048))

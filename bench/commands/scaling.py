@@ -10,7 +10,8 @@ from rich.console import Console
 from bench import survey
 from bench.arguments import check_partition_size, folder, size
 from bench.providers import COMPARED, PROVIDERS
-from bench.results import QUANTITIES, format_size, plot, summary
+from bench.records import format_size
+from bench.results import QUANTITIES, plot, summary
 from bench.workload import BLOCK_LEVELS, LEVELS, PASSES
 
 HELP = "FLOPs, memory and time across resolutions: scaling.csv, flops.png, memory.png, time.png"

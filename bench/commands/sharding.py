@@ -36,10 +36,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bench import measure
 from bench.arguments import folder, number, positive, size
 from bench.providers import isa_module
-from bench.results import format_size, read_records, short, write_whole
+from bench.records import format_size, read, short, write_whole
 from bench.workload import PASSES, Pass, Workload
-from isa_triton.exchange import even_cuts
 from isa_triton.sharding import MapParallel
+from isa_triton.sharding.layouts import even_cuts
 
 HELP = "one map over several devices, run and simulated (torchrun -m bench sharding): sharding.csv, sharding.png"
 LINKS = (25.0, 50.0, 450.0)  # GB/s each way: two speeds of networks between machines, one of links within
@@ -167,7 +167,7 @@ def run(args: argparse.Namespace) -> None:
     if most > shortest:
         raise argparse.ArgumentError(None, f"--devices {most} is more than a simulated map has rows, {shortest}")
     path = args.out / "sharding.csv"
-    earlier = read(path)
+    earlier = read_earlier(path)
     rank, devices = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     options: dict[str, Any] = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     console = Console(quiet=rank != 0)
@@ -249,14 +249,14 @@ def merge(old: Iterable[Row], new: Sequence[Row]) -> list[Row]:
     return sorted(rows.values(), key=lambda row: (row.source, row.scaling, row.pass_, row.height, row.devices))
 
 
-def read(path: Path) -> list[Row]:
+def read_earlier(path: Path) -> list[Row]:
     """The rows of an earlier run; none where there is no such file.
 
     Raises:
         argparse.ArgumentError: the file is something else.
     """
     try:
-        return read_records(path, Row)
+        return read(path, Row)
     except ValueError as error:
         raise argparse.ArgumentError(None, f"{error}; move it away") from error
 

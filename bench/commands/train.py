@@ -36,7 +36,7 @@ from torch.utils.data import DataLoader, Subset
 
 from bench.arguments import device, folder, from_zero, number, positive, size
 from bench.heads import CONTEXTS
-from bench.results import format_size, write_whole
+from bench.records import format_size, write_whole
 from bench.training import InputError
 from bench.training.recipe import RECIPES, Recipe
 from bench.training.run import Processes, Run, autocast, network, processes, read_checkpoint

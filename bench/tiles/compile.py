@@ -28,7 +28,7 @@ from triton.compiler import ASTSource
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from isa_triton.kernels import launch
+from isa_triton.backend.kernels import launch
 from isa_triton.partition import Partition
 from isa_triton.tiles import BackwardTiles, Tile
 

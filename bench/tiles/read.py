@@ -28,7 +28,7 @@ from bench.tiles.assembly import (
 )
 from bench.tiles.flow import Stretch, stretches
 from bench.tiles.program import Loop, Op, read_program
-from isa_triton.kernels import common
+from isa_triton.backend.kernels import common
 
 
 class Limits(NamedTuple):

@@ -17,14 +17,14 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
-from bench.files import write_text
+from bench.records import write_text
 from bench.tiles.compile import Launch, Problem, backward_launches, forward_launches
 from bench.tiles.read import LIMITS, Binary
 from bench.tiles.roofline import Machine, Prediction, predict
 from bench.tiles.timing import kernel_seconds
 from bench.tiles.verify import Case, Verifier, offences
 from isa_triton import tiles
-from isa_triton.kernels.launch import in_one_kernel
+from isa_triton.backend.kernels.launch import in_one_kernel
 from isa_triton.tiles import ARITHMETIC, BackwardTiles, Tile
 
 KERNELS = {

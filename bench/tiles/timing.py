@@ -13,7 +13,7 @@ from triton.runtime.jit import JITFunction
 
 from bench import measure
 from bench.tiles.compile import Problem, forget_target
-from isa_triton.kernels import launch
+from isa_triton.backend.kernels import launch
 from isa_triton.tiles import BackwardTiles, Tile
 
 ROUNDS = 50

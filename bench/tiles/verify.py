@@ -21,7 +21,7 @@ from bench.tiles.assembly import TENSOR_COPY
 from bench.tiles.compile import Launch, Problem, backward_launches, compile_launch, forward_launches
 from bench.tiles.read import LIMITS, Access, Binary, disassembly, read
 from isa_triton import tiles
-from isa_triton.kernels.launch import in_one_kernel
+from isa_triton.backend.kernels.launch import in_one_kernel
 from isa_triton.partition import Partition
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")

@@ -17,10 +17,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 from bench import heads
-from bench.files import replacing
+from bench.records import replacing
 from bench.training import InputError
 from bench.training.recipe import Recipe, Stream, seed_of
-from isa_triton.models.segmentation import IANet, ianet
+from isa_triton.models.ianet import IANet, ianet
 from isa_triton.sharding import ShardedBatchNorm2d
 
 

@@ -20,7 +20,9 @@ from timm.models.maxxvit import Attention2d, ParallelPartitionAttention, Partiti
 from timm.models.swin_transformer import SwinTransformerBlock
 from torch import Tensor, nn
 
-from ..functional import BACKENDS, partitioned_attention
+from .._tracing import is_inference
+from ..backend import check_backend
+from ..functional import partitioned_attention
 from ..partition import Partition
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -51,8 +53,7 @@ def accelerate(model: Model, *, backend: str = "auto") -> Model:
     >>> model(torch.randn(1, 3, 256, 320)).shape  # doctest: +SKIP
     torch.Size([1, 1000])
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
+    check_backend(backend)
     found = [(module, theirs) for module in model.modules() for theirs in _OURS if isinstance(module, theirs)]
     if not found:
         raise ValueError(
@@ -202,14 +203,7 @@ def _kept(module: Any, weights: list[nn.Parameter], compute: Callable[[], Tensor
 
     An MLP of distances takes longer there than a comparison of its weights. Other devices would have to wait for that.
     """
-    observed = (  # a result is not all that is wanted of the computation
-        torch.is_grad_enabled()
-        or torch.is_autocast_enabled("cpu")
-        or torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack() > 0
-    )
-    if observed or module.training or type(weights[0]) is not nn.Parameter or not weights[0].is_cpu:
+    if not is_inference() or module.training or type(weights[0]) is not nn.Parameter or not weights[0].is_cpu:
         return compute()
     kind = module.window_size, weights[0].dtype  # torch.equal looks at values only
     kind_then, then, bias = _biases.get(module, (None, [], weights[0]))

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from bench.arguments import positive
-from bench.files import write_text
+from bench.records import write_text
 from bench.tiles.compile import DTYPES, Problem
 from bench.tiles.roofline import MACHINES, Machine
 from isa_triton.partition import Partition

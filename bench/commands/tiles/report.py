@@ -27,7 +27,7 @@ from bench.commands.tiles.common import (
     wide_console,
     write_json,
 )
-from bench.results import write_whole
+from bench.records import write_whole
 from bench.tiles.assembly import UNITS
 from bench.tiles.compile import Launch, Problem
 from bench.tiles.passes import Kernel, Whole, kernel, pass_launches

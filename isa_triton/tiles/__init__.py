@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 STEPS = ("forward", "group", "queries", "keys", "values", "pairs")
 ARITHMETIC = {"float16": "16-bit", "bfloat16": "16-bit", "float32": "ieee", "tf32": "tf32"}
 _LIMITS = ("key_width", "value_width", "tokens")
-FOLDER = Path(__file__).parent / "tiles"
+FOLDER = Path(__file__).parent
 RELATIVES = {  # architectures with the same matrix instructions and at least the memory of one that has a file
     "sm_87": "sm_80", "sm_89": "sm_86", "sm_103": "sm_100", "sm_120": "sm_86", "sm_121": "sm_86", "gfx950": "gfx942",
 }  # fmt: skip

@@ -1,7 +1,7 @@
-"""Attention over a partition by the Triton kernels: allocate, choose tiles, launch on the tensors' device.
+"""The backend by the Triton kernels: allocate, choose tiles, launch on the tensors' device; of `contract`.
 
-The counterpart of `eager`, with the same shapes. Where a group fits in one block, backward needs q, k, v and bias
-alone; longer groups want out and lse too (`keeps_output`).
+Where a group fits in one block, backward needs q, k, v and bias alone; longer groups want out and lse too. Triton and
+the kernels are imported when the first is launched.
 """
 
 from __future__ import annotations
@@ -9,36 +9,32 @@ from __future__ import annotations
 import os
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
-from . import tiles
-from .eager import empty_gradients, empty_outputs
-from .partition import Partition
+from .. import tiles
+from .._tracing import constant_in_graphs, is_fake
+from ..partition import Partition
+from .contract import Call, empty_gradients, empty_outputs
 
-try:
-    from .kernels import launch
-except ModuleNotFoundError as missing:
-    if str(missing.name).split(".")[0] != "triton":
-        raise
-    launch = None  # type: ignore[assignment]
-
+OPAQUE = True
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 DEVICES = ("cuda", "xpu")  # ROCm calls itself cuda
 INTERPRETED_TARGET = "sm_80"  # whose tiles Triton's interpreter runs with
+INSTALLED = find_spec("triton") is not None
 
 
 def why_not(q: Tensor) -> str | None:
     """Why the kernels cannot take tensors like q, or None if they can; tensors without memory never meet a kernel."""
-    if launch is None:
+    if not INSTALLED:
         return "triton is not installed (pip install triton)"
     if q.dtype not in DTYPES:
         return f"the kernels take {', '.join(map(str, DTYPES))}, not {q.dtype}"
     kind = q.device.type
-    if kind in DEVICES or kind == "meta" or isinstance(q, FakeTensor):
+    if kind in DEVICES or kind == "meta" or (not torch.compiler.is_compiling() and is_fake(q)):
         return None
     if kind == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
         return None
@@ -51,19 +47,16 @@ def keeps_output(q: Tensor, v: Tensor, partition: Partition) -> bool:
     return partition.tokens > _longest_group(q.device, q.dtype, *widths)
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, partition: Partition, with_lse: bool
-) -> tuple[Tensor, Tensor]:
-    """As `eager.forward`."""
+def forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
+    """out and lse, by one kernel."""
+    from .kernels import launch
+
     q, k, v, bias = map(_in_memory, (q, k, v, bias))
-    out, lse = empty_outputs(q, v, with_lse)
-    tile = tiles.lookup(
-        _target(q.device), "forward", q.shape[-1], v.shape[-1], _arithmetic(q.dtype, q.device), partition.tokens
-    )
+    out, lse = empty_outputs(q, v, call.with_lse)
+    kept_lse, precision = lse if call.with_lse else None, _precision(q.dtype, q.device)
+    tile = tiles.lookup(_target(q.device), "forward", *_problem(q, v, call.partition))
     with _on(q.device):
-        launch.forward(
-            q, k, v, bias, out, lse if with_lse else None, scale, partition, tile, _precision(q.dtype, q.device)
-        )
+        launch.forward(q, k, v, bias, out, kept_lse, call.scale, call.partition, tile, precision)
     return out, lse
 
 
@@ -76,22 +69,23 @@ def backward(
     lse: Tensor | None,
     do: Tensor,
     dlse: Tensor | None,
-    scale: float,
-    partition: Partition,
+    call: Call,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As `eager.backward`; out and lse are what forward returned, needed where `keeps_output` says so."""
+    """dq, dk, dv and dbias, by one kernel or in passes; out and lse are needed where `keeps_output` says so."""
+    from .kernels import launch
+
     q, k, v, bias, do, dlse = map(_in_memory, (q, k, v, bias, do, dlse))
     dq, dk, dv, dbias = empty_gradients(q, k, v, bias)
-    chosen = _backward_tiles(q, v, partition)
-    delta = None if lse is None else torch.empty_like(lse)
+    chosen = tiles.backward(_target(q.device), *_problem(q, v, call.partition))
+    delta, precision = None if lse is None else torch.empty_like(lse), _precision(q.dtype, q.device)
     partials = None
     if bias is not None:
-        shape = launch.bias_partials_shape(q.shape[0], q.shape[3], partition, chosen)
+        shape = launch.bias_partials_shape(q.shape[0], q.shape[3], call.partition, chosen)
         partials = q.new_empty(shape, dtype=torch.float32)
-    precision = _precision(q.dtype, q.device)
     with _on(q.device):
         launch.backward(
-            q, k, v, bias, out, lse, do, dlse, dq, dk, dv, delta, partials, scale, partition, chosen, precision
+            q, k, v, bias, out, lse, do, dlse, dq, dk, dv, delta, partials, call.scale, call.partition, chosen,
+            precision,
         )  # fmt: skip
     if partials is not None:
         dbias.copy_(partials.sum(0))
@@ -103,11 +97,12 @@ def _in_memory(x: Any) -> Any:
     return x.resolve_neg() if x is not None and x.is_neg() else x
 
 
-def _backward_tiles(q: Tensor, v: Tensor, partition: Partition) -> tiles.BackwardTiles:
-    return tiles.backward(_target(q.device), q.shape[-1], v.shape[-1], _arithmetic(q.dtype, q.device), partition.tokens)
+def _problem(q: Tensor, v: Tensor, partition: Partition) -> tuple[int, int, str, int]:
+    """What a tile is chosen by, beside the target and the step: widths, arithmetic and the tokens of a group."""
+    return q.shape[-1], v.shape[-1], _arithmetic(q.dtype, q.device), partition.tokens
 
 
-@torch.compiler.assume_constant_result  # device, dtype and widths are constants of a graph; the tokens need not be
+@constant_in_graphs  # device, dtype and widths are constants of a graph; the tokens need not be
 def _longest_group(device: torch.device, dtype: torch.dtype, key_width: int, value_width: int) -> int:
     """The most tokens of a group whose gradients one kernel computes."""
     return _longest_group_of(_target(device), _arithmetic(dtype, device), key_width, value_width)

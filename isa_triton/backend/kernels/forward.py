@@ -4,7 +4,7 @@
 import triton
 import triton.language as tl
 
-from isa_triton.kernels.common import (
+from isa_triton.backend.kernels.common import (
     LN_2,
     LOWEST,
     across,

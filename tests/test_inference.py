@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from bench.__main__ import main
 from bench.measure import Step, count
 from isa_triton import InterlacedSparseSelfAttention, ISAHead, ISAModule, SelfAttention2d
-from isa_triton.checkpoints import FusedStage, decompose, fuse
-from isa_triton.modules import ConvNormReLU
+from isa_triton.inference import FoldedStage, decompose, fuse
+from isa_triton.maps import ConvNormReLU
 from tests.cases import lively, relative_error
 from tests.test_modules import assert_same
 
@@ -32,7 +32,7 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "isa, masked": lambda: InterlacedSparseSelfAttention(6, 4, 5, partition_size=(4, 3), padding="mask"),
     "isa, slopes of their own": lambda: InterlacedSparseSelfAttention(6, 4, 5, activation=nn.PReLU),
     "module": lambda: ISAModule(6, 4, 8, 7),
-    "module, two branches": lambda: ISAModule(6, 4, 8, 7, partition_sizes=((4, 3), (2, 5)), **LEAKY),
+    "module, two branches": lambda: ISAModule(6, 4, 8, 7, partition_size=((4, 3), (2, 5)), **LEAKY),
     "head": lambda: ISAHead(6, 8, 3, key_channels=4, partition_size=(4, 3), align_corners=True),
     "network": lambda: nn.Sequential(nn.Conv2d(6, 6, 3), ISAModule(6, 4, 6, 6), nn.BatchNorm2d(6)),
 }
@@ -64,16 +64,16 @@ def test_fused_rounds_no_worse_than_unfused(name: str, dtype: torch.dtype, eps: 
     """In each precision the error is at most twice that of the unfused module and a few roundings."""
     module, x = layer(name), torch.randn(2, 6, 13, 17, dtype=torch.float64)
     exact, low = module(x), copy.deepcopy(module).to(dtype)
-    unfused, fused = (relative_error(f(x.to(dtype)).double(), exact) for f in (low, fuse(low)))
+    unfused, folded = (relative_error(f(x.to(dtype)).double(), exact) for f in (low, fuse(low)))
     assert fuse(low)(x.to(dtype)).dtype == dtype
-    assert fused < 2 * unfused + 4 * eps
+    assert folded < 2 * unfused + 4 * eps
 
 
 def test_fused_passes_gradients_to_its_input_and_keeps_none() -> None:
     module, x = layer("module"), torch.randn(2, 6, 13, 17, dtype=torch.float64, requires_grad=True)
-    fused = fuse(module)
-    assert not any(parameter.requires_grad for parameter in fused.parameters())
-    ours, theirs = (torch.autograd.grad(f(x).sin().sum(), x)[0] for f in (fused, module))
+    folded = fuse(module)
+    assert not any(parameter.requires_grad for parameter in folded.parameters())
+    ours, theirs = (torch.autograd.grad(f(x).sin().sum(), x)[0] for f in (folded, module))
     assert relative_error(ours, theirs) < 1e-13
 
 
@@ -82,25 +82,25 @@ def test_gradients_do_not_meet_what_the_kernels_kept() -> None:
     module = lively(SelfAttention2d(16, 16, 16, pattern="dense")).float().eval()
     x = torch.randn(1, 16, 13, 5, requires_grad=True)  # 65 tokens: two passes
     expected = torch.autograd.grad(module(x).sin().sum(), x)[0]
-    fused = fuse(module)
-    for stage in fused.modules():
-        if isinstance(stage, FusedStage):
+    folded = fuse(module)
+    for stage in folded.modules():
+        if isinstance(stage, FoldedStage):
             stage.backend = "triton"
-    assert relative_error(torch.autograd.grad(fused(x).sin().sum(), x)[0], expected) < 1e-4
+    assert relative_error(torch.autograd.grad(folded(x).sin().sum(), x)[0], expected) < 1e-4
 
 
 def test_everything_that_folds_is_folded() -> None:
-    fused = fuse(layer("head"))
-    assert not any(isinstance(m, nn.BatchNorm2d | SelfAttention2d) for m in fused.modules())
-    assert all(isinstance(m.norm, nn.Identity) for m in fused.modules() if isinstance(m, ConvNormReLU))
+    folded = fuse(layer("head"))
+    assert not any(isinstance(m, nn.BatchNorm2d | SelfAttention2d) for m in folded.modules())
+    assert all(isinstance(m.norm, nn.Identity) for m in folded.modules() if isinstance(m, ConvNormReLU))
     network = list(fuse(layer("network")).children())
     assert isinstance(network[2], nn.BatchNorm2d)  # what is not ours stays
 
 
 def test_a_shared_layer_is_folded_once() -> None:
     stage = layer("stage")
-    fused = fuse(nn.Sequential(nn.Conv2d(6, 6, 1), stage, nn.Conv2d(5, 6, 1), nn.Sequential(stage)))
-    assert fused.get_submodule("1") is fused.get_submodule("3.0")
+    folded = fuse(nn.Sequential(nn.Conv2d(6, 6, 1), stage, nn.Conv2d(5, 6, 1), nn.Sequential(stage)))
+    assert folded.get_submodule("1") is folded.get_submodule("3.0")
 
 
 @torch.no_grad()
@@ -114,9 +114,9 @@ def test_one_gemm_takes_key_query_and_value(monkeypatch: pytest.MonkeyPatch) -> 
             shapes.append((a.shape[-1], b.shape[-1]))
         return baddbmm(y, a, b, **options)
 
-    fused = fuse(layer("stage"))
+    folded = fuse(layer("stage"))
     monkeypatch.setattr(torch, "baddbmm", spy)
-    fused(torch.randn(2, 6, 8, 12, dtype=torch.float64))
+    folded(torch.randn(2, 6, 8, 12, dtype=torch.float64))
     assert shapes == [(6, 4 + 4 + 5), (4, 4), (4, 4)]
 
 
@@ -195,19 +195,19 @@ def test_norm_and_activation_are_the_callers() -> None:
 
 
 def test_fused_compiles_in_one_graph_for_several_sizes() -> None:
-    fused = fuse(layer("module"))
-    compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
+    folded = fuse(layer("module"))
+    compiled = torch.compile(folded, fullgraph=True, backend="aot_eager")
     for size in ((8, 12), (9, 11)):
         x = torch.randn(2, 6, *size, dtype=torch.float64)
-        assert relative_error(compiled(x), fused(x)) < 1e-13
+        assert relative_error(compiled(x), folded(x)) < 1e-13
 
 
 def test_fused_exports_and_decomposes() -> None:
-    fused, x = fuse(layer("head")), torch.randn(2, 6, 9, 11, dtype=torch.float64)
-    program = torch.export.export(fused, (x,))
+    folded, x = fuse(layer("head")), torch.randn(2, 6, 9, 11, dtype=torch.float64)
+    program = torch.export.export(folded, (x,))
     plain = decompose(program)
     for exported in (program, plain):
-        assert relative_error(exported.module()(x), fused(x)) < 1e-13
+        assert relative_error(exported.module()(x), folded(x)) < 1e-13
     operators = [{str(node.target) for node in p.graph.nodes} for p in (program, plain)]
     assert ["isa_triton.forward.default" in names for names in operators] == [True, False]
 
@@ -215,12 +215,12 @@ def test_fused_exports_and_decomposes() -> None:
 def test_onnx_runtime_runs_what_was_exported(tmp_path: Path) -> None:
     pytest.importorskip("onnxscript", reason="onnxscript, which writes ONNX files, is not installed")
     onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
-    fused, x = fuse(layer("isa").float()), torch.randn(1, 6, 9, 11)
+    folded, x = fuse(layer("isa").float()), torch.randn(1, 6, 9, 11)
     path = str(tmp_path / "isa.onnx")
-    torch.onnx.export(decompose(torch.export.export(fused, (x,))), f=path)
+    torch.onnx.export(decompose(torch.export.export(folded, (x,))), f=path)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-    assert relative_error(torch.from_numpy(y), fused(x)) < 1e-5
+    assert relative_error(torch.from_numpy(y), folded(x)) < 1e-5
 
 
 # -- the command -------------------------------------------------------------------------------------------------------

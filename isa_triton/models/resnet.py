@@ -7,8 +7,9 @@ from typing import Any, Unpack
 
 from torch import nn
 
-from ..modules import ISAOptions, NormLayer
-from .detection import ISABlock, find, insert
+from ..maps import PartitionSize
+from ..modules import ISAOptions
+from .block import ISABlock, find, insert
 
 
 def isa_resnet(
@@ -19,8 +20,7 @@ def isa_resnet(
     weights: Any = None,
     key_channels: int = 256,
     value_channels: int = 512,
-    partition_size: tuple[int, int] = (8, 8),
-    norm_layer: NormLayer = nn.BatchNorm2d,
+    partition_size: PartitionSize = (8, 8),
     **options: Unpack[ISAOptions],
 ) -> nn.Module:
     """A torchvision ResNet with an ISA block behind each of some residual blocks; at first it computes what it did.
@@ -32,7 +32,7 @@ def isa_resnet(
             stage 3, and what follows it is the last one, before which the non-local paper puts its block; () is the
             plain network.
         weights: see `resnet`.
-        key_channels, value_channels, partition_size, norm_layer, options: see `ISABlock`.
+        key_channels, value_channels, partition_size, options: of `ISABlock`; norm_layer is the whole network's.
 
     Images [B, 3, H, W] -> logits [B, num_classes].
 
@@ -46,19 +46,12 @@ def isa_resnet(
     """
     if isinstance(after, str):
         raise ValueError(f"after must be a sequence of names, got the name {after!r}: write ({after!r},)")
-    model = resnet(name, weights=weights, norm_layer=norm_layer)
+    model = resnet(name, weights=weights, norm_layer=options.get("norm_layer"))
     if num_classes != model.fc.out_features:
         model.fc = nn.Linear(model.fc.in_features, num_classes)
     for place in sorted(after, reverse=True):  # inside a stage first, and names outside stay what they were
-        block = ISABlock(
-            out_channels(find(model, place), place),
-            key_channels,
-            value_channels,
-            partition_size=partition_size,
-            norm_layer=norm_layer,
-            **options,
-        )
-        insert(model, place, block)
+        widths = out_channels(find(model, place), place), key_channels, value_channels
+        insert(model, place, ISABlock(*widths, partition_size=partition_size, **options))
     return model
 
 

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import checkpoints
-from ..modules import Conv1x1, ConvNormReLU, ISAHead, NormLayer
-from .classification import resnet
+from ..maps import Conv1x1, ConvNormReLU, NormLayer
+from ..modules import ISAHead
+from .resnet import resnet
 
 _DILATED = {8: (False, True, True), 16: (False, False, True), 32: (False, False, False)}  # stages 2 to 4
 
@@ -136,7 +137,7 @@ def resnet_backbone(
         name: "resnet50", "resnet101" or another of torchvision's with bottlenecks.
         output_stride: 8, as published: stage 3 has dilation 2 and stage 4 dilation 4; 16, stage 4 has 2; or 32.
         deep_stem: three 3x3 convolutions in place of the 7x7 one, as mmsegmentation's "v1c" networks have.
-        weights: see `classification.resnet`; torchvision has none for a deep stem.
+        weights: see `resnet.resnet`; torchvision has none for a deep stem.
         norm_layer: makes a normalisation from its channels.
 
     Images [B, 3, H, W] -> {"layer3": [B, 1024, h, w], "layer4": [B, 2048, h, w]}; h is H / output_stride, rounded up,

@@ -5,12 +5,16 @@ Pixels are found by `device_coordinates` and by nothing else, so no kernel knows
 tokens in one tensor is a `Rows`: a pointer to each, from which chunks of the width are loaded where they are needed.
 """
 
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
-from isa_triton.partition import device_coordinates
+from isa_triton.partition import coordinates
+
+# The one source of geometry, here because Triton looks names up where a function stands, and `partition` has no Triton.
+device_coordinates = triton.jit(FunctionType(coordinates.__code__, globals()))
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -73,7 +77,7 @@ def locate(item, head, start, h, w, BLOCK: tl.constexpr):
     """The `BLOCK` tokens from number `start` on of an item, one of the groups of all maps."""
     groups = h.groups * w.groups
     number = start + tl.arange(0, BLOCK)
-    y, x, inside = device_coordinates(item % groups, number, h, w)  # type: ignore[misc]  # None where triton is missing
+    y, x, inside = device_coordinates(item % groups, number, h, w)
     return Tokens(item // groups, head, number, y, x, inside & (number < h.tokens * w.tokens))
 
 

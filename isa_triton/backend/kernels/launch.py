@@ -14,15 +14,15 @@ from typing import Any
 
 import triton.language as tl
 
-from isa_triton.kernels.backward import (
+from isa_triton.backend.kernels.backward import (
     backward_group_kernel,
     backward_keys_kernel,
     backward_pairs_kernel,
     backward_queries_kernel,
 )
-from isa_triton.kernels.common import Pairs, Pixels
-from isa_triton.kernels.forward import forward_group_kernel, forward_kernel
-from isa_triton.partition import Axis, Partition
+from isa_triton.backend.kernels.common import Pairs, Pixels
+from isa_triton.backend.kernels.forward import forward_group_kernel, forward_kernel
+from isa_triton.partition import Axis, Partition, ceil_div
 from isa_triton.tiles import BackwardTiles, Tile
 
 PARTIAL_SUMS = (
@@ -41,7 +41,7 @@ def forward(
         precision: of products of fp32, as `tl.dot` names it: "ieee", "tf32" or "tf32x3".
     """
     maps, heads = q.shape[0], q.shape[3]
-    programs = maps * partition.groups * heads * _ceil_div(partition.tokens, tile.block_m)
+    programs = maps * partition.groups * heads * ceil_div(partition.tokens, tile.block_m)
     if not programs:
         return
     if bias is not None and partition.tokens <= tile.block_m == tile.block_n:
@@ -94,14 +94,14 @@ def backward(
     out, lse, delta = map(_pixels, (out, lse, delta))
     width_k, width_v = _padded(q.shape[4]), _padded(v.shape[4])
     tile = tiles.queries
-    backward_queries_kernel[(items * heads * _ceil_div(partition.tokens, tile.block_m),)](
+    backward_queries_kernel[(items * heads * ceil_div(partition.tokens, tile.block_m),)](
         *inputs, out, lse, do, dlse, dq, delta, *scaling, *_axes(partition),
         WIDTH_K=width_k, ONE_BLOCK=partition.tokens <= tile.block_n, **_blocks(tile),
         **_constants(q, v, tile, precision),
     )  # fmt: skip
     passes = [(tiles.keys, dk, dv)] if tiles.values is None else [(tiles.keys, dk, None), (tiles.values, None, dv)]
     for tile, *outputs in passes:
-        backward_keys_kernel[(items * heads * _ceil_div(partition.tokens, tile.block_n),)](
+        backward_keys_kernel[(items * heads * ceil_div(partition.tokens, tile.block_n),)](
             *inputs, lse, delta, do, *outputs, *scaling, *_axes(partition),
             WIDTH_K=width_k, WIDTH_V=width_v, ONE_BLOCK=partition.tokens <= tile.block_m, **_blocks(tile),
             **_constants(q, v, tile, precision),
@@ -128,7 +128,7 @@ def bias_partials_shape(maps: int, heads: int, partition: Partition, tiles: Back
 def _blocks_of_pairs(tiles: BackwardTiles, partition: Partition) -> int:
     if in_one_kernel(tiles, partition):
         return 1
-    return _ceil_div(partition.tokens, tiles.pairs.block_m) * _ceil_div(partition.tokens, tiles.pairs.block_n)
+    return ceil_div(partition.tokens, tiles.pairs.block_m) * ceil_div(partition.tokens, tiles.pairs.block_n)
 
 
 @lru_cache(maxsize=1024)
@@ -175,7 +175,3 @@ def _constants(q: Any, v: Any, tile: Tile, precision: str) -> dict[str, Any]:
 def _padded(width: int) -> int:
     """The width as a power of two that matrix units take."""
     return max(16, 1 << (width - 1).bit_length())
-
-
-def _ceil_div(a: int, b: int) -> int:
-    return -(-a // b)

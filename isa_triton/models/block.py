@@ -9,7 +9,8 @@ from typing import Any, TypeVar, Unpack
 
 from torch import Tensor, nn
 
-from ..modules import Conv1x1, ConvNormReLU, InterlacedSparseSelfAttention, ISAOptions, NormLayer
+from ..maps import Conv1x1, ConvNormReLU, PartitionSize, unit_options
+from ..modules import InterlacedSparseSelfAttention, ISAOptions
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -23,8 +24,8 @@ class ISABlock(nn.Module):
         channels: C, of the map.
         key_channels, value_channels: widths of attention; 256 and 512 as published.
         partition_size: (P_h, P_w) of both stages.
-        norm_layer: makes a normalisation from its channels; one that learns its scale.
-        options: see `InterlacedSparseSelfAttention`.
+        options: order and all options of `InterlacedSparseSelfAttention`; norm_layer must make normalisations that
+            learn their scale.
 
     x [B, C, H, W] -> [B, C, H, W].
 
@@ -43,21 +44,14 @@ class ISABlock(nn.Module):
         key_channels: int = 256,
         value_channels: int = 512,
         *,
-        partition_size: tuple[int, int] = (8, 8),
-        norm_layer: NormLayer = nn.BatchNorm2d,
+        partition_size: PartitionSize = (8, 8),
         **options: Unpack[ISAOptions],
     ) -> None:
         super().__init__()
-        self.isa = InterlacedSparseSelfAttention(
-            channels,
-            key_channels,
-            value_channels,
-            value_channels,
-            partition_size=partition_size,
-            norm_layer=norm_layer,
-            **options,
-        )
-        self.output = ConvNormReLU(Conv1x1(value_channels, channels), norm_layer, activation=nn.Identity)
+        widths = channels, key_channels, value_channels, value_channels
+        self.isa = InterlacedSparseSelfAttention(*widths, partition_size=partition_size, **options)
+        linear = unit_options(options) | {"activation": nn.Identity}
+        self.output = ConvNormReLU(Conv1x1(value_channels, channels), **linear)
         scale: Any = getattr(self.output.norm, "weight", None)
         if not isinstance(scale, nn.Parameter):
             raise ValueError(f"norm_layer must make a normalisation that learns its scale, got {self.output.norm}")

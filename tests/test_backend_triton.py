@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from isa_triton import InterlacedSparseSelfAttention, Partition, fused, partitioned_attention
+from isa_triton import InterlacedSparseSelfAttention, Partition, partitioned_attention, tiles
 from isa_triton import partitioned_attention_with_lse as with_lse
+from isa_triton.backend import triton as triton_backend
+from isa_triton.backend.kernels import launch
 from tests.cases import PARTITIONS, qkv, relative_error
 
 ONE_KERNEL = PARTITIONS["interlaced-ragged"]
@@ -56,7 +58,7 @@ def test_backward_is_kept_no_more_than_it_needs(partition: Partition, bias: bool
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         out = call(tensors, partition, "triton")[0]
     extra = [x.shape for x in kept if not any(x.data_ptr() == y.data_ptr() for y in tensors)]
-    two_passes = fused.keeps_output(tensors[0], tensors[2], partition)
+    two_passes = triton_backend.keeps_output(tensors[0], tensors[2], partition)
     assert two_passes == (partition is TWO_PASSES)
     assert extra == ([out.shape, out.shape[:-1]] if two_passes else [])
 
@@ -79,7 +81,7 @@ def test_operators_pass_opcheck(bias: bool, transposed: bool) -> None:
     b, axes = (rest[0] if rest else None), (list(ONE_KERNEL.h), list(ONE_KERNEL.w))
     torch.library.opcheck(torch.ops.isa_triton.forward.default, (q, k, v, b, 0.5, *axes, True, "triton"))
     plain = [None if x is None else x.detach() for x in (q, k, v, b)]
-    arguments = (*plain, None, None, torch.randn_like(v), None, 0.5, *axes, "triton")
+    arguments = (*plain, None, None, torch.randn_like(v), None, 0.5, *axes, False, "triton")
     torch.library.opcheck(torch.ops.isa_triton.backward.default, arguments)
 
 
@@ -153,40 +155,44 @@ def test_fp32_products_follow_torchs_matmul_precision() -> None:
     cuda = torch.device("cuda")
     try:
         torch.set_float32_matmul_precision("high")
-        assert fused._precision(torch.float32, cuda) == "tf32"
-        assert fused._arithmetic(torch.float32, cuda) == "tf32"
-        assert fused._precision(torch.bfloat16, cuda) == fused._precision(torch.float32, torch.device("cpu")) == "ieee"
+        assert triton_backend._precision(torch.float32, cuda) == "tf32"
+        assert triton_backend._arithmetic(torch.float32, cuda) == "tf32"
+        assert (
+            triton_backend._precision(torch.bfloat16, cuda)
+            == triton_backend._precision(torch.float32, torch.device("cpu"))
+            == "ieee"
+        )
     finally:
         torch.set_float32_matmul_precision("highest")
-    assert fused._arithmetic(torch.float32, cuda) == "float32"
+    assert triton_backend._arithmetic(torch.float32, cuda) == "float32"
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
 @pytest.mark.parametrize("width", [8, 32, 39, 64, 256, 512])
 def test_what_is_kept_is_what_the_tiles_need(target: str, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """`keeps_output` knows one number, the longest group; the launcher asks the tiles themselves."""
-    monkeypatch.setattr(fused, "_target", lambda device: target)
+    monkeypatch.setattr(triton_backend, "_target", lambda device: target)
     for tokens in (1, 15, 16, 17, 32, 33, 49, 63, 64, 65, 100, 128, 129, 256, 257, 1024):
         partition = Partition.rows((1, tokens))
         q = torch.empty(1, 1, tokens, 1, width, dtype=torch.bfloat16, device="meta")
-        chosen = fused._backward_tiles(q, q, partition)
-        assert fused.keeps_output(q, q, partition) == (not fused.launch.in_one_kernel(chosen, partition))
+        chosen = tiles.backward(target, width, width, "bfloat16", tokens)
+        assert triton_backend.keeps_output(q, q, partition) == (not launch.in_one_kernel(chosen, partition))
 
 
 def test_the_target_is_the_device_s_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
     def target(**properties: object) -> str:
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(**properties))
-        return fused._target(torch.device("cuda"))
+        return triton_backend._target(torch.device("cuda"))
 
     assert target(major=9, minor=0) == "sm_90"
     assert target(major=12, minor=1) == "sm_121"
-    assert fused._target(torch.device("xpu")) == "xpu"
+    assert triton_backend._target(torch.device("xpu")) == "xpu"
     monkeypatch.setattr(torch.version, "hip", "6.4")
     assert target(gcnArchName="gfx942:sramecc+:xnack-") == "gfx942"
 
 
 def test_missing_triton_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "launch", None)
+    monkeypatch.setattr(triton_backend, "INSTALLED", False)
     q, k, v = qkv(ONE_KERNEL, dtype=torch.float32)
     with pytest.raises(ValueError, match=r"cannot be had: triton is not installed \(pip install triton\)"):
         partitioned_attention(q, k, v, ONE_KERNEL, backend="triton")

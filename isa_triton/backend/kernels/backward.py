@@ -23,7 +23,7 @@ fixed number of programs, and the caller adds their sums.
 import triton
 import triton.language as tl
 
-from isa_triton.kernels.common import (
+from isa_triton.backend.kernels.common import (
     LOG2_E,
     across,
     anywhere,

@@ -1,11 +1,7 @@
-"""Attention over a partition in plain PyTorch, on any device.
+"""The backend for any device, in PyTorch; of `contract`, which has its shapes.
 
-`forward` and `backward` take a few groups at a time through strided views of the map, so that a chunk's tokens and
-scores stay in cache, and neither a permuted map nor all of the scores ever exist. `plain` is the same function as one
-differentiable expression, for derivatives of higher order.
-
-Shapes, here and in `ops`: q, k [B, H, W, heads, K]; v, out [B, H, W, heads, V]; lse [B, H, W, heads];
-bias [heads, tokens, tokens] or None.
+A few groups at a time go through strided views of the map, so that a chunk's tokens and scores stay in cache, and
+neither a permuted map nor all of the scores ever exist.
 """
 
 from __future__ import annotations
@@ -18,37 +14,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .partition import Partition, Run
+from ..partition import Partition, Run
+from .contract import Call, empty_gradients, empty_outputs, lse_dtype
+
+OPAQUE = False  # PyTorch's own operators, which modes may look into
 
 # Bytes of a chunk's tokens and scores: on a CPU a share of the last-level cache, elsewhere enough work for a launch.
 _CHUNK_BYTES_CPU = 8 << 20
 _CHUNK_BYTES_ELSEWHERE = 256 << 20
 
 
-def lse_dtype(dtype: torch.dtype) -> torch.dtype:
-    """fp32, or fp64 for fp64: sums over half-precision scores are kept in fp32."""
-    return torch.promote_types(dtype, torch.float32)
+def keeps_output(q: Tensor, v: Tensor, partition: Partition) -> bool:
+    """Never: scores are computed again from q, k and bias."""
+    return False
 
 
-def empty_outputs(q: Tensor, v: Tensor, with_lse: bool) -> tuple[Tensor, Tensor]:
-    """Uninitialised out and lse, as every backend returns them."""
-    out = torch.empty_like(v, memory_format=torch.contiguous_format)
-    return out, q.new_empty(q.shape[:-1] if with_lse else 0, dtype=lse_dtype(q.dtype))
-
-
-def empty_gradients(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Uninitialised dq, dk, dv and dbias, as every backend returns them."""
-    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    return dq, dk, dv, q.new_empty(0 if bias is None else bias.shape)
-
-
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, partition: Partition, with_lse: bool
-) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
     """``out = softmax(scale q k^T + bias) v`` inside every group, and lse, the log-sum-exp of its scores (or empty)."""
+    scale, partition, with_lse, _ = call
     out, lse = empty_outputs(q, v, with_lse)
-    if not with_lse and _fused_is_faster(q, v):
-        _fused_forward(q, k, v, bias, scale, partition, out)
+    if not with_lse and _sdpa_is_faster(q, v):
+        _sdpa_forward(q, k, v, bias, call, out)
         return out, lse
     maps = {"q": q, "k": k, "v": v, "out": out} | ({"lse": lse[..., None]} if with_lse else {})
     for chunk in _chunks(partition, maps, bias):
@@ -65,12 +51,11 @@ def forward(
     return out, lse
 
 
-def _fused_forward(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, partition: Partition, out: Tensor
-) -> None:
-    """out by torch's fused attention, some groups with all their heads at a time."""
+def _sdpa_forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, call: Call, out: Tensor) -> None:
+    """out by torch's scaled_dot_product_attention, some groups with all their heads at a time."""
     if out.numel() == 0:
         return
+    partition = call.partition
     scratch, (heads, width) = _Scratch(q), q.shape[3:]
     budget = _chunk_bytes(q) // scratch.dtype.itemsize
     for piece in partition.pieces():
@@ -86,7 +71,7 @@ def _fused_forward(
             if box or scratch.dtype != q.dtype:
                 chunk = [scratch(name, x.shape).copy_(x) for name, x in zip("qkv", chunk, strict=True)]
             qs, ks, vs = (x.reshape(-1, tokens, heads, width).transpose(1, 2) for x in chunk)  # [n, heads, T, width]
-            attended = F.scaled_dot_product_attention(qs, ks, vs, attn_mask=mask, scale=scale)
+            attended = F.scaled_dot_product_attention(qs, ks, vs, attn_mask=mask, scale=call.scale)
             to.copy_(attended.transpose(1, 2).reshape(to.shape))
 
 
@@ -99,14 +84,14 @@ def backward(
     lse: Tensor | None,
     do: Tensor,
     dlse: Tensor | None,
-    scale: float,
-    partition: Partition,
+    call: Call,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients dq, dk, dv, dbias (or empty) of `forward`, from its inputs alone: scores S are computed again.
 
     ``P = softmax(S)``, ``dv = P^T do``, ``dP = do v^T``, ``dS = P (dP - rowsum(P dP) + dlse)``,
     ``dq = scale dS k``, ``dk = scale dS^T q``, and dbias is dS summed over batch and groups.
     """
+    scale, partition = call.scale, call.partition
     dq, dk, dv, dbias = empty_gradients(q, k, v, bias)
     dbias_sum = dbias.new_zeros(dbias.shape, dtype=lse_dtype(dbias.dtype))
     maps = {"q": q, "k": k, "v": v, "do": do, "dq": dq, "dk": dk, "dv": dv}
@@ -135,24 +120,6 @@ def backward(
             view = chunk.view_bias(dbias_sum)
             view.add_(db.view(view.shape))
     return dq, dk, dv, dbias.copy_(dbias_sum)
-
-
-def plain(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, partition: Partition
-) -> tuple[Tensor, Tensor]:
-    """out and lse as one expression that PyTorch differentiates and vectorises to any order; it holds all scores."""
-    (height, width), device = partition.size, q.device
-    group, token = torch.arange(partition.groups, device=device), torch.arange(partition.tokens, device=device)
-    y, x, inside = partition.coordinates(group[:, None], token)  # [G, T]
-    pixel = torch.where(inside, y * width + x, 0)
-    qs, ks, vs = (t.flatten(1, 2)[:, pixel].movedim(-2, 2) for t in (q, k, v))  # [B, G, heads, T, width]
-    s = scale * (qs @ ks.mT)
-    s = (s if bias is None else s + bias).masked_fill(~inside[:, None, None], -torch.inf)
-
-    y, x = torch.arange(height, device=device)[:, None], torch.arange(width, device=device)
-    group, token = partition.seat(y, x)  # [H, W]
-    out, lse = s.softmax(-1) @ vs, s.to(lse_dtype(s.dtype)).logsumexp(-1)
-    return out[:, group, :, token].movedim(2, 0), lse[:, group, :, token].movedim(2, 0)
 
 
 class _Scratch:
@@ -245,8 +212,8 @@ def _boxes(extents: Sequence[int], volume: int) -> Iterator[tuple[slice, ...]]:
         yield tuple(slice(start, start + step) for start, step in zip(corner, steps, strict=True))
 
 
-def _fused_is_faster(q: Tensor, v: Tensor) -> bool:
-    """Whether torch's fused attention beats matmul, softmax, matmul on a chunk [n, T, width] in cache.
+def _sdpa_is_faster(q: Tensor, v: Tensor) -> bool:
+    """Whether torch's scaled_dot_product_attention beats matmul, softmax, matmul on a chunk [n, T, width] in cache.
 
     Its kernels want equal widths. On CPUs it was up to a width of 128 (and slower at ISA's own 256 and 512). Elsewhere
     it saves the scores' way through memory.

@@ -1,0 +1,90 @@
+"""Who is watching: compilers, transforms, modes that look at operators. All that rests on PyTorch's private names.
+
+A call that nobody watches may take short cuts; one that somebody watches must be made of what can be seen. When PyTorch
+moves, this is the file that breaks.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def is_fake(x: Tensor) -> bool:
+    """Whether a tensor has shapes and no memory, under a `FakeTensorMode` (compilers check for themselves)."""
+    fake_tensor = sys.modules.get("torch._subclasses.fake_tensor")  # costs half a second to load; not loaded: none made
+    return fake_tensor is not None and isinstance(x, fake_tensor.FakeTensor)
+
+
+def is_transformed() -> bool:
+    """Whether a transform of torch.func is active, whose tensors are not what they seem."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def has_modes() -> bool:
+    """Whether a dispatch mode (fake tensors, FLOP counters, tracers) sees every operator."""
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
+def is_differentiated(tensors: list[Tensor]) -> bool:
+    """Whether autograd, in reverse or forward mode, or a transform may want a function of these tensors recorded."""
+    recorded = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    return recorded or is_transformed() or forward_ad._current_level >= 0
+
+
+def wants_operators(tensors: list[Tensor]) -> bool:
+    """Whether somebody looks at operators: a mode, a profiler, a subclass of Tensor, or tensors without memory."""
+    observed = has_modes() or torch.autograd._profiler_enabled()
+    return observed or any(type(x) not in (Tensor, torch.nn.Parameter) or x.is_meta for x in tensors)
+
+
+def is_inference() -> bool:
+    """Whether a result is all that is wanted of a computation: no gradient, graph, cast or transform of it."""
+    watched = torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
+    return not (watched or is_transformed() or has_modes())
+
+
+def constant_in_graphs(function: Function) -> Function:
+    """`torch.compiler.assume_constant_result` without the second and more of import that it takes."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+def when_imported(name: str, action: Callable[[ModuleType], None]) -> None:
+    """Calls action(module) once somebody imports a module, or now if somebody has: what is not needed is not loaded."""
+    if name in sys.modules:
+        action(sys.modules[name])
+    else:
+        sys.meta_path.insert(0, _ActionOnImport(name, action))
+
+
+class _ActionOnImport(MetaPathFinder):
+    def __init__(self, name: str, action: Callable[[ModuleType], None]) -> None:
+        self.name, self.action = name, action
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
+        if fullname != self.name:
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec(fullname)
+        assert spec is not None
+        loader: Any = spec.loader
+        execute = loader.exec_module
+
+        def execute_and_act(module: ModuleType) -> None:
+            execute(module)
+            self.action(module)
+
+        loader.exec_module = execute_and_act
+        return spec

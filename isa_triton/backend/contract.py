@@ -1,0 +1,84 @@
+"""What every backend promises, whatever computes it, and the call that it is given.
+
+Shapes, here and wherever backends are spoken of:
+
+    q, k, dq, dk    [B, H, W, heads, K]        v, out, do, dv    [B, H, W, heads, V]
+    lse, dlse       [B, H, W, heads]           bias, dbias       [heads, tokens, tokens] or None
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from ..partition import Axis, Partition
+
+
+class Call(NamedTuple):
+    """All of an attention that is not a tensor; arguments were checked by `functional`."""
+
+    scale: float
+    partition: Partition
+    with_lse: bool
+    backend: str  # "eager" or "triton"
+
+    def flat(self) -> tuple[float, list[int], list[int], bool, str]:
+        """As `torch.library` takes it, which knows numbers, lists of them and strings."""
+        return self.scale, list(self.partition.h), list(self.partition.w), self.with_lse, self.backend
+
+    @classmethod
+    def unflatten(cls, scale: float, h: Sequence[int], w: Sequence[int], with_lse: bool, backend: str) -> Call:
+        """The inverse of `flat`."""
+        return cls(scale, Partition(Axis(*h), Axis(*w)), with_lse, backend)
+
+
+class Backend(Protocol):
+    """A module that computes attention and its first derivatives. Tensors have any strides, results are contiguous."""
+
+    OPAQUE: bool  # whether tools that look at operators must see one operator, for its inside is not PyTorch's own
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
+        """``out = softmax(scale q k^T + bias) v`` inside every group, and lse, the log-sum-exp of its scores.
+
+        Both as `empty_outputs` makes them; lse means something if `call.with_lse`.
+        """
+
+    def backward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias: Tensor | None,
+        out: Tensor | None,
+        lse: Tensor | None,
+        do: Tensor,
+        dlse: Tensor | None,
+        call: Call,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """dq, dk, dv and dbias, as `empty_gradients` makes them, from the gradients of out and lse (None: zero).
+
+        out and lse are what forward returned, where `keeps_output` said that they are needed.
+        """
+
+    def keeps_output(self, q: Tensor, v: Tensor, partition: Partition) -> bool:
+        """Whether backward needs out and lse beside the inputs."""
+
+
+def lse_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp32, or fp64 for fp64: sums over half-precision scores are kept in fp32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def empty_outputs(q: Tensor, v: Tensor, with_lse: bool) -> tuple[Tensor, Tensor]:
+    """Uninitialised out and lse (of no elements where it is not wanted)."""
+    out = torch.empty_like(v, memory_format=torch.contiguous_format)
+    return out, q.new_empty(q.shape[:-1] if with_lse else 0, dtype=lse_dtype(q.dtype))
+
+
+def empty_gradients(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Uninitialised dq, dk, dv and dbias (of no elements where there is no bias)."""
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    return dq, dk, dv, q.new_empty(0 if bias is None else bias.shape)

@@ -1,0 +1,30 @@
+"""Attention over a partition as one expression, which PyTorch differentiates and vectorises to any order.
+
+It holds all scores: made for derivatives beyond the first and for export, not to be fast.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..partition import Partition
+from .contract import lse_dtype
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, partition: Partition
+) -> tuple[Tensor, Tensor]:
+    """out and lse, as `contract.Backend.forward` returns them."""
+    (height, width), device = partition.size, q.device
+    group, token = torch.arange(partition.groups, device=device), torch.arange(partition.tokens, device=device)
+    y, x, inside = partition.coordinates(group[:, None], token)  # [G, T]
+    pixel = torch.where(inside, y * width + x, 0)
+    qs, ks, vs = (t.flatten(1, 2)[:, pixel].movedim(-2, 2) for t in (q, k, v))  # [B, G, heads, T, width]
+    s = scale * (qs @ ks.mT)
+    s = (s if bias is None else s + bias).masked_fill(~inside[:, None, None], -torch.inf)
+
+    y, x = torch.arange(height, device=device)[:, None], torch.arange(width, device=device)
+    group, token = partition.seat(y, x)  # [H, W]
+    out, lse = s.softmax(-1) @ vs, s.to(lse_dtype(s.dtype)).logsumexp(-1)
+    return out[:, group, :, token].movedim(2, 0), lse[:, group, :, token].movedim(2, 0)

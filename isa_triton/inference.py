@@ -1,0 +1,179 @@
+"""Networks for inference: layers folded into fewer products, exported programs in PyTorch's own operators."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+from .backend import plain
+from .backend.contract import Call
+from .maps import Conv1x1, ConvNormReLU, attend_maps, check_map, crop, make_partition, pad_to_multiple, pads
+from .modules import InterlacedSparseSelfAttention, SelfAttention2d
+
+
+@torch.no_grad()
+def fuse(module: nn.Module) -> nn.Module:
+    """A copy of a network for inference, in which every layer of this library is folded; equal to rounding.
+
+    Batch normalisation becomes part of the convolution before it. The first layers of key, query and value become one
+    GEMM. Nothing stands between the values and the output's convolution but attention, which is linear in its values,
+    so these two become one matrix, ``W_o (A (W_v x)) = A ((W_o W_v) x)``, unless the output is wider than the values.
+
+    Args:
+        module: `SelfAttention2d`, `InterlacedSparseSelfAttention`, `ISAModule`, `ISAHead`, or any network that holds
+            some of them, of any dtype; it stays as it is. Subclasses stay as they are, too.
+
+    Returns:
+        The copy, in evaluation mode, whose parameters require no gradients.
+
+    Raises:
+        ValueError: nothing to fold, or a normalisation that is not a batch normalisation with running statistics.
+
+    >>> folded = fuse(InterlacedSparseSelfAttention(64, 32, 64))
+    >>> folded(torch.randn(2, 64, 13, 20)).shape
+    torch.Size([2, 64, 13, 20])
+    """
+    # Tensors are copied by hand: fake ones have no deepcopy, and gradients stay behind.
+    copies: dict[int, Any] = {id(x): nn.Parameter(x.clone(), requires_grad=False) for x in module.parameters()}
+    copies |= {id(x): x.clone() for x in module.buffers()}
+    folded = _fold(copy.deepcopy(module, copies), {}).eval().requires_grad_(False)
+    if not any(isinstance(layer, (FoldedAttention, ConvNormReLU)) for layer in folded.modules()):
+        raise ValueError(f"module must hold a layer of isa_triton, got {type(module).__name__} without one")
+    return folded
+
+
+def _fold(module: nn.Module, folded: dict[nn.Module, nn.Module]) -> nn.Module:
+    """The folded form of a module, which is written over; what stands in several places is folded once."""
+    if module in folded:
+        return folded[module]
+    folded[module] = module
+    if type(module) is SelfAttention2d:
+        folded[module] = FoldedAttention(module)
+    elif type(module) is InterlacedSparseSelfAttention:
+        folded[module] = FoldedAttention(*module.stages)
+    elif type(module) is ConvNormReLU:
+        weight, bias = (x.to(module.conv.weight) for x in _conv_and_norm(module))
+        module.conv.weight, module.conv.bias = nn.Parameter(weight), nn.Parameter(bias)
+        module.norm = nn.Identity()
+    else:
+        for name, child in list(module._modules.items()):
+            if child is not None:
+                setattr(module, name, _fold(child, folded))
+    return folded[module]
+
+
+class FoldedAttention(nn.Module):
+    """Folded stages of attention in cascade: x [B, C, H, W] -> [B, out_channels, H, W], channels_last."""
+
+    def __init__(self, *stages: SelfAttention2d) -> None:
+        super().__init__()
+        self.padded, self.partition_size = pads(stages[0].pattern, stages[0].padding), stages[0].partition_size
+        self.in_channels = stages[0].value.in_channels
+        self.stages = nn.ModuleList(map(FoldedStage, stages))
+
+    def forward(self, x: Tensor) -> Tensor:
+        check_map(x, self.in_channels)
+        size = x.shape[2:]
+        if self.padded:
+            x = pad_to_multiple(x, self.partition_size)
+        for stage in self.stages:
+            qkv = stage.project(x)  # type: ignore[operator]
+            del x  # a stage's input is gone when its attention runs, a stage's projections when the next one projects
+            x = stage.attend(*qkv)  # type: ignore[operator]
+            del qkv
+        return crop(x, size) if self.padded else x
+
+
+class FoldedStage(nn.Module):
+    """What `SelfAttention2d` computes between padding and cropping, in evaluation mode."""
+
+    def __init__(self, stage: SelfAttention2d) -> None:
+        super().__init__()
+        self.pattern, self.partition_size, self.backend = stage.pattern, stage.partition_size, stage.backend
+        like = stage.value.weight
+        first = [_matrix(stage.query[0]), _matrix(stage.key[0])]
+        self.key_channels = len(first[0][1])
+        value, (output, bias) = like.to("cpu", torch.float64).flatten(1), _matrix(stage.output)
+        if len(output) <= len(value):
+            first.append((output @ value, bias))  # the rows of A sum to one: what is added to values comes out again
+            self.output = nn.Sequential(stage.output.relu)
+        else:
+            first.append((value, bias.new_zeros(len(value))))
+            self.output = nn.Sequential(_conv1x1(output, bias, like), stage.output.relu)
+        weights, biases = zip(*first, strict=True)
+        self.first = _conv1x1(torch.cat(weights), torch.cat(biases), like)
+        self.query, self.key = (_second(layers, like) for layers in (stage.query, stage.key))
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k [B, K, H, W] and the values [B, V, H, W]."""
+        first, K = self.first(x), self.key_channels  # [B, K + K + V, H, W]
+        q, k = self.query(_writable(first[:, :K])), self.key(_writable(first[:, K : 2 * K]))
+        return q, k, first[:, 2 * K :]
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The stage's output."""
+        partition = make_partition(self.pattern, (q.shape[2], q.shape[3]), self.partition_size)
+        return self.output(_writable(attend_maps(q, k, v, partition, self.backend)))
+
+
+def _writable(x: Tensor) -> Tensor:
+    """x for an activation that writes over it; a copy where autograd may need what was there."""
+    return x.clone() if x.requires_grad else x
+
+
+def _second(layers: nn.Sequential, like: Tensor) -> nn.Sequential:
+    """What a query or key projection does after its first convolution."""
+    first, second = layers
+    assert isinstance(first, ConvNormReLU)
+    assert isinstance(second, ConvNormReLU)
+    return nn.Sequential(first.relu, _conv1x1(*_matrix(second), like), second.relu)
+
+
+def _conv_and_norm(unit: nn.Module) -> tuple[Tensor, Tensor]:
+    """Weight and bias, in fp64 on the CPU, of a convolution that does what a convolution and its norm do."""
+    assert isinstance(unit, ConvNormReLU)
+    conv, norm = unit.conv, unit.norm
+    if not isinstance(norm, _BatchNorm) or norm.running_mean is None:
+        raise ValueError(f"only batch normalisation with running statistics folds into a convolution, got {norm}")
+    tensors = (conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.weight, norm.bias)
+    exact: Any = (None if x is None else x.to("cpu", torch.float64) for x in tensors)
+    weight, bias, mean, variance, scale, shift = exact
+    return fuse_conv_bn_weights(weight, bias, mean, variance, norm.eps, scale, shift)
+
+
+def _matrix(unit: nn.Module) -> tuple[Tensor, Tensor]:
+    """`_conv_and_norm` of a 1x1 convolution, the weight as a matrix [out, in]."""
+    weight, bias = _conv_and_norm(unit)
+    return weight.flatten(1), bias
+
+
+def _conv1x1(weight: Tensor, bias: Tensor, like: Tensor) -> Conv1x1:
+    """A 1x1 convolution with this weight [out, in] and bias [out], of the dtype and on the device of another tensor."""
+    conv = Conv1x1(weight.shape[1], weight.shape[0], bias=True)
+    conv.weight, conv.bias = nn.Parameter(weight[..., None, None].to(like)), nn.Parameter(bias.to(like))
+    return conv
+
+
+def decompose(program: ExportedProgram) -> ExportedProgram:
+    """An exported program in PyTorch's own operators, for runtimes that do not know ours (ONNX).
+
+    Every group's scores exist at once in it.
+
+    >>> layer = fuse(InterlacedSparseSelfAttention(64, 32, 64))
+    >>> program = decompose(torch.export.export(layer, (torch.randn(1, 64, 13, 20),)))
+    >>> torch.onnx.export(program, f="layer.onnx")  # doctest: +SKIP
+    """
+    table = torch.export.default_decompositions()
+    table[torch.ops.isa_triton.forward.default] = _plain_forward
+    return program.run_decompositions(table)
+
+
+def _plain_forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *call: Any) -> tuple[Tensor, Tensor]:
+    scale, partition, *_ = Call.unflatten(*call)
+    return plain.attention(q, k, v, bias, scale, partition)

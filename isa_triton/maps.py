@@ -1,0 +1,159 @@
+"""What layers of feature maps are made of: projections over pixels, padding, attention between maps, their checks.
+
+Feature maps are [B, C, H, W]. NCHW and channels_last inputs are both read as they lie; everything in between is
+channels_last, so that the attention's [B, H, W, heads, width] tensors are views of the projections' outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .functional import partitioned_attention
+from .partition import Partition, ceil_div
+
+PartitionSize = tuple[int, int]  # (P_h, P_w)
+NormLayer = Callable[[int], nn.Module]  # from channels
+Activation = Callable[[], nn.Module]
+RELU = partial(nn.ReLU, inplace=True)
+
+PATTERNS: dict[str, Callable[[tuple[int, int], PartitionSize], Partition]] = {
+    "interlaced": lambda size, partition_size: Partition.interlaced(size, stride=partition_size),
+    "local": lambda size, partition_size: Partition.local(size, window=partition_size),
+    "rows": lambda size, partition_size: Partition.rows(size),
+    "columns": lambda size, partition_size: Partition.columns(size),
+    "dense": lambda size, partition_size: Partition.dense(size),
+}
+PARTITIONED = ("interlaced", "local")  # the patterns that a partition size shapes
+
+
+class Conv1x1(nn.Conv2d):
+    """A 1x1 convolution as a GEMM over pixels, of one input or of several that stand for their concatenation.
+
+    [B, C_i, H, W], ... -> [B, out_channels, H, W], channels_last. The parameters are those of `nn.Conv2d`.
+
+    >>> Conv1x1(5, 7)(torch.randn(2, 3, 4, 6), torch.randn(2, 2, 4, 6)).shape
+    torch.Size([2, 7, 4, 6])
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, bias: bool = False) -> None:
+        super().__init__(in_channels, out_channels, kernel_size=1, bias=bias)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        size = inputs[0].shape[2:]
+        weights = self.weight.flatten(1).split([x.shape[1] for x in inputs], dim=1)  # [out, C_i]
+        y = self.bias  # then [B, H W, out]
+        for x, weight in zip(inputs, weights, strict=True):
+            pixels = x.permute(0, 2, 3, 1).flatten(1, 2)  # [B, H W, C_i], NCHW or channels_last
+            weight = weight.mT.expand(len(x), -1, -1)  # a batched GEMM takes NCHW transposed; folding B would copy it
+            y = torch.bmm(pixels, weight) if y is None else torch.baddbmm(y, pixels, weight)
+        assert y is not None
+        return y.unflatten(1, size).permute(0, 3, 1, 2)
+
+
+class ConvNormReLU(nn.Sequential):
+    """Convolution without bias, normalisation, activation: batch normalisation and ReLU unless told otherwise."""
+
+    def __init__(self, conv: nn.Conv2d, norm_layer: NormLayer = nn.BatchNorm2d, activation: Activation = RELU) -> None:
+        super().__init__()
+        self.conv = conv
+        self.norm: Any = norm_layer(conv.out_channels)
+        self.relu = activation()
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.relu(self.norm(self.conv(*inputs)))
+
+
+def unit_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a layer's options that `ConvNormReLU` takes."""
+    return {name: options[name] for name in ("norm_layer", "activation") if name in options}
+
+
+def check_map(x: Tensor, channels: int) -> None:
+    """Raises ValueError where x is not [B, channels, H, W]."""
+    if x.dim() != 4 or x.shape[1] != channels or x.shape[2] < 1 or x.shape[3] < 1:
+        raise ValueError(f"x must be [B, {channels}, H, W] with H, W of at least 1, got {tuple(x.shape)}")
+
+
+def make_partition(pattern: str, size: tuple[int, int], partition_size: tuple[int, int]) -> Partition:
+    """The partition of a map of (H, W) pixels by the name of its pattern; P is clamped to the map."""
+    return PATTERNS[pattern](size, (min(partition_size[0], size[0]), min(partition_size[1], size[1])))
+
+
+def pads(pattern: str, padding: str) -> bool:
+    """Whether a stage pads its map to a multiple of the partition size."""
+    return padding == "zeros" and pattern in PARTITIONED
+
+
+def attend_maps(q: Tensor, k: Tensor, v: Tensor, partition: Partition, backend: str) -> Tensor:
+    """One head of attention between maps: q, k [B, K, H, W] and v [B, V, H, W] -> context [B, V, H, W]."""
+    q, k, v = (x.permute(0, 2, 3, 1).unsqueeze(3) for x in (q, k, v))  # [B, H, W, 1, K or V]
+    return partitioned_attention(q, k, v, partition, backend=backend).squeeze(3).permute(0, 3, 1, 2)
+
+
+def pad_to_multiple(x: Tensor, partition_size: tuple[int, int]) -> Tensor:
+    """x [B, C, H, W] with zeros around it, centred, low side floor(pad / 2), up to a multiple of P on both axes."""
+    P_h, P_w = partition_size
+    pad_h, pad_w = ceil_div(x.shape[2], P_h) * P_h - x.shape[2], ceil_div(x.shape[3], P_w) * P_w - x.shape[3]
+    if pad_h == 0 and pad_w == 0:
+        return x
+    return F.pad(x, (pad_w // 2, pad_w - pad_w // 2, pad_h // 2, pad_h - pad_h // 2))
+
+
+def crop(x: Tensor, size: Sequence[int]) -> Tensor:
+    """The inverse of `pad_to_multiple`: the centre of x [B, C, H, W], a view."""
+    top, left = (x.shape[2] - size[0]) // 2, (x.shape[3] - size[1]) // 2
+    return x[:, :, top : top + size[0], left : left + size[1]]
+
+
+def recomputed(layers: nn.Module, x: Tensor) -> Tensor:
+    """layers(x), of which backward keeps x alone and computes the rest again."""
+    return checkpoint(layers, x, use_reentrant=False, context_fn=lambda: (nullcontext(), _buffers_copied(layers)))
+
+
+@contextmanager
+def _buffers_copied(layers: nn.Module) -> Iterator[None]:
+    """Layers work on copies of their buffers: running statistics do not count a batch a second time."""
+    kept = [(layer, dict(layer._buffers)) for layer in layers.modules()]
+    for layer, buffers in kept:
+        layer._buffers.update({name: None if x is None else x.clone() for name, x in buffers.items()})
+    try:
+        yield
+    finally:
+        for layer, buffers in kept:
+            layer._buffers.update(buffers)
+
+
+def one_of(name: str, value: str, valid: Collection[str]) -> str:
+    """The value. Raises ValueError where it is not among the valid ones."""
+    if value not in valid:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, valid))}, got {value!r}")
+    return value
+
+
+def check_partition_size(value: Any) -> PartitionSize:
+    """(P_h, P_w) as it was given. Raises ValueError where it is none."""
+    pair = isinstance(value, Sequence) and len(value) == 2
+    if not pair or not all(type(p) is int and p >= 1 for p in value):
+        raise ValueError(f"partition_size must be two integers (P_h, P_w) of at least 1, got {value!r}")
+    return value[0], value[1]
+
+
+def each_partition_size(value: PartitionSize | Sequence[PartitionSize]) -> tuple[PartitionSize, ...]:
+    """One partition size or several, as several. Raises ValueError where there is none."""
+    several = isinstance(value, Sequence) and len(value) > 0 and isinstance(value[0], Sequence)
+    return tuple(map(check_partition_size, value if several else (value,)))
+
+
+def check_widths(**widths: int) -> None:
+    """Raises ValueError, by name, where a width is no integer of at least 1."""
+    for name, width in widths.items():
+        if not isinstance(width, int) or width < 1:
+            raise ValueError(f"{name} must be an integer of at least 1, got {width!r}")
