@@ -171,7 +171,7 @@ def test_fp32_products_follow_torchs_matmul_precision() -> None:
 @pytest.mark.parametrize("width", [8, 32, 39, 64, 256, 512])
 def test_what_is_kept_is_what_the_tiles_need(target: str, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """`keeps_output` knows one number, the longest group; the launcher asks the tiles themselves."""
-    monkeypatch.setattr(triton_backend, "_target", lambda device: target)
+    monkeypatch.setattr(triton_backend, "target_of", lambda device: target)
     for tokens in (1, 15, 16, 17, 32, 33, 49, 63, 64, 65, 100, 128, 129, 256, 257, 1024):
         partition = Partition.rows((1, tokens))
         q = torch.empty(1, 1, tokens, 1, width, dtype=torch.bfloat16, device="meta")
@@ -182,11 +182,11 @@ def test_what_is_kept_is_what_the_tiles_need(target: str, width: int, monkeypatc
 def test_the_target_is_the_device_s_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
     def target(**properties: object) -> str:
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(**properties))
-        return triton_backend._target(torch.device("cuda"))
+        return triton_backend.target_of(torch.device("cuda"))
 
     assert target(major=9, minor=0) == "sm_90"
     assert target(major=12, minor=1) == "sm_121"
-    assert triton_backend._target(torch.device("xpu")) == "xpu"
+    assert triton_backend.target_of(torch.device("xpu")) == "xpu"
     monkeypatch.setattr(torch.version, "hip", "6.4")
     assert target(gcnArchName="gfx942:sramecc+:xnack-") == "gfx942"
 

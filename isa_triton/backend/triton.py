@@ -54,7 +54,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, call: Call) ->
     q, k, v, bias = map(_in_memory, (q, k, v, bias))
     out, lse = empty_outputs(q, v, call.with_lse)
     kept_lse, precision = lse if call.with_lse else None, _precision(q.dtype, q.device)
-    tile = tiles.lookup(_target(q.device), "forward", *_problem(q, v, call.partition))
+    tile = tiles.lookup(target_of(q.device), "forward", *_problem(q, v, call.partition))
     with _on(q.device):
         launch.forward(q, k, v, bias, out, kept_lse, call.scale, call.partition, tile, precision)
     return out, lse
@@ -76,7 +76,7 @@ def backward(
 
     q, k, v, bias, do, dlse = map(_in_memory, (q, k, v, bias, do, dlse))
     dq, dk, dv, dbias = empty_gradients(q, k, v, bias)
-    chosen = tiles.backward(_target(q.device), *_problem(q, v, call.partition))
+    chosen = tiles.backward(target_of(q.device), *_problem(q, v, call.partition))
     delta, precision = None if lse is None else torch.empty_like(lse), _precision(q.dtype, q.device)
     partials = None
     if bias is not None:
@@ -105,7 +105,7 @@ def _problem(q: Tensor, v: Tensor, partition: Partition) -> tuple[int, int, str,
 @constant_in_graphs  # device, dtype and widths are constants of a graph; the tokens need not be
 def _longest_group(device: torch.device, dtype: torch.dtype, key_width: int, value_width: int) -> int:
     """The most tokens of a group whose gradients one kernel computes."""
-    return _longest_group_of(_target(device), _arithmetic(dtype, device), key_width, value_width)
+    return _longest_group_of(target_of(device), _arithmetic(dtype, device), key_width, value_width)
 
 
 @lru_cache(maxsize=1024)
@@ -128,7 +128,7 @@ def _precision(dtype: torch.dtype, device: torch.device) -> str:
     return "tf32" if allowed and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
-def _target(device: torch.device) -> str:
+def target_of(device: torch.device) -> str:
     """The architecture, as `tiles` names it."""
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)

@@ -89,6 +89,16 @@ def backward(target: str, key_width: int, value_width: int, dtype: str, tokens: 
     return BackwardTiles(**tiles)  # type: ignore[arg-type]  # only group and values may be None
 
 
+def file_for(target: str) -> Path:
+    """The file of a target, of one with the same matrix instructions, or else of the most modest of its vendor.
+
+    >>> file_for("sm_89").name, file_for("gfx1100").name
+    ('sm_86.json', 'gfx942.json')
+    """
+    file = FOLDER / f"{RELATIVES.get(target, target)}.json"
+    return file if file.exists() else FOLDER / ("gfx942.json" if target.startswith("gfx") else "sm_86.json")
+
+
 @lru_cache(maxsize=4096)
 def _lookup(target: str, step: str, key_width: int, value_width: int, dtype: str, tokens: int) -> Tile:
     def limits(entry: dict[str, Any]) -> tuple[float, ...]:
@@ -107,12 +117,10 @@ def _lookup(target: str, step: str, key_width: int, value_width: int, dtype: str
 
 @lru_cache(maxsize=64)
 def _entries(target: str) -> tuple[dict[str, Any], ...]:
-    """The entries of a target's own file, of a relative's, or else of the most modest target of its vendor."""
-    file = FOLDER / f"{RELATIVES.get(target, target)}.json"
-    if not file.exists():
-        nearest = "gfx942" if target.startswith("gfx") else "sm_86"
-        warnings.warn(f"no tiles were made for {target}, those of {nearest} are taken", stacklevel=5)
-        file = FOLDER / f"{nearest}.json"
+    """The entries of a target's file; a warning where another architecture's has to serve."""
+    file = file_for(target)
+    if file.stem != RELATIVES.get(target, target):
+        warnings.warn(f"no tiles were made for {target}, those of {file.stem} are taken", stacklevel=5)
     try:
         entries = json.loads(file.read_text())
     except ValueError as error:
@@ -120,12 +128,12 @@ def _entries(target: str) -> tuple[dict[str, Any], ...]:
     if not isinstance(entries, list):
         raise ValueError(f"{file} must hold a list of entries, got {type(entries).__name__}")
     for number, entry in enumerate(entries, 1):
-        if wrong := _wrong(entry):
-            raise ValueError(f"{file}, entry {number}: {wrong}")
+        if mistake := _mistake_in(entry):
+            raise ValueError(f"{file}, entry {number}: {mistake}")
     return tuple(entries)
 
 
-def _wrong(entry: Any) -> str | None:
+def _mistake_in(entry: Any) -> str | None:
     """What is wrong with an entry of a file, or None."""
     if not isinstance(entry, dict) or not {"step", "arithmetic", *_LIMITS, "tile"} <= entry.keys():
         return f"must be an object with step, arithmetic, {', '.join(_LIMITS)} and tile, got {entry!r}"
