@@ -1,4 +1,4 @@
-"""The only door to attention over a partition: check the arguments, choose a backend."""
+"""Attention over a partition, as users call it: the arguments are checked and a backend is chosen."""
 
 from __future__ import annotations
 

@@ -76,6 +76,15 @@ def unit_options(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: options[name] for name in ("norm_layer", "activation") if name in options}
 
 
+def check_options(layer: nn.Module, options: Mapping[str, Any], valid: type) -> None:
+    """Raises TypeError, in the layer's name, where an option is none of a TypedDict's."""
+    names: frozenset[str] = valid.__optional_keys__  # type: ignore[attr-defined]
+    if unknown := options.keys() - names:
+        raise TypeError(
+            f"{type(layer).__name__} takes no {', '.join(sorted(unknown))}; its options are {', '.join(sorted(names))}"
+        )
+
+
 def check_map(x: Tensor, channels: int) -> None:
     """Raises ValueError where x is not [B, channels, H, W]."""
     if x.dim() != 4 or x.shape[1] != channels or x.shape[2] < 1 or x.shape[3] < 1:

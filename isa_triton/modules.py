@@ -23,6 +23,7 @@ from .maps import (
     PartitionSize,
     attend_maps,
     check_map,
+    check_options,
     check_partition_size,
     check_widths,
     crop,
@@ -169,6 +170,7 @@ class InterlacedSparseSelfAttention(nn.Module):
         **options: Unpack[StageOptions],
     ) -> None:
         super().__init__()
+        check_options(self, options, StageOptions)
         out_channels = in_channels if out_channels is None else out_channels
         self.order = one_of("order", order, ("long-short", "short-long"))
         long_in, short_in = (in_channels, out_channels) if order == "long-short" else (out_channels, in_channels)
@@ -227,6 +229,7 @@ class ISAModule(nn.Module):
         **options: Unpack[ISAOptions],
     ) -> None:
         super().__init__()
+        check_options(self, options, ISAOptions)
         widths, sizes = (in_channels, key_channels, value_channels, out_channels), each_partition_size(partition_size)
         self.branches = nn.ModuleList(
             InterlacedSparseSelfAttention(*widths, partition_size=size, **options) for size in sizes
@@ -278,6 +281,7 @@ class ISAHead(nn.Module):
         **options: Unpack[ISAOptions],
     ) -> None:
         super().__init__()
+        check_options(self, options, ISAOptions)
         check_widths(in_channels=in_channels, channels=channels, num_classes=num_classes)
         self.align_corners = align_corners
         reduce = nn.Conv2d(in_channels, channels, 3, padding=1, bias=False)

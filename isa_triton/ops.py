@@ -85,7 +85,7 @@ _tracing.when_imported("torch.utils.flop_counter", _register_flop_formulas)  # w
 def _is_operator(call: Call, *tensors: Tensor | None) -> bool:
     """Whether a call has to be one operator: for compilers, and where others look and the backend's inside is opaque.
 
-    Kernels that nobody looks at save the dispatcher's time; tensors without memory must not meet one.
+    Kernels that nobody looks at save the dispatcher's time; none may be launched for tensors without memory.
     """
     if torch.compiler.is_compiling():
         return True

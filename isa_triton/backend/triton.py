@@ -28,7 +28,7 @@ INSTALLED = find_spec("triton") is not None
 
 
 def why_not(q: Tensor) -> str | None:
-    """Why the kernels cannot take tensors like q, or None if they can; tensors without memory never meet a kernel."""
+    """Why the kernels cannot take tensors like q, or None if they can; none is launched for tensors without memory."""
     if not INSTALLED:
         return "triton is not installed (pip install triton)"
     if q.dtype not in DTYPES:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar, Unpack
 
 from torch import Tensor, nn
 
-from ..maps import Conv1x1, ConvNormReLU, PartitionSize, unit_options
+from ..maps import Conv1x1, ConvNormReLU, PartitionSize, check_options, unit_options
 from ..modules import InterlacedSparseSelfAttention, ISAOptions
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -48,6 +48,7 @@ class ISABlock(nn.Module):
         **options: Unpack[ISAOptions],
     ) -> None:
         super().__init__()
+        check_options(self, options, ISAOptions)
         widths = channels, key_channels, value_channels, value_channels
         self.isa = InterlacedSparseSelfAttention(*widths, partition_size=partition_size, **options)
         linear = unit_options(options) | {"activation": nn.Identity}

@@ -31,8 +31,8 @@ Model = TypeVar("Model", bound=nn.Module)
 def accelerate(model: Model, *, backend: str = "auto") -> Model:
     """Let every partition attention of a timm model run on `partitioned_attention`, in place.
 
-    "auto" is, in inference on a CPU, torch's fused attention between one copy of the map and another, where windows
-    divide it: faster there than copies of q, k, v and the result, which "eager" makes.
+    "auto" is, in inference on a CPU and where windows divide the map, torch's scaled_dot_product_attention between one
+    copy of the map and another: faster there than copies of q, k, v and the result, which "eager" makes.
 
     No weight is touched, so checkpoints load before and after. Calling it again sets the backend anew; `restore` takes
     it back. Maps that the window or grid does not divide: MaxViT, which refuses them in timm, attends to the real
@@ -120,7 +120,7 @@ class AcceleratedSwinBlock(SwinTransformerBlock):
             x = F.pad(_roll(x, shift, -1), (0, 0, 0, right, 0, bottom))
             x = _roll(x, shift, 1)
         partition = Partition.local((height + bottom, width + right), window, shift)
-        bias = _kept(self.attn, [self.attn.relative_position_bias_table], self.attn._get_rel_pos_bias)[0]
+        bias = _cached_bias(self.attn, [self.attn.relative_position_bias_table], self.attn._get_rel_pos_bias)[0]
         x = _attention(self.attn, x, partition, bias, self.backend)
         if bottom or right:
             x = _roll(_roll(x, shift, -1)[:, :height, :width], shift, 1)
@@ -143,7 +143,7 @@ def _block_or_grid(attn: Any, x: Tensor, partition_size: tuple[int, int], block:
     partition = Partition.local(size, tokens) if block else Partition.interlaced(size, grid=tokens)
     bias = None
     if (rel_pos := attn.rel_pos) is not None:
-        bias = _kept(rel_pos, list(rel_pos.parameters()), rel_pos.get_bias).flatten(0, -3)
+        bias = _cached_bias(rel_pos, list(rel_pos.parameters()), rel_pos.get_bias).flatten(0, -3)
         bias = _cropped(bias, partition_size, tokens)
     return _attention(attn, x, partition, bias, backend)
 
@@ -195,10 +195,10 @@ def _heads(attn: Any, qkv: Tensor) -> tuple[Tensor, ...]:
     return qkv.view(*qkv.shape[:-1], 3, heads, width).unbind(-3)
 
 
-_biases: WeakKeyDictionary[nn.Module, tuple[Any, list[Tensor], Tensor]] = WeakKeyDictionary()
+_cached: WeakKeyDictionary[nn.Module, tuple[Any, list[Tensor], Tensor]] = WeakKeyDictionary()
 
 
-def _kept(module: Any, weights: list[nn.Parameter], compute: Callable[[], Tensor]) -> Tensor:
+def _cached_bias(module: Any, weights: list[nn.Parameter], compute: Callable[[], Tensor]) -> Tensor:
     """compute(), a module's position bias; on a CPU in inference the last one, while weights and window are the same.
 
     An MLP of distances takes longer there than a comparison of its weights. Other devices would have to wait for that.
@@ -206,10 +206,10 @@ def _kept(module: Any, weights: list[nn.Parameter], compute: Callable[[], Tensor
     if not is_inference() or module.training or type(weights[0]) is not nn.Parameter or not weights[0].is_cpu:
         return compute()
     kind = module.window_size, weights[0].dtype  # torch.equal looks at values only
-    kind_then, then, bias = _biases.get(module, (None, [], weights[0]))
+    kind_then, then, bias = _cached.get(module, (None, [], weights[0]))
     if kind_then != kind or not all(map(torch.equal, then, weights)):
         bias = compute()
-        _biases[module] = kind, [x.clone() for x in weights], bias
+        _cached[module] = kind, [x.clone() for x in weights], bias
     return bias
 
 

@@ -2,7 +2,7 @@
 
 Whatever acts on single pixels stays where the rows lie. Windows never cross a cut at a multiple of P_h. Interlaced
 groups do not depend on each other, so each goes to one device as a whole: one all-to-all before long-range attention,
-one after it. Groups are dealt out by the residues of their rows and columns,
+one after it. Groups are shared out by the residues of their rows and columns,
 
     device = the owner of (y mod P_h, x mod P_w),    which owns residues [a, b) x [c, d),
 

@@ -46,7 +46,7 @@ class ShardedLayer(nn.Module):
         return to_dtensor(y, shards, batch=len(maps[0]))
 
     def check_input(self, x: Any, channels: int | None) -> None:
-        """Raises where x is not what the layer takes; where its like is met first, on all devices if on one of them."""
+        """Raises where x is not what the layer takes; at a new shape or dtype on all devices, if on one of them."""
         key = problem = None
         try:
             _check_dtensor(x, self.mesh, self.dim, channels)
@@ -56,7 +56,7 @@ class ShardedLayer(nn.Module):
             _check_shard(x, self.mesh, self.dim)
         except (TypeError, ValueError) as error:
             if key is None and self.agreed:
-                raise  # the others may have met theirs, and do not ask
+                raise  # the others may know their shapes already, and do not ask
             problem = error
         agreed = _devices_agree(x if problem is None else None, self.mesh)
         if problem is not None:

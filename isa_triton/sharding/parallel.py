@@ -43,7 +43,7 @@ class MapParallel(ParallelStyle):
             be shared; (forward) x is no DTensor.
         ValueError: (parallelize_module) the mesh has no such dimension, or a stage's pattern is "dense"; (forward) x is
             on another mesh, placed otherwise or of another shape, or shards do not fit together. Devices compare what
-            they hold when a layer meets a shape or dtype for the first time, so all of them raise, before any map
+            they hold when a layer gets a shape or dtype for the first time, so all of them raise, before any map
             moves.
         RuntimeError: (of `torch.distributed`, in forward or backward) another device died, raised, or took longer than
             the timeout of the process group.

@@ -68,7 +68,7 @@ def cascade(stages: Sequence[SelfAttention2d], shards: Shards, x: Tensor) -> Ten
 def _stage(stage: SelfAttention2d, x: Tensor, shards: Shards, here: Layout, there: Layout) -> Tensor:
     """One stage, from x as it lies `here` to y as it lies `there`: slabs, or the windows they touch."""
     size = shards.height, here[0].columns.end
-    rows, seats = slabs(shards.cuts, size[1]), _group_layout(stage, size, shards)
+    rows, grouped = slabs(shards.cuts, size[1]), _group_layout(stage, size, shards)
     query: Any = stage.query[-1]
     K, V = query.conv.out_channels, stage.value.out_channels
     moves_x = stage.value.in_channels + stage.output.conv.out_channels <= 2 * K + 2 * V  # else q, k, v and o
@@ -78,21 +78,21 @@ def _stage(stage: SelfAttention2d, x: Tensor, shards: Shards, here: Layout, ther
         begin = layout[shards.rank].rows.begin
         return slice(shards.begin - begin, shards.end - begin) if layout == overlapping else slice(None)
 
-    overlapping = seats if stage.pattern == "local" else there
+    overlapping = grouped if stage.pattern == "local" else there
     if moves_x:
-        x, here = exchange(x, here, seats, shards.mesh, shards.dim), seats
+        x, here = exchange(x, here, grouped, shards.mesh, shards.dim), grouped
     with counting(own(here)):
         q, k, v = _project(stage, x)
     del x  # not needed while attention runs
-    if here != seats:
-        q, k, v = exchange(torch.cat([q, k, v], 1), here, seats, shards.mesh, shards.dim).split([K, K, V], 1)
-    o = _attend(q, k, v, stage, _local_partition_size(stage, seats[shards.rank]))
+    if here != grouped:
+        q, k, v = exchange(torch.cat([q, k, v], 1), here, grouped, shards.mesh, shards.dim).split([K, K, V], 1)
+    o = _attend(q, k, v, stage, _local_partition_size(stage, grouped[shards.rank]))
     del q, k, v
     if stage.pattern == "local":
-        o, seats = o[:, :, own(seats)], rows
+        o, grouped = o[:, :, own(grouped)], rows
     if moves_x:
-        return exchange(stage.output(o), seats, there, shards.mesh, shards.dim)
-    o = exchange(o, seats, there, shards.mesh, shards.dim)
+        return exchange(stage.output(o), grouped, there, shards.mesh, shards.dim)
+    o = exchange(o, grouped, there, shards.mesh, shards.dim)
     with counting(own(there)):
         return stage.output(o)
 
