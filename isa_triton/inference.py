@@ -23,7 +23,8 @@ def fuse(module: nn.Module) -> nn.Module:
 
     Batch normalisation becomes part of the convolution before it. The first layers of key, query and value become one
     GEMM. Nothing stands between the values and the output's convolution but attention, which is linear in its values,
-    so these two become one matrix, ``W_o (A (W_v x)) = A ((W_o W_v) x)``, unless the output is wider than the values.
+    so these two become one matrix, ``W_o (A (W_v x)) = A ((W_o W_v) x)``, unless the output is wider than the values or
+    there are several heads, whose A differ.
 
     Args:
         module: `SelfAttention2d`, `InterlacedSparseSelfAttention`, `ISAModule`, `ISAHead`, or any network that holds
@@ -96,11 +97,12 @@ class FoldedStage(nn.Module):
     def __init__(self, stage: SelfAttention2d) -> None:
         super().__init__()
         self.pattern, self.partition_size, self.backend = stage.pattern, stage.partition_size, stage.backend
+        self.num_heads = stage.num_heads
         like = stage.value.weight
         first = [_matrix(stage.query[0]), _matrix(stage.key[0])]
         self.key_channels = len(first[0][1])
         value, (output, bias) = like.to("cpu", torch.float64).flatten(1), _matrix(stage.output)
-        if len(output) <= len(value):
+        if self.num_heads == 1 and len(output) <= len(value):
             first.append((output @ value, bias))  # the rows of A sum to one: what is added to values comes out again
             self.output = nn.Sequential(stage.output.relu)
         else:
@@ -119,7 +121,7 @@ class FoldedStage(nn.Module):
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The stage's output."""
         partition = make_partition(self.pattern, (q.shape[2], q.shape[3]), self.partition_size)
-        return self.output(_writable(attend_maps(q, k, v, partition, self.backend)))
+        return self.output(_writable(attend_maps(q, k, v, partition, self.num_heads, self.backend)))
 
 
 def _writable(x: Tensor) -> Tensor:

@@ -19,12 +19,12 @@ from torch.utils.checkpoint import checkpoint
 from .functional import partitioned_attention
 from .partition import Partition, ceil_div
 
-PartitionSize = tuple[int, int]  # (P_h, P_w)
+PartitionSize = int | tuple[int, int]  # P, or (P_h, P_w)
 NormLayer = Callable[[int], nn.Module]  # from channels
 Activation = Callable[[], nn.Module]
 RELU = partial(nn.ReLU, inplace=True)
 
-PATTERNS: dict[str, Callable[[tuple[int, int], PartitionSize], Partition]] = {
+PATTERNS: dict[str, Callable[[tuple[int, int], tuple[int, int]], Partition]] = {
     "interlaced": lambda size, partition_size: Partition.interlaced(size, stride=partition_size),
     "local": lambda size, partition_size: Partition.local(size, window=partition_size),
     "rows": lambda size, partition_size: Partition.rows(size),
@@ -101,10 +101,10 @@ def pads(pattern: str, padding: str) -> bool:
     return padding == "zeros" and pattern in PARTITIONED
 
 
-def attend_maps(q: Tensor, k: Tensor, v: Tensor, partition: Partition, backend: str) -> Tensor:
-    """One head of attention between maps: q, k [B, K, H, W] and v [B, V, H, W] -> context [B, V, H, W]."""
-    q, k, v = (x.permute(0, 2, 3, 1).unsqueeze(3) for x in (q, k, v))  # [B, H, W, 1, K or V]
-    return partitioned_attention(q, k, v, partition, backend=backend).squeeze(3).permute(0, 3, 1, 2)
+def attend_maps(q: Tensor, k: Tensor, v: Tensor, partition: Partition, num_heads: int, backend: str) -> Tensor:
+    """Attention between maps: q, k [B, K, H, W] and v [B, V, H, W] -> context [B, V, H, W], K and V of all heads."""
+    q, k, v = (x.permute(0, 2, 3, 1).unflatten(3, (num_heads, -1)) for x in (q, k, v))  # [B, H, W, heads, width]
+    return partitioned_attention(q, k, v, partition, backend=backend).flatten(3).permute(0, 3, 1, 2)
 
 
 def pad_to_multiple(x: Tensor, partition_size: tuple[int, int]) -> Tensor:
@@ -147,18 +147,29 @@ def one_of(name: str, value: str, valid: Collection[str]) -> str:
     return value
 
 
-def check_partition_size(value: Any) -> PartitionSize:
-    """(P_h, P_w) as it was given. Raises ValueError where it is none."""
-    pair = isinstance(value, Sequence) and len(value) == 2
-    if not pair or not all(type(p) is int and p >= 1 for p in value):
-        raise ValueError(f"partition_size must be two integers (P_h, P_w) of at least 1, got {value!r}")
-    return value[0], value[1]
+def check_partition_size(value: Any) -> tuple[int, int]:
+    """(P_h, P_w) of a pair, or of one integer for both. Raises ValueError where it is neither."""
+    pair = (value, value) if type(value) is int else value
+    if not isinstance(pair, Sequence) or len(pair) != 2 or not all(type(p) is int and p >= 1 for p in pair):
+        raise ValueError(
+            f"partition_size must be two integers (P_h, P_w) of at least 1, or one for both, got {value!r}"
+        )
+    return pair[0], pair[1]
 
 
-def each_partition_size(value: PartitionSize | Sequence[PartitionSize]) -> tuple[PartitionSize, ...]:
+def each_partition_size(value: PartitionSize | Sequence[PartitionSize]) -> tuple[tuple[int, int], ...]:
     """One partition size or several, as several. Raises ValueError where there is none."""
     several = isinstance(value, Sequence) and len(value) > 0 and isinstance(value[0], Sequence)
-    return tuple(map(check_partition_size, value if several else (value,)))
+    sizes: Any = value if several else (value,)
+    return tuple(map(check_partition_size, sizes))
+
+
+def check_heads(num_heads: int, **widths: int) -> None:
+    """Raises ValueError, by name, where num_heads is no integer of at least 1 that divides a width."""
+    check_widths(num_heads=num_heads)
+    for name, width in widths.items():
+        if width % num_heads:
+            raise ValueError(f"{name} must be a multiple of num_heads, {num_heads}, got {width}")
 
 
 def check_widths(**widths: int) -> None:

@@ -22,6 +22,7 @@ from .maps import (
     NormLayer,
     PartitionSize,
     attend_maps,
+    check_heads,
     check_map,
     check_options,
     check_partition_size,
@@ -41,6 +42,7 @@ from .partition import Partition
 class StageOptions(TypedDict, total=False):
     """Keywords of `SelfAttention2d`, which has their defaults, that whatever is built of stages passes on."""
 
+    num_heads: int
     padding: str
     backend: str
     norm_layer: NormLayer
@@ -58,14 +60,15 @@ class SelfAttention2d(nn.Module):
     """One attention stage over a partition of the map: projections, attention, output projection.
 
     The paper's stage (arXiv 1907.12273, section 3.1; the authors' SelfAttentionBlock2D): key and query are two
-    conv1x1 + BN + ReLU each, value is one conv1x1, scores are scaled by ``key_channels ** -0.5``, one head, and the
-    output is conv1x1 + BN + ReLU.
+    conv1x1 + BN + ReLU each, value is one conv1x1, scores are scaled by ``(key_channels / num_heads) ** -0.5``, and the
+    output is conv1x1 + BN + ReLU. The paper, and every published checkpoint, has one head.
 
     Args:
-        in_channels, key_channels, value_channels: widths.
+        in_channels, key_channels, value_channels: widths, of all heads together.
         out_channels: width of the result; default in_channels.
         pattern: "interlaced" (long range), "local" (short range), "rows", "columns" or "dense".
-        partition_size: (P_h, P_w), the interval of interlaced groups or the size of local windows.
+        partition_size: (P_h, P_w), or P for both: the interval of interlaced groups or the size of local windows.
+        num_heads: attentions side by side, each on its part of the key and value channels, which it divides.
         padding: for maps that P does not divide. "zeros" pads the input, centred, to a multiple of P and crops the
             result; padded pixels are keys and enter batch statistics, as in every published model. "mask" attends the
             real pixels only, with P clamped to the map.
@@ -78,7 +81,8 @@ class SelfAttention2d(nn.Module):
     x [B, in_channels, H, W] -> [B, out_channels, H, W], channels_last.
 
     Raises:
-        ValueError: an unknown pattern, padding or backend; a width or partition size below 1; x of another shape.
+        ValueError: an unknown pattern, padding or backend; a width or partition size below 1; heads that do not divide
+            the widths; x of another shape.
 
     >>> layer = SelfAttention2d(64, 32, 64, pattern="interlaced", partition_size=(4, 4))
     >>> layer(torch.randn(2, 64, 12, 20)).shape
@@ -94,6 +98,7 @@ class SelfAttention2d(nn.Module):
         *,
         pattern: str,
         partition_size: PartitionSize = (8, 8),
+        num_heads: int = 1,
         padding: str = "zeros",
         backend: str = "auto",
         norm_layer: NormLayer = nn.BatchNorm2d,
@@ -104,6 +109,8 @@ class SelfAttention2d(nn.Module):
         out_channels = in_channels if out_channels is None else out_channels
         check_widths(in_channels=in_channels, out_channels=out_channels)
         check_widths(key_channels=key_channels, value_channels=value_channels)
+        check_heads(num_heads, key_channels=key_channels, value_channels=value_channels)
+        self.num_heads = num_heads
         self.pattern = one_of("pattern", pattern, PATTERNS)
         self.partition_size = check_partition_size(partition_size)
         self.padding = one_of("padding", padding, ("zeros", "mask"))
@@ -126,7 +133,8 @@ class SelfAttention2d(nn.Module):
             x = pad_to_multiple(x, self.partition_size)
         recompute = self.recompute and torch.is_grad_enabled() and not torch.compiler.is_compiling()
         q, k = (recomputed(f, x) if recompute else f(x) for f in (self.query, self.key))
-        y = self.output(attend_maps(q, k, self.value(x), self.partition((x.shape[2], x.shape[3])), self.backend))
+        partition = self.partition((x.shape[2], x.shape[3]))
+        y = self.output(attend_maps(q, k, self.value(x), partition, self.num_heads, self.backend))
         return crop(y, size) if padded else y
 
     def partition(self, size: tuple[int, int]) -> Partition:
@@ -134,7 +142,8 @@ class SelfAttention2d(nn.Module):
         return make_partition(self.pattern, size, self.partition_size)
 
     def extra_repr(self) -> str:
-        return f"pattern={self.pattern!r}, partition_size={self.partition_size}, padding={self.padding!r}"
+        heads = f", num_heads={self.num_heads}" if self.num_heads > 1 else ""
+        return f"pattern={self.pattern!r}, partition_size={self.partition_size}{heads}, padding={self.padding!r}"
 
 
 class InterlacedSparseSelfAttention(nn.Module):
@@ -146,10 +155,10 @@ class InterlacedSparseSelfAttention(nn.Module):
     Args:
         in_channels, key_channels, value_channels: widths; both stages have their own weights.
         out_channels: width of both stages' results; default in_channels.
-        partition_size: (P_h, P_w) of both stages.
+        partition_size: (P_h, P_w), or P for both axes, of both stages.
         order: "long-short", as published, or "short-long".
-        options: padding, backend, norm_layer, activation and recompute of `SelfAttention2d`. The map is padded once,
-            before both stages.
+        options: num_heads, padding, backend, norm_layer, activation and recompute of `SelfAttention2d`. The map is
+            padded once, before both stages.
 
     x [B, in_channels, H, W] -> [B, out_channels, H, W], channels_last. Raises as `SelfAttention2d`.
 
@@ -206,8 +215,8 @@ class ISAModule(nn.Module):
 
     Args:
         in_channels, key_channels, value_channels, out_channels: widths.
-        partition_size: (P_h, P_w), or several such pairs for parallel branches; then x is expanded to as many times
-            out_channels by a conv1x1 + BN + ReLU before it is fused with the branches.
+        partition_size: (P_h, P_w), P for both axes, or several pairs for parallel branches; then x is expanded to as
+            many times out_channels by a conv1x1 + BN + ReLU before it is fused with the branches.
         dropout: probability that a channel of the result is dropped in training.
         options: order and all options of `InterlacedSparseSelfAttention`.
 
@@ -257,7 +266,7 @@ class ISAHead(nn.Module):
         channels: width of the head, and of the values (512).
         num_classes: width of the result.
         key_channels, dropout: of the ISA module.
-        partition_size: (P_h, P_w), or several such pairs for parallel branches.
+        partition_size: (P_h, P_w), P for both axes, or several pairs for parallel branches.
         align_corners: of the upsampling; True for heads trained on sizes like 769x769.
         options: order and all options of `InterlacedSparseSelfAttention`.
 
