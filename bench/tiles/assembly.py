@@ -132,9 +132,7 @@ def matrix_flops(instruction: Instruction) -> int | None:
 
 def is_atomic(opcode: str) -> bool:
     """Whether an instruction adds to global memory, in an order nobody knows."""
-    return opcode.split(".")[0] in ("ATOM", "ATOMG", "RED", "REDG") or bool(
-        re.match(r"(global|buffer|flat)_atomic", opcode)
-    )
+    return re.match(r"(ATOM|RED)G?\b|(global|buffer|flat)_atomic", opcode) is not None
 
 
 TENSOR_COPY = 1 << 10  # bytes; a tensor copy moves whole rows, and all that matters is that it is wide

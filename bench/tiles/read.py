@@ -18,17 +18,12 @@ from typing import Any, NamedTuple
 
 from triton import knobs
 
-from bench.tiles.assembly import (
-    Instruction,
-    access,
-    amd_instructions,
-    is_atomic,
-    matrix_kind,
-    sass_instructions,
-)
+from bench.tiles.assembly import Instruction, access, amd_instructions, is_atomic, matrix_kind, sass_instructions
+from bench.tiles.compile import gpu_target, tuples
 from bench.tiles.flow import Stretch, stretches
 from bench.tiles.program import Loop, Op, read_program
 from isa_triton.backend.kernels import common
+from isa_triton.partition import ceil_div
 
 
 class Limits(NamedTuple):
@@ -93,47 +88,40 @@ class Binary:
     def __post_init__(self) -> None:
         """Facts that come from JSON become what they were."""
         for name, kind in (("accesses", Access), ("loops", Loop), ("ops", Op), ("stretches", Stretch)):
-            rows = tuple(kind(*map(_tuples, row)) for row in getattr(self, name))
-            object.__setattr__(self, name, rows)
+            object.__setattr__(self, name, tuple(kind(*map(tuples, row)) for row in getattr(self, name)))
 
 
-def _tuples(value: Any) -> Any:
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
-
-
-def read(kernel: Any) -> Binary:
-    """The facts of a kernel that Triton compiled."""
-    metadata = kernel.metadata
-    if metadata.target.backend == "cuda":
-        name, lanes = f"sm_{metadata.target.arch}", 32
+def read(kernel: Any, target: str) -> Binary:
+    """The facts of a kernel that Triton compiled for a target."""
+    if "cubin" in kernel.asm:
         usage = resource_usage(kernel.asm["cubin"])
         registers, stack = usage["REG"], usage["STACK"]
         instructions = list(sass_instructions(disassembly(kernel)))
         stack_accesses = sum(i.opcode.startswith(("STL", "LDL")) for i in instructions)
     else:
-        name, lanes = metadata.target.arch, metadata.target.warp_size
         text = kernel.asm["amdgcn"]
         registers, stack = amd_metadata(text, "vgpr_count"), amd_metadata(text, "private_segment_fixed_size")
         stack = max(stack, 4 * amd_metadata(text, "vgpr_spill_count"))
         instructions = list(amd_instructions(text))
         stack_accesses = sum(i.opcode.startswith("scratch_") for i in instructions)
     loops, ops, places = read_program(kernel.asm["ttir"])
-    shared, columns = metadata.shared, getattr(metadata, "tmem_size", 0) or 0
+    metadata = kernel.metadata
+    warps, shared, columns = metadata.num_warps, metadata.shared, getattr(metadata, "tmem_size", 0) or 0
     return Binary(
         registers=registers,
         spill_bytes=stack,
         spill_accesses=stack_accesses,
         shared=shared,
         tensor_columns=columns,
-        warps=metadata.num_warps,
-        programs=programs_at_once(LIMITS[name], registers, lanes, metadata.num_warps, shared, columns),
+        warps=warps,
+        programs=min(occupancy(target, registers, warps, shared, columns).values()),
         instructions=len(instructions),
         matrix=dict(Counter(kind for i in instructions if (kind := matrix_kind(i.opcode)))),
         atomics=sum(is_atomic(i.opcode) for i in instructions),
         accesses=accesses(instructions),
         loops=tuple(loops),
         ops=tuple(ops),
-        stretches=tuple(stretches(instructions, places, lanes)),
+        stretches=tuple(stretches(instructions, places, gpu_target(target).warp_size)),
     )
 
 
@@ -183,21 +171,21 @@ def _row_lines() -> frozenset[int]:
     return frozenset(line for text, first in sources for line in range(first, first + len(text)))
 
 
-def programs_at_once(limits: Limits, registers: int, lanes: int, warps: int, shared: int, tensor_columns: int) -> int:
-    """How many programs a multiprocessor runs at a time; 0 where one does not fit."""
-    return min(room(limits, registers, lanes, warps, shared, tensor_columns).values())
+def occupancy(target: str, registers: int, warps: int, shared: int, tensor_columns: int) -> dict[str, int]:
+    """For how many programs each resource of a multiprocessor is enough; the least of them run at a time.
 
-
-def room(limits: Limits, registers: int, lanes: int, warps: int, shared: int, tensor_columns: int) -> dict[str, int]:
-    """For how many programs each thing that a multiprocessor has is enough."""
-    registers_of_warp = -(-max(registers, 1) * lanes // limits.granularity) * limits.granularity
-    memory, columns = limits.shared // max(shared + limits.shared_reserved, 1), limits.programs
-    if tensor_columns:
-        columns = limits.tensor_columns // tensor_columns
-    return {
+    Args:
+        target: a key of `LIMITS`.
+        registers: of a thread.
+        warps: of a program; and so are the bytes of shared memory and the columns of tensor memory.
+    """
+    limits, lanes = LIMITS[target], gpu_target(target).warp_size
+    registers_of_warp = ceil_div(max(registers, 1) * lanes, limits.granularity) * limits.granularity
+    memory = limits.shared // max(shared + limits.shared_reserved, 1) if shared <= limits.shared_of_program else 0
+    enough = {
         "programs": limits.programs,
         "threads": limits.threads // (warps * lanes),
         "registers": limits.registers // 4 // registers_of_warp * 4 // warps,  # a quarter for each of four schedulers
-        "shared memory": memory if shared <= limits.shared_of_program else 0,
-        "tensor memory": columns,
+        "shared memory": memory,
     }
+    return {**enough, "tensor memory": limits.tensor_columns // tensor_columns} if tensor_columns else enough
