@@ -265,7 +265,7 @@ cache, found = Path(sys.argv[1]), []
 for step, geometry, tile in json.loads(sys.argv[2]):
     size, window = geometry
     problem = Problem(Partition.local(tuple(size), tuple(window)), 24, 40, 2, True, "float16", 1)
-    launch = Task("sm_90", problem, step).launch(Tile(*tile))
+    launch = Task(MACHINES["H100"], problem, step).launch(Tile(*tile))
     with ThreadPoolExecutor(1) as pool:
         (kernel,) = kernels([launch], MACHINES["H100"], Binaries(cache, pool))
     binary = cache / "binary.cubin"
@@ -322,7 +322,7 @@ def interpreted(problem: Problem, step: str, tile: Tile) -> guard.Watch:
         if step == "forward":
             tensors.forward(tile, with_lse=False)
         else:
-            tiles = Task("sm_90", problem, step).backward(tile)
+            tiles = Task(H100, problem, step).backward(tile)
             tensors.backward(tiles, tensors.partials(tiles))
     watched.launches = [memory for memory in watched.launches if memory.kernel == f"{KERNELS[step]}_kernel"]
     return watched

@@ -29,16 +29,16 @@ from isa_triton.backend.kernels import launch
 from isa_triton.tiles import Tile
 from tests.compiling import run_compiling
 
-PROBLEM = make_problem(64, 64, 64)
+H100, PROBLEM = MACHINES["H100"], make_problem(64, 64, 64)
 TILE = Tile(64, 64, 32, 32, 4, 2)
 
 # -- steps -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("step", list(KERNELS))
-@pytest.mark.parametrize("target", ["sm_80", "sm_100", "gfx942"])
-def test_neighbours_differ_in_one_field_and_no_block_is_larger_than_what_it_cuts(step: str, target: str) -> None:
-    task = Task(target, make_problem(49, 39, 64, bias=True), step)
+@pytest.mark.parametrize("gpu", ["A100", "B200", "MI300X"])
+def test_neighbours_differ_in_one_field_and_no_block_is_larger_than_what_it_cuts(step: str, gpu: str) -> None:
+    task = Task(MACHINES[gpu], make_problem(49, 39, 64, bias=True), step)
     tile = task.clipped(Tile(256, 256, 512, 512))
     assert tile[:4] == (64, 64, 64, 64)
     neighbours = list(task.neighbours(tile))
@@ -51,16 +51,16 @@ def test_neighbours_differ_in_one_field_and_no_block_is_larger_than_what_it_cuts
 
 
 def test_what_cannot_fit_is_left_out() -> None:
-    task = Task("sm_90", make_problem(1024, 256, 512), "forward")
+    task = Task(H100, make_problem(1024, 256, 512), "forward")
     assert task.may_fit(Tile(64, 64, 64, 64, 4, 2))
     assert not task.may_fit(Tile(256, 256, 64, 64, 4, 2))  # 640 scores and sums a thread
     assert not task.may_fit(Tile(64, 256, 256, 64, 8, 4))  # three stages of 160 KB
-    exact = Task("sm_90", make_problem(64, 64, 64, dtype="float32"), "forward")
+    exact = Task(H100, make_problem(64, 64, 64, dtype="float32"), "forward")
     assert not exact.may_fit(Tile(64, 64, 64, 64, 1, 1))  # 8192 products a thread without matrix units
 
 
 def test_a_search_starts_at_what_is_shipped() -> None:
-    shipped = Task("sm_90", PROBLEM, "forward").shipped()
+    shipped = Task(H100, PROBLEM, "forward").shipped()
     assert shipped[0] == tiles.lookup("sm_90", "forward", 64, 64, "bfloat16", 64)
     assert all(tile.block_m <= 64 and tile.block_v <= 64 for tile in shipped)
 
@@ -116,7 +116,7 @@ class Planted(Binaries):
 
 
 def searched(planted: Planted, advance: Callable[[], object] = lambda: None) -> list[Finding]:
-    return search(PlantedTask("sm_90", PROBLEM, "forward"), MACHINES["H100"], planted, advance)
+    return search(PlantedTask(H100, PROBLEM, "forward"), planted, advance)
 
 
 def test_a_search_goes_to_the_best_and_names_its_neighbours() -> None:
@@ -124,7 +124,7 @@ def test_a_search_goes_to_the_best_and_names_its_neighbours() -> None:
     ranked = searched(Planted(), lambda: advanced.append(None))
     assert ranked[0].tile == BEST
     assert len(advanced) == len(ranked) == len({finding.tile for finding in ranked})
-    assert set(Task("sm_90", PROBLEM, "forward").neighbours(BEST)) <= {finding.tile for finding in ranked}
+    assert set(Task(H100, PROBLEM, "forward").neighbours(BEST)) <= {finding.tile for finding in ranked}
 
 
 def test_an_interrupted_search_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,8 +145,8 @@ def test_what_spills_ranks_behind() -> None:
 
 
 def finding(step: str, us: float, offences: Sequence[str] = (), task: Task | None = None) -> Finding:
-    task = task or Task("sm_90", PROBLEM, step)
-    return Finding(task, TILE, "H100", None, list(offences), None, measured=us * 1e-6)
+    task = task or Task(H100, PROBLEM, step)
+    return Finding(task, TILE, None, list(offences), None, measured=us * 1e-6)
 
 
 @pytest.mark.parametrize(
@@ -188,8 +188,7 @@ def test_what_is_written_is_found(folder: Path) -> None:
     tile = Tile(64, 64, 16, 16, 2, 5)
     problem = make_problem(49, 80, 96)
     chosen = [
-        Finding(Task("sm_90", problem, step), tile, "H100", None, [], None, measured=1e-5)
-        for step in ("queries", "keys", "pairs")
+        Finding(Task(H100, problem, step), tile, None, [], None, measured=1e-5) for step in ("queries", "keys", "pairs")
     ]
     assert write(chosen) == folder / "sm_90.json"
     after = json.loads((folder / "sm_90.json").read_text())
@@ -210,7 +209,7 @@ def test_what_is_written_goes_before_what_the_dtype_had_to_itself(dtype: str, fo
     own = {"step": "forward", "arithmetic": dtype, "key_width": 80, "value_width": 96, "tokens": 64, "tile": [*TILE]}
     (folder / "sm_90.json").write_text(json.dumps([*json.loads((folder / "sm_90.json").read_text()), own]))
     assert tiles.lookup("sm_90", "forward", *problem.sizes) == TILE
-    found = replace(finding("forward", 1, task=Task("sm_90", problem, "forward")), tile=TILE._replace(num_stages=5))
+    found = replace(finding("forward", 1, task=Task(H100, problem, "forward")), tile=TILE._replace(num_stages=5))
     write([found])
     assert tiles.lookup("sm_90", "forward", *problem.sizes) == found.tile
 
@@ -252,8 +251,9 @@ def test_the_promised_bounds_are_looked_at() -> None:
 
 
 def test_every_kernel_has_a_marker_in_the_plot() -> None:
-    kernels = {name.removesuffix("_kernel") for name, kernel in vars(launch).items() if hasattr(kernel, "arg_names")}
-    assert set(plot.MARKERS) == kernels
+    kernels = [name for name, kernel in vars(launch).items() if hasattr(kernel, "arg_names")]
+    assert len(kernels) > 4
+    assert {name.split("_")[-2] for name in kernels} == set(plot.MARKERS)
 
 
 PLOT = """
@@ -296,7 +296,7 @@ def test_both_figures_are_written_each_as_soon_as_it_is_drawn(tmp_path: Path) ->
 
 def test_a_pass_cannot_do_less_than_its_inputs_and_outputs() -> None:
     problem = make_problem(64, 256, 512, "local", maps=2)
-    forward, backward = (Pass(problem, pass_, MACHINES["H100"], []) for pass_ in ("forward", "backward"))
+    forward, backward = (Pass(problem, pass_, H100, []) for pass_ in ("forward", "backward"))
     pixels = 2 * 64 * 64
     assert forward.bytes == pixels * 2 * (256 + 256 + 512 + 512)
     assert backward.bytes == pixels * 2 * (2 * 256 + 2 * 512 + 2 * 256 + 512)

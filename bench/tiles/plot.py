@@ -25,14 +25,7 @@ from bench.tiles.verify import SHAPES
 
 BLOCKS = 16, 32, 64, 128, 256
 MAPS = 16  # in a batch of the shipped kernels: enough to fill a GPU
-MARKERS = {  # of kernels
-    "forward": "o",
-    "forward_group": "o",
-    "backward_group": "o",
-    "backward_queries": "^",
-    "backward_keys": "s",
-    "backward_pairs": "D",
-}
+MARKERS = {"forward": "o", "group": "o", "queries": "^", "keys": "s", "pairs": "D"}  # of kernels, by the last word
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     gpu, console = options.machine(args), options.wide_console()
-    task = Task(args.target, options.problem(args), args.step or PASSES[args.pass_][0])
+    task = Task(gpu, options.problem(args), args.step or PASSES[args.pass_][0])
     if not (shipped := task.shipped()):
         raise argparse.ArgumentError(None, f"no tile of {task.step} is shipped for {task.problem}")
     grid = (shipped[0]._replace(block_m=m, block_n=n) for m in BLOCKS for n in BLOCKS)
@@ -60,8 +53,8 @@ def run(args: argparse.Namespace) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     with options.compilers(args) as binaries, options.progress(console) as bar:
         line = bar.add_task("tiles", total=len(tiles))
-        found = findings(task, tiles, gpu, binaries, partial(bar.advance, line))
-        save(draw_tiles(task, found, gpu), "tiles")
+        found = findings(task, tiles, binaries, partial(bar.advance, line))
+        save(draw_tiles(task, found), "tiles")
         launches = [launch for problem in SHAPES.values() for pass_ in PASSES
                     for launch in pass_launches(args.target, replace(problem, maps=MAPS), pass_)]  # fmt: skip
         line = bar.add_task("shipped kernels", total=len({launch.key for launch in launches}))
@@ -69,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
         save(draw_roofline(drawn, gpu), "roofline")
 
 
-def draw_tiles(task: Task, found: Sequence[Finding], gpu: Machine) -> Figure:
+def draw_tiles(task: Task, found: Sequence[Finding]) -> Figure:
     """Three maps over the blocks of queries (down) and keys (across); what does not fit or is not sound is marked."""
     titles = "registers of a thread", "programs of a multiprocessor", "PREDICTED us"
     figure = Figure(figsize=(14, 5.2), layout="constrained")
@@ -92,7 +85,7 @@ def draw_tiles(task: Task, found: Sequence[Finding], gpu: Machine) -> Figure:
     tile = found[0].tile if found else None
     rest = f"chunks {tile.block_k} and {tile.block_v}, {tile.num_warps} warps, {tile.num_stages} stages" if tile else ""
     figure.suptitle(
-        f"{task.step} on {gpu.name}: {task.problem}; {rest}\nempty: larger than the group, or cannot fit; "
+        f"{task.step} on {task.gpu.name}: {task.problem}; {rest}\nempty: larger than the group, or cannot fit; "
         "*: spills, or loads narrowly"
     )
     return figure
@@ -115,7 +108,7 @@ def draw_roofline(kernels: Sequence[Kernel], gpu: Machine) -> Figure:
         for kernel, height in zip(shown, np.geomspace(lowest, peak, len(shown)), strict=True):
             launch, work, step = kernel.launch, kernel.prediction.work, kernel.launch.label.removeprefix("backward_")
             at = work.flops / work.distinct, reached(kernel)
-            panel.scatter(*at, marker=MARKERS[launch.name.removesuffix("_kernel")], color="#0072B2", zorder=3)
+            panel.scatter(*at, marker=MARKERS[launch.name.split("_")[-2]], color="#0072B2", zorder=3)
             label = f"{launch.problem.name}{'' if step == pass_ else f', {step}'}, {kernel.prediction.bound}"
             panel.annotate(label, at, (3e4, height), fontsize=8, va="center", annotation_clip=False, arrowprops=line)
         panel.set(title=pass_, xlabel="FLOPs of a tile's products for each byte that must move")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -216,18 +217,15 @@ def _op(kind: str, line: str, origin: Mapping[str, str], nest: Nest) -> Op:
 
 def _locations(ttir: str) -> dict[str, Frames]:
     """What the IR calls its places in the source."""
-    found: dict[str, Frames] = {}
     lines = {match[1]: match for match in map(_LOCATION.match, ttir.splitlines()) if match}
 
+    @cache
     def frames(name: str) -> Frames:
-        if name not in found:
-            match = lines.get(name)
-            if match is None:  # unknown
-                found[name] = ()
-            elif match[2]:
-                found[name] = ((Path(match[2]).name, int(match[3])),)
-            else:
-                found[name] = tuple(frame for inner in match.groups()[3:] if inner for frame in frames(inner))
-        return found[name]
+        match = lines.get(name)
+        if match is None:  # unknown
+            return ()
+        if match[2]:
+            return ((Path(match[2]).name, int(match[3])),)
+        return tuple(frame for inner in match.groups()[3:] if inner for frame in frames(inner))
 
     return {name: frames(name) for name in lines}

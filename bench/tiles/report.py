@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> None:
             return
         gpu, problem = options.machine(args), options.problem(args)
         try:
-            whole = Pass(problem, args.pass_, gpu, kernels(_launches(args, problem), gpu, binaries))
+            whole = Pass(problem, args.pass_, gpu, kernels(_launches(args, problem, gpu), gpu, binaries))
         except ValueError as error:
             raise argparse.ArgumentError(None, str(error)) from error
     console.print(f"{args.pass_} on {gpu.name} ({args.target}): {problem}", highlight=False)
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> None:
         options.write_json(args.json, [kernel.as_dict() for kernel in whole.kernels])
 
 
-def _launches(args: argparse.Namespace, problem: Problem) -> list[Launch]:
+def _launches(args: argparse.Namespace, problem: Problem, gpu: Machine) -> list[Launch]:
     if args.tile is None:
         return pass_launches(args.target, problem, args.pass_)
     step, passes = args.step or "forward", PASSES[args.pass_]
@@ -89,7 +89,7 @@ def _launches(args: argparse.Namespace, problem: Problem) -> list[Launch]:
     tile = Tile(*args.tile)
     if any(block < 16 or block & (block - 1) for block in tile[:4]) or tile.num_warps & (tile.num_warps - 1):
         raise argparse.ArgumentError(None, f"--tile takes powers of two, blocks and chunks from 16, got {tuple(tile)}")
-    launch = Task(args.target, problem, step).launch(tile)
+    launch = Task(gpu, problem, step).launch(tile)
     if launch is None:
         raise argparse.ArgumentError(None, f"{step} with the tile {tuple(tile)} does not serve {problem}")
     return [launch]

@@ -25,7 +25,7 @@ from bench.tiles import options
 from bench.tiles.binaries import Binaries
 from bench.tiles.compile import Problem
 from bench.tiles.read import Binary
-from bench.tiles.roofline import Machine, Prediction, predict
+from bench.tiles.roofline import Prediction, predict
 from bench.tiles.steps import FILED, PASSES, Task
 from isa_triton import tiles
 from isa_triton.backend.kernels.launch import padded
@@ -60,8 +60,7 @@ def run(args: argparse.Namespace) -> None:
                 if any(not finding.offences for finding in tried.get("group", [])):
                     break  # one kernel reads every tensor once, where several would read them again
                 line = bar.add_task(step, total=None)
-                task = Task(args.target, problem, step)
-                tried[step] = search(task, gpu, binaries, partial(bar.advance, line), measured=args.measure)
+                tried[step] = search(Task(gpu, problem, step), binaries, partial(bar.advance, line), args.measure)
                 bar.update(line, total=len(tried[step]), visible=bool(tried[step]))
             chosen = choose(tried)
             for step, found in tried.items():
@@ -115,7 +114,6 @@ class Finding:
 
     task: Task
     tile: Tile
-    gpu: str
     binary: Binary | None
     offences: list[str]
     prediction: Prediction | None
@@ -136,8 +134,8 @@ class Finding:
     def as_dict(self) -> dict[str, Any]:
         task, problem, prediction = self.task, self.task.problem, self.prediction
         return {
-            "target": task.target,
-            "gpu": self.gpu,
+            "target": task.gpu.target,
+            "gpu": task.gpu.name,
             "step": task.step,
             "tokens": problem.partition.tokens,
             **{name: getattr(problem, name) for name in ("key_width", "value_width", "dtype")},
@@ -152,7 +150,7 @@ class Finding:
 
 
 def search(
-    task: Task, gpu: Machine, binaries: Binaries, advance: Callable[[], object] = lambda: None, measured: int = 0
+    task: Task, binaries: Binaries, advance: Callable[[], object] = lambda: None, measured: int = 0
 ) -> list[Finding]:
     """All tiles that were tried, the best first; none where the kernel does not serve the problem.
 
@@ -167,7 +165,7 @@ def search(
     """
     tried: dict[Tile, Finding] = {}
     candidates = task.shipped()
-    while candidates and (found := findings(task, candidates, gpu, binaries, advance)):
+    while candidates and (found := findings(task, candidates, binaries, advance)):
         before = min((finding.rank for finding in tried.values()), default=None)
         tried |= {finding.tile: finding for finding in found}
         best = min(tried.values(), key=lambda finding: finding.rank)
@@ -179,15 +177,15 @@ def search(
 
 
 def findings(
-    task: Task, candidates: Iterable[Tile], gpu: Machine, binaries: Binaries, advance: Callable[[], object]
+    task: Task, candidates: Iterable[Tile], binaries: Binaries, advance: Callable[[], object]
 ) -> list[Finding]:
     """What becomes of each tile, in their order; tiles with which the kernel is not launched are left out."""
     launches = {tile: launch for tile in candidates if (launch := task.launch(tile)) is not None}
     found = []
     for tile, verdict in zip(launches, binaries.verdicts(launches.values(), advance), strict=True):
         launch, binary, offences = verdict
-        prediction = predict(launch, binary, gpu) if binary is not None and binary.programs else None
-        found.append(Finding(task, tile, gpu.name, binary, offences, prediction))
+        prediction = predict(launch, binary, task.gpu) if binary is not None and binary.programs else None
+        found.append(Finding(task, tile, binary, offences, prediction))
     return found
 
 
@@ -212,7 +210,7 @@ def choose(tried: Mapping[str, list[Finding]]) -> list[Finding]:
 
 def write(chosen: Sequence[Finding]) -> Path:
     """Put tiles and their evidence into the file of their target; entries for the same problem are replaced."""
-    path, key = tiles.FOLDER / f"{chosen[0].task.target}.json", itemgetter(*_KEY)
+    path, key = tiles.FOLDER / f"{chosen[0].task.gpu.target}.json", itemgetter(*_KEY)
     entries = {key(entry): entry for entry in json.loads(path.read_text())}
     for finding in chosen:
         for entry in _entries(finding):  # what the dtype had to itself would go before it
@@ -236,7 +234,7 @@ def _entries(finding: Finding) -> list[dict[str, Any]]:
     evidence = {
         "us": round(1e6 * finding.seconds, 1),
         "how": "predicted" if finding.measured is None else "measured",
-        "gpu": finding.gpu,
+        "gpu": finding.task.gpu.name,
         "maps": [problem.maps, *problem.partition.size],
         "bound": getattr(finding.prediction, "bound", None),
         "registers": getattr(finding.binary, "registers", None),

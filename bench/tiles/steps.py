@@ -14,6 +14,7 @@ from triton.runtime.jit import JITFunction
 from bench import measure
 from bench.tiles.compile import Launch, Problem, Tensors, backward_launches, forward_launches, gpu_target, use_driver
 from bench.tiles.read import LIMITS
+from bench.tiles.roofline import Machine
 from isa_triton import tiles
 from isa_triton.backend.kernels.launch import padded
 from isa_triton.tiles import ARITHMETIC, BackwardTiles, Tile
@@ -36,17 +37,17 @@ FMA_PRODUCTS = 4096  # of a thread at once, without matrix units: with more a co
 
 @dataclass(frozen=True)
 class Task:
-    """A kernel that wants a tile: a key of `KERNELS`, for a problem on a target."""
+    """A kernel that wants a tile: a key of `KERNELS`, for a problem on a GPU."""
 
-    target: str
+    gpu: Machine
     problem: Problem
     step: str
 
     def launch(self, tile: Tile) -> Launch | None:
         """The launch with this tile, or None where the kernel does not serve the problem so."""
         if self.step == "forward":
-            return forward_launches(self.target, self.problem, tile)[0]
-        launches = backward_launches(self.target, self.problem, self.backward(tile))
+            return forward_launches(self.gpu.target, self.problem, tile)[0]
+        launches = backward_launches(self.gpu.target, self.problem, self.backward(tile))
         return next((launch for launch in launches if launch.label == KERNELS[self.step]), None)
 
     def backward(self, tile: Tile) -> BackwardTiles:
@@ -63,7 +64,9 @@ class Task:
         if self.step == "forward":
             call = partial(tensors.forward, tile)
         else:
-            tensors.forward(tiles.lookup(self.target, "forward", *self.problem.sizes))  # out and lse are what they are
+            tensors.forward(
+                tiles.lookup(self.gpu.target, "forward", *self.problem.sizes)
+            )  # out and lse are what they are
             call = partial(tensors.backward, self.backward(tile), tensors.partials(self.backward(tile)))
         call()  # and so is delta
         run = JITFunction.run
@@ -81,12 +84,12 @@ class Task:
         """The tile that is shipped for this problem, if one is, and those for others as far as they may fit here."""
         step, arithmetic = FILED.get(self.step, self.step), ARITHMETIC[self.problem.dtype]
         try:
-            found = [tiles.lookup(self.target, step, *self.problem.sizes)]
+            found = [tiles.lookup(self.gpu.target, step, *self.problem.sizes)]
         except LookupError:
             found = []
         others = (
             Tile(*entry["tile"])
-            for entry in tiles._entries(self.target)
+            for entry in tiles._entries(self.gpu.target)
             if (entry["step"], entry["arithmetic"]) == (step, arithmetic) and entry["tile"] is not None
         )
         found += filter(self.may_fit, map(self.clipped, others))
@@ -112,7 +115,7 @@ class Task:
 
     def may_fit(self, tile: Tile) -> bool:
         """Whether what a program keeps in registers, and a stage of what it loads, could fit on a multiprocessor."""
-        problem, limits = self.problem, LIMITS[self.target]
+        problem, target, limits = self.problem, self.gpu.target, LIMITS[self.gpu.target]
         m, n, k, v, warps, stages = tile
         tokens, of_scores = problem.partition.tokens, 3 * m * n // 2  # where a block has all keys or queries of a group
         key, value = padded(problem.key_width), padded(problem.value_width)
@@ -125,7 +128,7 @@ class Task:
             "dv": m * n if tokens <= m else n * (m + value),
             "pairs": 2 * m * n,
         }[self.step]
-        threads, amd = warps * gpu_target(self.target).warp_size, self.target.startswith("gfx")
+        threads, amd = warps * gpu_target(target).warp_size, target.startswith("gfx")
         per_thread = 448 if amd else 224  # of 512 and 255 registers: a few are for the rest
         chunk = problem.itemsize * max((m + n) * k, n * v if self.step == "forward" else (m + n) * v)
         matrix = problem.precision == "tf32" or problem.itemsize == 2 or amd

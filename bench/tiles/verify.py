@@ -19,39 +19,27 @@ from isa_triton.partition import Partition
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 
-def _interlaced(name: str, size: tuple[int, int], key: int, value: int, heads: int = 1) -> Problem:
-    return Problem(Partition.interlaced(size, stride=(8, 8)), key, value, heads, name=name)
-
-
-def _windows(name: str, size: tuple[int, int], side: int, heads: int, width: int = 32) -> Problem:
-    return Problem(Partition.local(size, (side, side)), width, width, heads, bias=True, name=name)
-
-
-def _grids(name: str, size: tuple[int, int], side: int, heads: int) -> Problem:
-    return Problem(Partition.interlaced(size, grid=(side, side)), 32, 32, heads, bias=True, name=name)
-
-
 SHAPES = {  # attention in networks that people run, on one of their maps
-    problem.name: problem
-    for problem in (
-        Problem(Partition.local((128, 256), (8, 8)), 256, 512, name="ISA 64"),
-        _interlaced("ISA 128", (64, 128), 256, 512),
-        _interlaced("ISA 256", (128, 128), 256, 512),
-        _interlaced("ISA 512", (128, 256), 256, 512),
-        _interlaced("ISA 1024", (256, 256), 256, 512),
-        Problem(Partition.local((64, 128), (8, 8)), 64, 64, heads=8, name="heads 64"),
-        _interlaced("heads 256", (128, 128), 64, 64, heads=8),
-        _interlaced("heads 1024", (256, 256), 64, 64, heads=8),
-        _windows("Swin 49", (56, 56), 7, heads=3),
-        _windows("Swin 64", (64, 64), 8, heads=3),
-        _windows("Swin 144", (48, 48), 12, heads=8),
-        _windows("Swin 256", (32, 64), 16, heads=6),
-        _grids("MaxViT 49", (56, 56), 7, heads=2),
-        _grids("MaxViT 64", (64, 128), 8, heads=2),
-        _grids("MaxViT 144", (96, 96), 12, heads=2),
-        _grids("MaxViT 256", (64, 128), 16, heads=4),
-        _windows("HRFormer 49", (64, 48), 7, heads=2, width=39),
-        Problem(Partition.dense((128, 128)), 256, 256, name="dense 16384"),
+    name: Problem(partition, *widths, heads, bias, name=name)
+    for name, partition, widths, heads, bias in (
+        ("ISA 64", Partition.local((128, 256), (8, 8)), (256, 512), 1, False),
+        ("ISA 128", Partition.interlaced((64, 128), stride=(8, 8)), (256, 512), 1, False),
+        ("ISA 256", Partition.interlaced((128, 128), stride=(8, 8)), (256, 512), 1, False),
+        ("ISA 512", Partition.interlaced((128, 256), stride=(8, 8)), (256, 512), 1, False),
+        ("ISA 1024", Partition.interlaced((256, 256), stride=(8, 8)), (256, 512), 1, False),
+        ("heads 64", Partition.local((64, 128), (8, 8)), (64, 64), 8, False),
+        ("heads 256", Partition.interlaced((128, 128), stride=(8, 8)), (64, 64), 8, False),
+        ("heads 1024", Partition.interlaced((256, 256), stride=(8, 8)), (64, 64), 8, False),
+        ("Swin 49", Partition.local((56, 56), (7, 7)), (32, 32), 3, True),
+        ("Swin 64", Partition.local((64, 64), (8, 8)), (32, 32), 3, True),
+        ("Swin 144", Partition.local((48, 48), (12, 12)), (32, 32), 8, True),
+        ("Swin 256", Partition.local((32, 64), (16, 16)), (32, 32), 6, True),
+        ("MaxViT 49", Partition.interlaced((56, 56), grid=(7, 7)), (32, 32), 2, True),
+        ("MaxViT 64", Partition.interlaced((64, 128), grid=(8, 8)), (32, 32), 2, True),
+        ("MaxViT 144", Partition.interlaced((96, 96), grid=(12, 12)), (32, 32), 2, True),
+        ("MaxViT 256", Partition.interlaced((64, 128), grid=(16, 16)), (32, 32), 4, True),
+        ("HRFormer 49", Partition.local((64, 48), (7, 7)), (39, 39), 2, True),
+        ("dense 16384", Partition.dense((128, 128)), (256, 256), 1, False),
     )
 }
 FP16 = ("ISA 64", "ISA 256", "heads 256", "Swin 49")  # it has bf16's tiles and other matrix instructions: these suffice
