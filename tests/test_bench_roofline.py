@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from bench.tiles.assembly import Instruction, matrix_flops, sass_instructions, shared_bytes, unit
+from bench.tiles.binaries import Binary
 from bench.tiles.compile import Launch, Problem, Tensors
 from bench.tiles.flow import Stretch, find_loops, stretches, waits
 from bench.tiles.program import Loop, Op, read_program
-from bench.tiles.read import Binary
 from bench.tiles.roofline import LAUNCH, MACHINES, predict
 from bench.tiles.steps import KERNELS, Task
 from isa_triton.partition import Partition

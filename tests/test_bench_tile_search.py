@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from math import log2
@@ -15,11 +15,10 @@ import pytest
 
 from bench.__main__ import main
 from bench.tiles import plot
-from bench.tiles.binaries import Binaries
+from bench.tiles.binaries import Access, Binaries, Binary
 from bench.tiles.compile import Launch
 from bench.tiles.options import make_problem
 from bench.tiles.program import Op
-from bench.tiles.read import Access, Binary
 from bench.tiles.report import BOUNDS, Pass
 from bench.tiles.roofline import MACHINES
 from bench.tiles.search import Finding, choose, search, write
@@ -115,13 +114,13 @@ class Planted(Binaries):
         return found
 
 
-def searched(planted: Planted, advance: Callable[[], object] = lambda: None) -> list[Finding]:
-    return search(PlantedTask(H100, PROBLEM, "forward"), planted, advance)
+def searched(planted: Planted) -> list[Finding]:
+    return search(PlantedTask(H100, PROBLEM, "forward"), planted)
 
 
 def test_a_search_goes_to_the_best_and_names_its_neighbours() -> None:
     advanced: list[None] = []
-    ranked = searched(Planted(), lambda: advanced.append(None))
+    ranked = searched(Planted(advance=lambda: advanced.append(None)))
     assert ranked[0].tile == BEST
     assert len(advanced) == len(ranked) == len({finding.tile for finding in ranked})
     assert set(Task(H100, PROBLEM, "forward").neighbours(BEST)) <= {finding.tile for finding in ranked}
@@ -264,7 +263,7 @@ from bench.__main__ import main
 from bench.tiles import options, plot
 from bench.tiles.binaries import Binaries
 from bench.tiles.program import Op
-from bench.tiles.read import Access, Binary
+from bench.tiles.binaries import Access, Binary
 
 class Planted(Binaries):
     def known(self, launch):

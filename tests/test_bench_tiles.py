@@ -10,21 +10,9 @@ from pathlib import Path
 import pytest
 
 from bench.__main__ import main
-from bench.tiles.binaries import offences
+from bench.tiles.assembly import Instruction, amd_instructions, is_atomic, matrix_kind, sass_instructions
+from bench.tiles.binaries import Access, Binary, accesses, amd_metadata, in_rows, occupancy, offences
 from bench.tiles.compile import Launch, Problem
-from bench.tiles.read import (
-    Access,
-    Binary,
-    Instruction,
-    accesses,
-    amd_instructions,
-    amd_metadata,
-    in_rows,
-    is_atomic,
-    matrix_kind,
-    occupancy,
-    sass_instructions,
-)
 from bench.tiles.verify import FP16, SHAPES, launches
 from isa_triton.backend.kernels import common
 from isa_triton.partition import Partition

@@ -72,28 +72,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    console = wide_console()
+    console, h100 = wide_console(), MACHINES["H100"]
+    with compilers(args) as binaries:
+        passes = [Pass.shipped(p.problem, p.pass_, h100._replace(target=p.target), binaries) for p in POINTS]
+    found = [(point, whole, whole.flops / whole.seconds / 1e12) for point, whole in zip(POINTS, passes, strict=True)]
     columns = ("pass", "tokens", "width", "heads", "maps", "binary", "PREDICTED TFLOP/s", "published", "by",
                "predicted / published", "bound by")  # fmt: skip
-    lines, points, ratios = list[tuple[object, ...]](), list[dict[str, object]](), list[float]()
-    with compilers(args) as binaries:
-        for point in POINTS:
-            problem, tokens = point.problem, point.problem.partition.tokens
-            gpu = MACHINES["H100"]._replace(target=point.target)
-            whole = Pass.shipped(problem, point.pass_, gpu, binaries)
-            tflops = whole.flops / whole.seconds / 1e12
-            bound = ", ".join(dict.fromkeys(kernel.prediction.bound for kernel in whole.kernels))
-            points.append({"whose": point.whose, "pass": point.pass_, "tokens": tokens, "width": problem.key_width,
-                           "published": point.tflops, "predicted": tflops})  # fmt: skip
-            ratios.append(tflops / point.tflops)
-            lines.append((
-                point.pass_, tokens, problem.key_width, problem.heads, problem.maps, point.target,
-                f"{tflops:.0f}" if tflops >= 100 else f"{tflops:.1f}", f"{point.tflops:g}", point.whose,
-                f"{ratios[-1]:.2f}", bound,
-            ))  # fmt: skip
-    console.print(records.table("", columns, lines, words=("pass", "by", "bound by")))
-    middle = exp(mean(map(log, ratios)))
-    console.print(f"{len(lines)} points; predicted / published {min(ratios):.2f} to {max(ratios):.2f}, "
-                  f"geometric mean {middle:.2f}", highlight=False)  # fmt: skip
+    rows = [
+        (
+            point.pass_, point.problem.partition.tokens, point.problem.key_width, point.problem.heads,
+            point.problem.maps, point.target, records.short(tflops), f"{point.tflops:g}", point.whose,
+            f"{tflops / point.tflops:.2f}", ", ".join(dict.fromkeys(k.prediction.bound for k in whole.kernels)),
+        )
+        for point, whole, tflops in found
+    ]  # fmt: skip
+    console.print(records.table("", columns, rows, words=("pass", "by", "bound by")))
+    ratios = [tflops / point.tflops for point, _, tflops in found]
+    console.print(f"{len(rows)} points; predicted / published {min(ratios):.2f} to {max(ratios):.2f}, "
+                  f"geometric mean {exp(mean(map(log, ratios))):.2f}", highlight=False)  # fmt: skip
     if args.json is not None:
-        write_json(args.json, points)
+        write_json(args.json, [
+            {"whose": point.whose, "pass": point.pass_, "tokens": point.problem.partition.tokens,
+             "width": point.problem.key_width, "published": point.tflops, "predicted": tflops}
+            for point, _, tflops in found
+        ])  # fmt: skip

@@ -52,14 +52,13 @@ def run(args: argparse.Namespace) -> None:
 
     args.out.mkdir(parents=True, exist_ok=True)
     with options.compilers(args) as binaries, options.progress(console) as bar:
-        line = bar.add_task("tiles", total=len(tiles))
-        found = findings(task, tiles, binaries, partial(bar.advance, line))
-        save(draw_tiles(task, found), "tiles")
+        binaries.advance = partial(bar.advance, bar.add_task("tiles", total=len(tiles)))
+        save(draw_tiles(task, findings(task, tiles, binaries)), "tiles")
         launches = [launch for problem in SHAPES.values() for pass_ in PASSES
                     for launch in pass_launches(args.target, replace(problem, maps=MAPS), pass_)]  # fmt: skip
         line = bar.add_task("shipped kernels", total=len({launch.key for launch in launches}))
-        drawn = kernels(launches, gpu, binaries, partial(bar.advance, line))
-        save(draw_roofline(drawn, gpu), "roofline")
+        binaries.advance = partial(bar.advance, line)
+        save(draw_roofline(kernels(launches, gpu, binaries), gpu), "roofline")
 
 
 def draw_tiles(task: Task, found: Sequence[Finding]) -> Figure:

@@ -7,7 +7,7 @@ Resources and instructions are read from the binary, bytes and products from Tri
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import astuple, dataclass
 from math import prod
 from pathlib import Path
@@ -17,11 +17,10 @@ from bench import records
 from bench.arguments import positive
 from bench.tiles import options
 from bench.tiles.assembly import UNITS
-from bench.tiles.binaries import Binaries
+from bench.tiles.binaries import Binaries, Binary, occupancy
 from bench.tiles.compile import Launch, Problem, pass_launches
 from bench.tiles.options import make_problem
 from bench.tiles.program import trip_counts
-from bench.tiles.read import Binary, occupancy
 from bench.tiles.roofline import MACHINES, Machine, Prediction, predict
 from bench.tiles.steps import KERNELS, PASSES, Task
 from isa_triton.tiles import ARITHMETIC, Tile
@@ -201,16 +200,14 @@ class Kernel:
         }
 
 
-def kernels(
-    launches: Iterable[Launch], gpu: Machine, binaries: Binaries, advance: Callable[[], object] = lambda: None
-) -> list[Kernel]:
-    """The kernels of launches; `advance` is called after each binary.
+def kernels(launches: Iterable[Launch], gpu: Machine, binaries: Binaries) -> list[Kernel]:
+    """The kernels of launches.
 
     Raises:
         ValueError: one does not compile, or not even one program of it fits on a multiprocessor.
     """
     found = []
-    for verdict in binaries.verdicts(launches, advance):
+    for verdict in binaries.verdicts(launches):
         launch, binary = verdict.launch, verdict.binary
         if binary is None:
             raise ValueError(f"{launch.name} {verdict.offences[0]}")

@@ -23,10 +23,10 @@ from dataclasses import dataclass
 from math import ceil, inf, prod
 from typing import NamedTuple
 
+from bench.tiles.binaries import Binary
 from bench.tiles.compile import Launch, gpu_target
 from bench.tiles.flow import Stretch
 from bench.tiles.program import Work, trip_counts, work
-from bench.tiles.read import Binary
 from isa_triton.tiles import ARITHMETIC
 
 

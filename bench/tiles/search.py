@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import inf
@@ -22,9 +22,8 @@ from rich.table import Table
 from bench import records
 from bench.arguments import positive
 from bench.tiles import options
-from bench.tiles.binaries import Binaries
+from bench.tiles.binaries import Binaries, Binary
 from bench.tiles.compile import Problem
-from bench.tiles.read import Binary
 from bench.tiles.roofline import Prediction, predict
 from bench.tiles.steps import FILED, PASSES, Task
 from isa_triton import tiles
@@ -60,7 +59,8 @@ def run(args: argparse.Namespace) -> None:
                 if any(not finding.offences for finding in tried.get("group", [])):
                     break  # one kernel reads every tensor once, where several would read them again
                 line = bar.add_task(step, total=None)
-                tried[step] = search(Task(gpu, problem, step), binaries, partial(bar.advance, line), args.measure)
+                binaries.advance = partial(bar.advance, line)
+                tried[step] = search(Task(gpu, problem, step), binaries, args.measure)
                 bar.update(line, total=len(tried[step]), visible=bool(tried[step]))
             chosen = choose(tried)
             for step, found in tried.items():
@@ -149,9 +149,7 @@ class Finding:
         }
 
 
-def search(
-    task: Task, binaries: Binaries, advance: Callable[[], object] = lambda: None, measured: int = 0
-) -> list[Finding]:
+def search(task: Task, binaries: Binaries, measured: int = 0) -> list[Finding]:
     """All tiles that were tried, the best first; none where the kernel does not serve the problem.
 
     From the tiles that are shipped the search goes step by step to neighbours that are predicted to be faster: one
@@ -160,12 +158,11 @@ def search(
     none is better. A binary with an offence (`binaries.offences`) ranks behind all without.
 
     Args:
-        advance: called after each binary.
         measured: so many of the best are timed on the GPU of this machine, and the times decide.
     """
     tried: dict[Tile, Finding] = {}
     candidates = task.shipped()
-    while candidates and (found := findings(task, candidates, binaries, advance)):
+    while candidates and (found := findings(task, candidates, binaries)):
         before = min((finding.rank for finding in tried.values()), default=None)
         tried |= {finding.tile: finding for finding in found}
         best = min(tried.values(), key=lambda finding: finding.rank)
@@ -176,14 +173,11 @@ def search(
     return sorted(timed + ranked[measured:], key=lambda finding: finding.rank)
 
 
-def findings(
-    task: Task, candidates: Iterable[Tile], binaries: Binaries, advance: Callable[[], object]
-) -> list[Finding]:
+def findings(task: Task, candidates: Iterable[Tile], binaries: Binaries) -> list[Finding]:
     """What becomes of each tile, in their order; tiles with which the kernel is not launched are left out."""
     launches = {tile: launch for tile in candidates if (launch := task.launch(tile)) is not None}
     found = []
-    for tile, verdict in zip(launches, binaries.verdicts(launches.values(), advance), strict=True):
-        launch, binary, offences = verdict
+    for tile, (launch, binary, offences) in zip(launches, binaries.verdicts(launches.values()), strict=True):
         prediction = predict(launch, binary, task.gpu) if binary is not None and binary.programs else None
         found.append(Finding(task, tile, binary, offences, prediction))
     return found

@@ -12,8 +12,8 @@ import torch
 from triton.runtime.jit import JITFunction
 
 from bench import measure
+from bench.tiles.binaries import LIMITS
 from bench.tiles.compile import Launch, Problem, Tensors, backward_launches, forward_launches, gpu_target, use_driver
-from bench.tiles.read import LIMITS
 from bench.tiles.roofline import Machine
 from isa_triton import tiles
 from isa_triton.backend.kernels.launch import padded

@@ -6,14 +6,14 @@ import argparse
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from bench import records
-from bench.tiles.binaries import Verdict, format_widths
+from bench.tiles.binaries import LIMITS, Verdict, format_widths
 from bench.tiles.compile import DTYPES, Launch, Problem, pass_launches
 from bench.tiles.options import add_compilers, compilers, progress, wide_console, write_json
-from bench.tiles.read import LIMITS
 from isa_triton.partition import Partition
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -65,7 +65,8 @@ def run(args: argparse.Namespace) -> None:
     shipped = launches(args.targets, [name for name in SHAPES if name in args.shapes], args.dtypes)
     with compilers(args, args.dump) as binaries, progress(console) as bar:
         line = bar.add_task("compiling", total=len({launch.key for launch in shipped}))
-        verdicts = binaries.verdicts(shipped, lambda: bar.advance(line))
+        binaries.advance = partial(bar.advance, line)
+        verdicts = binaries.verdicts(shipped)
     for target in args.targets:
         shown = [verdict for verdict in verdicts if verdict.launch.target == target]
         styles = ["red" if verdict.offences else None for verdict in shown]
