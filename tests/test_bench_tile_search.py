@@ -140,6 +140,59 @@ def test_what_spills_ranks_behind() -> None:
     assert best.tile[:4] == BEST[:4]
 
 
+TIMED = """
+import torch
+from unittest.mock import patch
+from triton.runtime.jit import JITFunction
+from bench import measure
+from bench.tiles import steps
+from bench.tiles.options import make_problem
+from bench.tiles.roofline import MACHINES
+from isa_triton.tiles import Tile
+
+def run(kernel, *args, grid, warmup, **kwargs):
+    if not warmup:
+        given = dict(zip(kernel.arg_names, args))
+        written = [name for name in ("dk", "dv") if given.get(name) is not None]
+        launched.append(" ".join([kernel.fn.__name__, *written]))
+
+def seconds(calls, **options):
+    launched.clear()
+    for call in calls.values():
+        call()
+    return dict.fromkeys(calls, 1.0)
+
+randn, recorded = torch.randn, JITFunction.run
+measure.seconds, steps.use_driver = seconds, lambda: setattr(JITFunction, "run", run)  # as a GPU's, from here on
+torch.randn = lambda shape, device, dtype: randn(shape, dtype=dtype)
+for step in steps.KERNELS:
+    for tokens in (16, 64):
+        launched, JITFunction.run = [], recorded
+        problem = make_problem(tokens, 16, 16, bias=True, maps=1)
+        task, tile = steps.Task(MACHINES["H100"], problem, step), Tile(64 if step == "group" else 32, 32, 16, 16)
+        if task.launch(tile) is not None:
+            assert task.seconds(tile) == 1.0
+            print(step, tokens, *launched)
+"""
+
+
+@pytest.mark.slow
+def test_only_the_kernel_of_a_step_is_timed() -> None:
+    done = run_compiling("-c", TIMED)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        "forward 16 forward_group_kernel",
+        "forward 64 forward_kernel",
+        "group 16 backward_group_kernel dk dv",
+        "group 64 backward_group_kernel dk dv",
+        *(f"queries {tokens} backward_queries_kernel" for tokens in (16, 64)),
+        *(f"keys {tokens} backward_keys_kernel dk dv" for tokens in (16, 64)),
+        *(f"dk {tokens} backward_keys_kernel dk" for tokens in (16, 64)),
+        *(f"dv {tokens} backward_keys_kernel dv" for tokens in (16, 64)),
+        *(f"pairs {tokens} backward_pairs_kernel" for tokens in (16, 64)),
+    ]
+
+
 # -- the choice --------------------------------------------------------------------------------------------------------
 
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from bench.__main__ import main
 from bench.tiles.assembly import Instruction, amd_instructions, is_atomic, matrix_kind, sass_instructions
-from bench.tiles.binaries import Access, Binary, accesses, amd_metadata, in_rows, occupancy, offences
+from bench.tiles.binaries import Access, Binaries, Binary, accesses, amd_metadata, in_rows, occupancy, offences
 from bench.tiles.compile import Launch, Problem
 from bench.tiles.verify import FP16, SHAPES, launches
 from isa_triton.backend.kernels import common
@@ -166,6 +168,37 @@ def planted(target: str = "sm_80", dtype: str = "bfloat16", width: int = 64) -> 
 def test_offences_are_found(change: dict[str, object], where: dict[str, object], named: str | None) -> None:
     found = offences(planted(**where), replace(SOUND, **change))
     assert (found == []) if named is None else (len(found) == 1 and named in found[0])
+
+
+class Named(Launch):
+    """Its binary depends on its name only."""
+
+    key = property(lambda self: self.name)
+
+
+class Compilers:
+    """Finds that "bad" does not compile."""
+
+    def __init__(self) -> None:
+        self.compiled: list[str] = []
+
+    def submit(self, _: Any, launch: Launch, *__: Any) -> Future[Any]:
+        self.compiled.append(launch.name)
+        done: Future[Any] = Future()
+        done.set_result("does not compile: Why" if launch.name == "bad" else SOUND)
+        return done
+
+
+def test_launches_with_one_binary_share_it_and_one_that_does_not_compile_has_an_offence(tmp_path: Path) -> None:
+    pool, advanced = Compilers(), list[None]()
+    launches = [Named(*planted()._replace(name=name)) for name in ("good", "bad", "good")]
+    found = Binaries(tmp_path, pool, advance=lambda: advanced.append(None)).verdicts(launches)
+    assert [verdict.launch for verdict in found] == launches
+    assert [(verdict.binary, verdict.offences) for verdict in found] == [
+        (SOUND, []), (None, ["does not compile: Why"]), (SOUND, [])
+    ]  # fmt: skip
+    assert sorted(pool.compiled) == ["bad", "good"]
+    assert len(advanced) == 2
 
 
 def test_shapes_are_the_promised_ones() -> None:

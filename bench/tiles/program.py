@@ -122,14 +122,14 @@ def _hoisted(op: Op, needed: set[int]) -> Op:
 
 def work(loops: tuple[Loop, ...], ops: tuple[Op, ...], launch: Launch) -> Work:
     """What a launch asks for."""
-    problem, partition, trips = launch.problem, launch.problem.partition, trip_counts(loops, launch)
+    problem, partition, often = launch.problem, launch.problem.partition, repeats(loops, launch)
     tokens = partition.h.size * partition.w.size / partition.groups  # of a group, those inside the map: the mean
     pixels = problem.maps * problem.heads * partition.h.size * partition.w.size
     flops = others = 0.0
     lanes = columns = unmasked = 0.0  # bytes of tiles: of all lanes, of channels that exist, and of these in pixels
     distinct = set[tuple[str, str, int]]()
     for kind, shape, itemsize, argument, nest in ops:
-        times = prod(launch.grid) * prod(trips[loop] for loop in nest)
+        times = prod(launch.grid) * often(nest)
         if kind == "dot":
             flops += 2 * prod(shape) * times
         elif argument in PAIRS:
@@ -157,10 +157,11 @@ PAIRS = ("bias", "partials")  # arguments that hold a number for every pair of t
 KEY_WIDE = ("q", "k", "dq", "dk")  # arguments of the key width; other maps have the value width
 
 
-def trip_counts(loops: Iterable[Loop], launch: Launch) -> list[float]:
-    """How often each loop of a launch runs each time that it is entered."""
+def repeats(loops: Iterable[Loop], launch: Launch) -> Callable[[Nest], float]:
+    """How often a program of a launch runs what stands in some of the loops: the mean over all programs."""
     values = {**dict(launch.integers), "program": np.arange(prod(launch.grid))}
-    return [loop.trips(values) for loop in loops]
+    trips = [loop.trips(values) for loop in loops]
+    return lambda nest: prod(trips[loop] for loop in nest)
 
 
 def evaluate(expression: Expression, values: Mapping[str, Any]) -> Any:

@@ -20,7 +20,7 @@ from bench.tiles.assembly import UNITS
 from bench.tiles.binaries import Binaries, Binary, occupancy
 from bench.tiles.compile import Launch, Problem, pass_launches
 from bench.tiles.options import make_problem
-from bench.tiles.program import trip_counts
+from bench.tiles.program import repeats
 from bench.tiles.roofline import MACHINES, Machine, Prediction, predict
 from bench.tiles.steps import KERNELS, PASSES, Task
 from isa_triton.tiles import ARITHMETIC, Tile
@@ -169,11 +169,11 @@ class Kernel:
 
     def instructions(self) -> dict[str, tuple[int, int, float]]:
         """For each unit: instructions outside of loops, inside, and how many a warp runs through."""
-        trips, counts = trip_counts(self.binary.loops, self.launch), {unit: [0, 0, 0.0] for unit in UNITS}
+        often, counts = repeats(self.binary.loops, self.launch), {unit: [0, 0, 0.0] for unit in UNITS}
         for stretch in self.binary.stretches:
             for unit, count in stretch.units.items():
                 counts[unit][bool(stretch.nest)] += count
-                counts[unit][2] += count * prod(trips[loop] for loop in stretch.nest)
+                counts[unit][2] += count * often(stretch.nest)
         return {unit: (int(outside), int(inside), run) for unit, (outside, inside, run) in counts.items()}
 
     def as_dict(self) -> dict[str, Any]:

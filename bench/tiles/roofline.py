@@ -26,7 +26,7 @@ from typing import NamedTuple
 from bench.tiles.binaries import Binary
 from bench.tiles.compile import Launch, gpu_target
 from bench.tiles.flow import Stretch
-from bench.tiles.program import Work, trip_counts, work
+from bench.tiles.program import Work, repeats, work
 from isa_triton.tiles import ARITHMETIC
 
 
@@ -99,8 +99,8 @@ def predict(launch: Launch, binary: Binary, machine: Machine) -> Prediction:
     programs, asked = prod(launch.grid), work(binary.loops, binary.ops, launch)
     most = ceil(programs / machine.units)  # programs of the busiest multiprocessor
     waves = ceil(most / binary.programs)
-    trips = trip_counts(binary.loops, launch)
-    times = [prod(trips[loop] for loop in stretch.nest) for stretch in binary.stretches]
+    executions = repeats(binary.loops, launch)
+    times = [executions(stretch.nest) for stretch in binary.stretches]
 
     flops = _matrix_flops(binary, times, asked.flops / programs)
     rate = machine.matrix.get(ARITHMETIC[launch.problem.dtype], inf) / machine.units
