@@ -21,7 +21,8 @@ COMMANDS: dict[str, ModuleType] = {
     "train": train,
 }
 if find_spec("triton"):  # what looks at kernels has nothing to look at elsewhere
-    from bench.commands import check, overhead, tiles
+    from bench import tiles
+    from bench.commands import check, overhead
 
     COMMANDS |= {"check": check, "overhead": overhead, "tiles": tiles}
 
@@ -30,7 +31,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench", description="Measure attention over partitions of a map.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
-        command.add_arguments(commands.add_parser(name, help=command.HELP, description=command.__doc__))
+        command.add_arguments(
+            commands.add_parser(
+                name,
+                help=getattr(command, "HELP", "the workbench of the kernels, without a GPU"),
+                description=command.__doc__,
+            )
+        )
     args = parser.parse_args(argv)
     try:
         COMMANDS[args.command].run(args)

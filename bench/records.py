@@ -8,9 +8,10 @@ from __future__ import annotations
 import csv
 import io
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -95,13 +96,25 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text)
 
 
-def table(title: str, header: Sequence[str], rows: Iterable[Sequence[object]], words: int = 1) -> Table:
-    """A table for the terminal, whose first `words` columns are words and the others numbers; None is a dash."""
+def table(
+    title: str,
+    header: Sequence[str],
+    rows: Iterable[Sequence[object]],
+    words: int | Collection[str] = 1,
+    styles: Iterable[str | None] = (),
+) -> Table:
+    """A table for the terminal, where None is a dash.
+
+    Args:
+        words: the columns of words, by name or the first so many; the others are numbers.
+        styles: of the rows, as rich names them.
+    """
+    of_words = header[:words] if isinstance(words, int) else words
     made = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for number, name in enumerate(header):
-        made.add_column(name, justify="left" if number < words else "right", no_wrap=number >= words)
-    for row in rows:
-        made.add_row(*("-" if cell is None else str(cell) for cell in row))
+    for name in header:
+        made.add_column(name, justify="left" if name in of_words else "right", no_wrap=name not in of_words)
+    for row, style in zip_longest(rows, styles):
+        made.add_row(*("-" if cell is None else str(cell) for cell in row), style=style)
     return made
 
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,18 +11,16 @@ import pytest
 import torch
 
 from bench.tiles.assembly import Instruction, matrix_flops, sass_instructions, shared_bytes, unit
-from bench.tiles.compile import Launch, Problem, gpu
+from bench.tiles.binaries import Binary
+from bench.tiles.compile import Launch, Problem, Tensors
 from bench.tiles.flow import Stretch, find_loops, stretches, waits
 from bench.tiles.program import Loop, Op, read_program
-from bench.tiles.read import LIMITS, Binary, programs_at_once, room
 from bench.tiles.roofline import LAUNCH, MACHINES, predict
-from bench.tiles.search import KERNELS
-from isa_triton.backend.kernels import launch
+from bench.tiles.steps import KERNELS, Task
 from isa_triton.partition import Partition
-from isa_triton.tiles import BackwardTiles, Tile
+from isa_triton.tiles import Tile
 from tests import guard
-
-ROOT = Path(__file__).parent.parent
+from tests.compiling import run_compiling
 
 # -- instructions ------------------------------------------------------------------------------------------------------
 
@@ -210,12 +205,12 @@ def planted(stretch: Stretch = QUIET, programs: int = 4, matrix: str = "HGMMA") 
     return Binary(64, 0, 0, 0, 0, 4, programs, 1, {matrix: 1}, 0, (), (), PROGRAM, (stretch,))
 
 
-LAUNCHED = Launch("isa_triton.backend.kernels.forward", "forward_kernel", gpu("sm_90"), {}, {}, {}, {}, (2112,))
+LAUNCHED = Launch("isa_triton.backend.kernels.forward", "forward_kernel", "sm_90", PROBLEM, {}, {}, {}, {}, (2112,))
 H100 = MACHINES["H100"]
 
 
 def test_memory_binds_a_kernel_that_only_moves() -> None:
-    prediction = predict(LAUNCHED, PROBLEM, planted(), H100)
+    prediction = predict(LAUNCHED, planted(), H100)
     moved = 2 * 33 * 64 * 64 * 64 * 2
     assert prediction.bound == "DRAM"
     assert prediction.work.distinct == prediction.work.bytes == moved
@@ -226,7 +221,7 @@ def test_memory_binds_a_kernel_that_only_moves() -> None:
 
 def test_the_busiest_unit_binds_and_the_rest_is_paid_once_a_wave() -> None:
     stretch = Stretch((), {"matrix": 1, "special": 1000, "alu": 800}, QUIET.flops, 0, 3.0, 0.1)
-    prediction = predict(LAUNCHED, PROBLEM, planted(stretch), H100)
+    prediction = predict(LAUNCHED, planted(stretch), H100)
     special = 4 * 32 * 1000 / 16 / H100.clock
     alone = 2 * 64**3 / (H100.matrix["16-bit"] / 132) + special + 3 * H100.latency
     assert prediction.bound == "special"
@@ -236,39 +231,33 @@ def test_the_busiest_unit_binds_and_the_rest_is_paid_once_a_wave() -> None:
 
 def test_waiting_binds_where_nothing_else_runs() -> None:
     waiting = Stretch((), {"matrix": 1}, QUIET.flops, 0, 0.0, 50.0)
-    seconds = [predict(LAUNCHED, PROBLEM, planted(waiting, programs), H100) for programs in (1, 2, 4, 8, 16)]
+    seconds = [predict(LAUNCHED, planted(waiting, programs), H100) for programs in (1, 2, 4, 8, 16)]
     assert all(prediction.bound == "latency" for prediction in seconds)
     assert all(a.seconds > 1.5 * b.seconds for a, b in pairwise(seconds))
 
 
 def test_products_of_single_warps_are_slower_on_an_h100() -> None:
-    four, one = (predict(LAUNCHED, PROBLEM, planted(matrix=kind), H100) for kind in ("HGMMA", "HMMA"))
+    four, one = (predict(LAUNCHED, planted(matrix=kind), H100) for kind in ("HGMMA", "HMMA"))
     assert one.busy["matrix"] == pytest.approx(four.busy["matrix"] / 0.629)
 
 
 def test_a_program_that_does_not_fit_has_no_time() -> None:
     with pytest.raises(ValueError, match="no program of forward_kernel fits"):
-        predict(LAUNCHED, PROBLEM, planted(programs=0), H100)
-
-
-@pytest.mark.parametrize("registers", [32, 168, 255])
-@pytest.mark.parametrize("shared", [0, 48 << 10, 228 << 10])
-def test_the_scarcest_thing_limits(registers: int, shared: int) -> None:
-    space = room(LIMITS["sm_90"], registers, 32, 4, shared, 0)
-    assert min(space.values()) == programs_at_once(LIMITS["sm_90"], registers, 32, 4, shared, 0)
+        predict(LAUNCHED, planted(programs=0), H100)
 
 
 # -- real binaries, and the interpreter --------------------------------------------------------------------------------
 
 REAL = """
 import json, re, subprocess, sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from triton import knobs
+from bench.tiles.binaries import Binaries
 from bench.tiles.compile import Problem, compile_launch
-from bench.tiles.passes import kernel
+from bench.tiles.report import kernels
 from bench.tiles.roofline import MACHINES
-from bench.tiles.search import Task
-from bench.tiles.verify import Verifier
+from bench.tiles.steps import Task
 from isa_triton.partition import Partition
 from isa_triton.tiles import Tile
 
@@ -276,8 +265,9 @@ cache, found = Path(sys.argv[1]), []
 for step, geometry, tile in json.loads(sys.argv[2]):
     size, window = geometry
     problem = Problem(Partition.local(tuple(size), tuple(window)), 24, 40, 2, True, "float16", 1)
-    launch = Task("sm_90", problem, step).launch(Tile(*tile))
-    facts = kernel(launch, problem, MACHINES["H100"], Verifier(cache)).as_dict()
+    launch = Task(MACHINES["H100"], problem, step).launch(Tile(*tile))
+    with ThreadPoolExecutor(1) as pool:
+        (kernel,) = kernels([launch], MACHINES["H100"], Binaries(cache, pool))
     binary = cache / "binary.cubin"
     binary.write_bytes(compile_launch(launch, cache / "triton").asm["cubin"])
     usage, code = (subprocess.run([*tool, binary], capture_output=True, text=True, check=True).stdout for tool in (
@@ -285,7 +275,8 @@ for step, geometry, tile in json.loads(sys.argv[2]):
     shared = compile_launch(launch, cache / "triton").metadata.shared
     number = lambda name: int(re.search(name + r":(\\d+)", usage)[1])
     spills = len(re.findall(r"\\b(?:STL|LDL)\\b", code))
-    found.append({**facts, "REG": number("REG"), "STACK": number("STACK"), "code": spills, "metadata": shared})
+    said = {"REG": number("REG"), "STACK": number("STACK"), "code": spills, "metadata": shared}
+    found.append({**kernel.as_dict(), **said})
 print(json.dumps(found))
 """
 SMALL, LONG = ((5, 5), (4, 3)), ((5, 10), (5, 7))  # ragged windows of 12 tokens, and of 35
@@ -297,11 +288,9 @@ CASES = (
 )
 
 
+@pytest.mark.slow
 def test_figures_are_those_of_the_tools_and_of_the_interpreter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", REAL, str(tmp_path), json.dumps(CASES)]
-    environment |= {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, cwd=ROOT)
+    done = run_compiling("-c", REAL, str(tmp_path), json.dumps(CASES))
     assert done.returncode == 0, done.stderr
 
     guard.install()
@@ -328,15 +317,12 @@ def test_figures_are_those_of_the_tools_and_of_the_interpreter(tmp_path: Path, m
 
 def interpreted(problem: Problem, step: str, tile: Tile) -> guard.Watch:
     """One kernel's memory."""
-    q, k, v, bias = (torch.randn(x.shape).to(x.dtype) for x in problem.inputs() if x is not None)
-    do, out, dq, dk, dv = (torch.zeros_like(x) for x in (v, v, q, k, v))
-    lse, delta, fixed = torch.zeros(q.shape[:4]), torch.zeros(q.shape[:4]), (0.1, problem.partition)
+    tensors = Tensors(problem, lambda x: torch.randn(x.shape).to(x.dtype))
     with guard.watch() as watched:
         if step == "forward":
-            launch.forward(q, k, v, bias, out, None, *fixed, tile)
+            tensors.forward(tile, with_lse=False)
         else:
-            tiles = BackwardTiles(tile if step == "group" else None, tile, tile, None, tile)
-            partials = torch.zeros(launch.bias_partials_shape(problem.maps, problem.heads, problem.partition, tiles))
-            launch.backward(q, k, v, bias, out, lse, do, None, dq, dk, dv, delta, partials, *fixed, tiles)
-    watched.launches = [memory for memory in watched.launches if memory.kernel == KERNELS[step]]
+            tiles = Task(H100, problem, step).backward(tile)
+            tensors.backward(tiles, tensors.partials(tiles))
+    watched.launches = [memory for memory in watched.launches if memory.kernel == f"{KERNELS[step]}_kernel"]
     return watched

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import log2
 from pathlib import Path
 from typing import Any
@@ -17,28 +14,30 @@ from typing import Any
 import pytest
 
 from bench.__main__ import main
-from bench.commands.tiles.common import make_problem
-from bench.commands.tiles.report import BOUNDS
-from bench.tiles.compile import Launch, gpu
-from bench.tiles.passes import Whole
+from bench.tiles import plot
+from bench.tiles.binaries import Access, Binaries, Binary
+from bench.tiles.compile import Launch
+from bench.tiles.options import make_problem
 from bench.tiles.program import Op
-from bench.tiles.read import Access, Binary
+from bench.tiles.report import BOUNDS, Pass
 from bench.tiles.roofline import MACHINES
-from bench.tiles.search import KERNELS, Finding, Searcher, Task, choose, write
+from bench.tiles.search import Finding, choose, search, write
+from bench.tiles.steps import KERNELS, Task
 from isa_triton import tiles
+from isa_triton.backend.kernels import launch
 from isa_triton.tiles import Tile
+from tests.compiling import run_compiling
 
-ROOT = Path(__file__).parent.parent
-PROBLEM = make_problem(64, 64, 64)
+H100, PROBLEM = MACHINES["H100"], make_problem(64, 64, 64)
 TILE = Tile(64, 64, 32, 32, 4, 2)
 
 # -- steps -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("step", list(KERNELS))
-@pytest.mark.parametrize("target", ["sm_80", "sm_100", "gfx942"])
-def test_neighbours_differ_in_one_field_and_no_block_is_larger_than_what_it_cuts(step: str, target: str) -> None:
-    task = Task(target, make_problem(49, 39, 64, bias=True), step)
+@pytest.mark.parametrize("gpu", ["A100", "B200", "MI300X"])
+def test_neighbours_differ_in_one_field_and_no_block_is_larger_than_what_it_cuts(step: str, gpu: str) -> None:
+    task = Task(MACHINES[gpu], make_problem(49, 39, 64, bias=True), step)
     tile = task.clipped(Tile(256, 256, 512, 512))
     assert tile[:4] == (64, 64, 64, 64)
     neighbours = list(task.neighbours(tile))
@@ -51,16 +50,16 @@ def test_neighbours_differ_in_one_field_and_no_block_is_larger_than_what_it_cuts
 
 
 def test_what_cannot_fit_is_left_out() -> None:
-    task = Task("sm_90", make_problem(1024, 256, 512), "forward")
+    task = Task(H100, make_problem(1024, 256, 512), "forward")
     assert task.may_fit(Tile(64, 64, 64, 64, 4, 2))
     assert not task.may_fit(Tile(256, 256, 64, 64, 4, 2))  # 640 scores and sums a thread
     assert not task.may_fit(Tile(64, 256, 256, 64, 8, 4))  # three stages of 160 KB
-    exact = Task("sm_90", make_problem(64, 64, 64, dtype="float32"), "forward")
+    exact = Task(H100, make_problem(64, 64, 64, dtype="float32"), "forward")
     assert not exact.may_fit(Tile(64, 64, 64, 64, 1, 1))  # 8192 products a thread without matrix units
 
 
 def test_a_search_starts_at_what_is_shipped() -> None:
-    shipped = Task("sm_90", PROBLEM, "forward").shipped()
+    shipped = Task(H100, PROBLEM, "forward").shipped()
     assert shipped[0] == tiles.lookup("sm_90", "forward", 64, 64, "bfloat16", 64)
     assert all(tile.block_m <= 64 and tile.block_v <= 64 for tile in shipped)
 
@@ -70,26 +69,40 @@ def test_a_search_starts_at_what_is_shipped() -> None:
 BEST = Tile(32, 64, 64, 16, 2, 3)
 
 
+class PlantedLaunch(Launch):
+    """Its binary depends on the tile only."""
+
+    key = property(lambda self: str(self.options["tile"]))
+
+
 @dataclass(frozen=True)
 class PlantedTask(Task):
     def launch(self, tile: Tile) -> Launch:
-        return Launch(
-            "isa_triton.backend.kernels.forward", "forward_kernel", gpu("sm_90"), {}, {}, {}, {"tile": tile}, (132,)
-        )
+        kernel = "isa_triton.backend.kernels.forward", "forward_kernel"
+        return PlantedLaunch(*kernel, "sm_90", self.problem, {}, {}, {}, {"tile": tile}, (132,))
 
 
 @dataclass
-class Planted:
+class Planted(Binaries):
     """Stands in for compilers: the further a tile is from the best, the more its binary moves."""
 
+    cache: Path = Path()
+    pool: Any = None
     sound: bool = True
     seen: dict[Tile, Binary] = field(default_factory=dict)
 
-    def known(self, case: Any) -> Binary | None:
-        return self.seen.get(case.launch.options["tile"])
+    def __post_init__(self) -> None:
+        self.pool = self
 
-    def __call__(self, case: Any) -> Binary | str:
-        tile = case.launch.options["tile"]
+    def known(self, launch: Launch) -> Binary | None:
+        return self.seen.get(launch.options["tile"])
+
+    def submit(self, _: Any, launch: Launch, *__: Any) -> Future[Any]:
+        done: Future[Any] = Future()
+        done.set_result(self.binary(launch.options["tile"]))
+        return done
+
+    def binary(self, tile: Tile) -> Binary:
         steps = [abs(log2(a) - log2(b)) for a, b in zip(tile[:5], BEST[:5], strict=True)]
         far = int(sum(steps)) + abs(tile.num_stages - BEST.num_stages)
         load = Op("load", (64, 64), 2, "q", ()), Op("store", (64, 64), 2, "out", ())
@@ -100,30 +113,23 @@ class Planted:
         self.seen[tile] = found
         return found
 
-    def submit(self, function: Any, case: Any) -> Future[Any]:
-        done: Future[Any] = Future()
-        done.set_result(function(case))
-        return done
 
-
-def searched(planted: Planted, found: list[Finding] | None = None) -> list[Finding]:
-    note = (lambda _: None) if found is None else found.append
-    searcher = Searcher(planted, planted, MACHINES["H100"], note)
-    return searcher.search(PlantedTask("sm_90", PROBLEM, "forward"))
+def searched(planted: Planted) -> list[Finding]:
+    return search(PlantedTask(H100, PROBLEM, "forward"), planted)
 
 
 def test_a_search_goes_to_the_best_and_names_its_neighbours() -> None:
-    found: list[Finding] = []
-    ranked = searched(Planted(), found)
+    advanced: list[None] = []
+    ranked = searched(Planted(advance=lambda: advanced.append(None)))
     assert ranked[0].tile == BEST
-    assert {finding.tile for finding in found} == {finding.tile for finding in ranked}
-    assert set(Task("sm_90", PROBLEM, "forward").neighbours(BEST)) <= {finding.tile for finding in ranked}
+    assert len(advanced) == len(ranked) == len({finding.tile for finding in ranked})
+    assert set(Task(H100, PROBLEM, "forward").neighbours(BEST)) <= {finding.tile for finding in ranked}
 
 
 def test_an_interrupted_search_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     planted = Planted()
     first = searched(planted)
-    monkeypatch.delattr(Planted, "__call__")  # nothing can be compiled any more
+    monkeypatch.delattr(Planted, "submit")  # nothing can be compiled any more
     assert [f.tile for f in searched(planted)] == [f.tile for f in first]
 
 
@@ -134,12 +140,65 @@ def test_what_spills_ranks_behind() -> None:
     assert best.tile[:4] == BEST[:4]
 
 
+TIMED = """
+import torch
+from unittest.mock import patch
+from triton.runtime.jit import JITFunction
+from bench import measure
+from bench.tiles import steps
+from bench.tiles.options import make_problem
+from bench.tiles.roofline import MACHINES
+from isa_triton.tiles import Tile
+
+def run(kernel, *args, grid, warmup, **kwargs):
+    if not warmup:
+        given = dict(zip(kernel.arg_names, args))
+        written = [name for name in ("dk", "dv") if given.get(name) is not None]
+        launched.append(" ".join([kernel.fn.__name__, *written]))
+
+def seconds(calls, **options):
+    launched.clear()
+    for call in calls.values():
+        call()
+    return dict.fromkeys(calls, 1.0)
+
+randn, recorded = torch.randn, JITFunction.run
+measure.seconds, steps.use_driver = seconds, lambda: setattr(JITFunction, "run", run)  # as a GPU's, from here on
+torch.randn = lambda shape, device, dtype: randn(shape, dtype=dtype)
+for step in steps.KERNELS:
+    for tokens in (16, 64):
+        launched, JITFunction.run = [], recorded
+        problem = make_problem(tokens, 16, 16, bias=True, maps=1)
+        task, tile = steps.Task(MACHINES["H100"], problem, step), Tile(64 if step == "group" else 32, 32, 16, 16)
+        if task.launch(tile) is not None:
+            assert task.seconds(tile) == 1.0
+            print(step, tokens, *launched)
+"""
+
+
+@pytest.mark.slow
+def test_only_the_kernel_of_a_step_is_timed() -> None:
+    done = run_compiling("-c", TIMED)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        "forward 16 forward_group_kernel",
+        "forward 64 forward_kernel",
+        "group 16 backward_group_kernel dk dv",
+        "group 64 backward_group_kernel dk dv",
+        *(f"queries {tokens} backward_queries_kernel" for tokens in (16, 64)),
+        *(f"keys {tokens} backward_keys_kernel dk dv" for tokens in (16, 64)),
+        *(f"dk {tokens} backward_keys_kernel dk" for tokens in (16, 64)),
+        *(f"dv {tokens} backward_keys_kernel dv" for tokens in (16, 64)),
+        *(f"pairs {tokens} backward_pairs_kernel" for tokens in (16, 64)),
+    ]
+
+
 # -- the choice --------------------------------------------------------------------------------------------------------
 
 
 def finding(step: str, us: float, offences: Sequence[str] = (), task: Task | None = None) -> Finding:
-    task = task or Task("sm_90", PROBLEM, step)
-    return Finding(task, TILE, "H100", None, list(offences), None, measured=us * 1e-6)
+    task = task or Task(H100, PROBLEM, step)
+    return Finding(task, TILE, None, list(offences), None, measured=us * 1e-6)
 
 
 @pytest.mark.parametrize(
@@ -181,8 +240,7 @@ def test_what_is_written_is_found(folder: Path) -> None:
     tile = Tile(64, 64, 16, 16, 2, 5)
     problem = make_problem(49, 80, 96)
     chosen = [
-        Finding(Task("sm_90", problem, step), tile, "H100", None, [], None, measured=1e-5)
-        for step in ("queries", "keys", "pairs")
+        Finding(Task(H100, problem, step), tile, None, [], None, measured=1e-5) for step in ("queries", "keys", "pairs")
     ]
     assert write(chosen) == folder / "sm_90.json"
     after = json.loads((folder / "sm_90.json").read_text())
@@ -195,6 +253,17 @@ def test_what_is_written_is_found(folder: Path) -> None:
     assert {entry["evidence"]["how"] for entry in after if entry["tile"] == list(tile)} == {"measured"}
     write(chosen)
     assert json.loads((folder / "sm_90.json").read_text()) == after
+
+
+@pytest.mark.parametrize("dtype", ["tf32", "bfloat16", "float32"])
+def test_what_is_written_goes_before_what_the_dtype_had_to_itself(dtype: str, folder: Path) -> None:
+    problem = make_problem(64, 80, 96, dtype=dtype)
+    own = {"step": "forward", "arithmetic": dtype, "key_width": 80, "value_width": 96, "tokens": 64, "tile": [*TILE]}
+    (folder / "sm_90.json").write_text(json.dumps([*json.loads((folder / "sm_90.json").read_text()), own]))
+    assert tiles.lookup("sm_90", "forward", *problem.sizes) == TILE
+    found = replace(finding("forward", 1, task=Task(H100, problem, "forward")), tile=TILE._replace(num_stages=5))
+    write([found])
+    assert tiles.lookup("sm_90", "forward", *problem.sizes) == found.tile
 
 
 # -- the command line --------------------------------------------------------------------------------------------------
@@ -233,9 +302,53 @@ def test_the_promised_bounds_are_looked_at() -> None:
     }  # fmt: skip
 
 
+def test_every_kernel_has_a_marker_in_the_plot() -> None:
+    kernels = [name for name, kernel in vars(launch).items() if hasattr(kernel, "arg_names")]
+    assert len(kernels) > 4
+    assert {name.split("_")[-2] for name in kernels} == set(plot.MARKERS)
+
+
+PLOT = """
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from bench.__main__ import main
+from bench.tiles import options, plot
+from bench.tiles.binaries import Binaries
+from bench.tiles.program import Op
+from bench.tiles.binaries import Access, Binary
+
+class Planted(Binaries):
+    def known(self, launch):
+        ops = Op("load", (64, 64), 2, "q", ()), Op("store", (64, 64), 2, "out", ()), Op("dot", (64, 64, 64), 2, "", ())
+        return Binary(64, 0, 0, 0, 0, 4, 2, 1, {}, 0, (Access(True, True, 16, 1),), (), ops)
+
+@contextmanager
+def planted(args, dump=None):
+    yield Planted(args.cache, None)
+
+options.compilers = planted
+options_of_plot = ["tiles", "plot", "--target", "sm_90", "--widths", "64", "64", "--cache", sys.argv[1], "--out"]
+main([*options_of_plot, sys.argv[1] + "/both"])
+plot.draw_roofline = None
+try:
+    main([*options_of_plot, sys.argv[1] + "/one"])
+except TypeError:
+    pass
+print(*sorted(str(path.relative_to(sys.argv[1])) for path in Path(sys.argv[1]).rglob("*.png")))
+"""
+
+
+@pytest.mark.slow
+def test_both_figures_are_written_each_as_soon_as_it_is_drawn(tmp_path: Path) -> None:
+    done = run_compiling("-c", PLOT, str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1] == "both/roofline-sm_90.png both/tiles-sm_90.png one/tiles-sm_90.png"
+
+
 def test_a_pass_cannot_do_less_than_its_inputs_and_outputs() -> None:
     problem = make_problem(64, 256, 512, "local", maps=2)
-    forward, backward = (Whole(problem, pass_, MACHINES["H100"], []) for pass_ in ("forward", "backward"))
+    forward, backward = (Pass(problem, pass_, H100, []) for pass_ in ("forward", "backward"))
     pixels = 2 * 64 * 64
     assert forward.bytes == pixels * 2 * (256 + 256 + 512 + 512)
     assert backward.bytes == pixels * 2 * (2 * 256 + 2 * 512 + 2 * 256 + 512)
@@ -257,14 +370,11 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_a_search_runs_here_and_compiles_nothing_the_second_time(tmp_path: Path) -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     script = tmp_path / "twice.py"
     script.write_text(TWICE)
-    done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path)], capture_output=True, text=True, check=False, cwd=ROOT,
-        env=environment | {"PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+    done = run_compiling(str(script), str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("PREDICTED") == 2
     first, second = (json.loads((tmp_path / name).read_text()) for name in ("first.json", "second.json"))

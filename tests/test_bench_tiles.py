@@ -3,36 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from bench.__main__ import main
-from bench.tiles.compile import Launch, Problem, gpu
-from bench.tiles.read import (
-    LIMITS,
-    Access,
-    Binary,
-    Instruction,
-    accesses,
-    amd_instructions,
-    amd_metadata,
-    in_rows,
-    is_atomic,
-    matrix_kind,
-    programs_at_once,
-    sass_instructions,
-)
-from bench.tiles.verify import SHAPES, Case, cases, offences
+from bench.tiles.assembly import Instruction, amd_instructions, is_atomic, matrix_kind, sass_instructions
+from bench.tiles.binaries import Access, Binaries, Binary, accesses, amd_metadata, in_rows, occupancy, offences
+from bench.tiles.compile import Launch, Problem
+from bench.tiles.verify import FP16, SHAPES, launches
 from isa_triton.backend.kernels import common
 from isa_triton.partition import Partition
-
-ROOT = Path(__file__).parent.parent
+from tests.compiling import run_compiling
 
 # -- the reader --------------------------------------------------------------------------------------------------------
 
@@ -124,23 +110,27 @@ def test_rows_are_what_the_helpers_of_rows_touch() -> None:
 
 
 @pytest.mark.parametrize(
-    ("target", "registers", "warps", "shared", "columns", "programs"),
+    ("target", "registers", "warps", "shared", "columns", "programs", "limiters"),
     [
-        ("sm_80", 255, 4, 1024, 0, 2),
-        ("sm_80", 32, 4, 0, 0, 16),  # 2048 threads
-        ("sm_80", 64, 4, 80 << 10, 0, 2),
-        ("sm_80", 64, 4, 164 << 10, 0, 0),
-        ("sm_90", 168, 4, 48 << 10, 0, 3),  # registers of a quarter: 3 warps of 168
-        ("sm_100", 64, 4, 1024, 256, 2),
-        ("sm_100", 64, 4, 1024, 1024, 0),
-        ("sm_90", 255, 16, 1024, 0, 0),
-        ("gfx942", 151, 4, 16 << 10, 0, 3),
-        ("gfx942", 512, 4, 0, 0, 1),
+        ("sm_80", 255, 4, 1024, 0, 2, {"registers"}),
+        ("sm_80", 32, 4, 0, 0, 16, {"threads", "registers"}),
+        ("sm_80", 64, 4, 80 << 10, 0, 2, {"shared memory"}),
+        ("sm_80", 64, 4, 164 << 10, 0, 0, {"shared memory"}),
+        ("sm_80", 16, 1, 1024, 0, 32, {"programs"}),
+        ("sm_90", 168, 4, 48 << 10, 0, 3, {"registers"}),  # of a quarter: 3 warps of 168
+        ("sm_100", 64, 4, 1024, 256, 2, {"tensor memory"}),
+        ("sm_100", 64, 4, 1024, 1024, 0, {"tensor memory"}),
+        ("sm_90", 255, 16, 1024, 0, 0, {"registers"}),
+        ("gfx942", 151, 4, 16 << 10, 0, 3, {"registers"}),
+        ("gfx942", 512, 4, 0, 0, 1, {"registers"}),
     ],
 )
-def test_programs_at_once(target: str, registers: int, warps: int, shared: int, columns: int, programs: int) -> None:
-    lanes = 64 if target.startswith("gfx") else 32
-    assert programs_at_once(LIMITS[target], registers, lanes, warps, shared, columns) == programs
+def test_the_scarcest_resource_limits_the_programs_of_a_multiprocessor(
+    target: str, registers: int, warps: int, shared: int, columns: int, programs: int, limiters: set[str]
+) -> None:
+    found = occupancy(target, registers, warps, shared, columns)
+    assert min(found.values()) == programs
+    assert {resource for resource, enough in found.items() if enough == programs} == limiters
 
 
 # -- the judge ---------------------------------------------------------------------------------------------------------
@@ -149,9 +139,9 @@ WIDE = (Access(False, True, 16, 40), Access(False, False, 4, 2), Access(True, Tr
 SOUND = Binary(128, 0, 0, 32 << 10, 0, 4, 3, 2000, {"HMMA": 160}, 0, WIDE)
 
 
-def case(target: str = "sm_80", dtype: str = "bfloat16", width: int = 64) -> Case:
+def planted(target: str = "sm_80", dtype: str = "bfloat16", width: int = 64) -> Launch:
     problem = Problem(Partition.local((16, 24), (8, 8)), width, width, dtype=dtype)
-    return Case(target, "planted", problem, Launch("m", "kernel", gpu(target), {}, {}, {}, {}, (1,)))
+    return Launch("m", "kernel", target, problem, {}, {}, {}, {}, (1,))
 
 
 @pytest.mark.parametrize(
@@ -176,13 +166,44 @@ def case(target: str = "sm_80", dtype: str = "bfloat16", width: int = 64) -> Cas
     ],
 )
 def test_offences_are_found(change: dict[str, object], where: dict[str, object], named: str | None) -> None:
-    found = offences(case(**where), replace(SOUND, **change))
+    found = offences(planted(**where), replace(SOUND, **change))
     assert (found == []) if named is None else (len(found) == 1 and named in found[0])
 
 
+class Named(Launch):
+    """Its binary depends on its name only."""
+
+    key = property(lambda self: self.name)
+
+
+class Compilers:
+    """Finds that "bad" does not compile."""
+
+    def __init__(self) -> None:
+        self.compiled: list[str] = []
+
+    def submit(self, _: Any, launch: Launch, *__: Any) -> Future[Any]:
+        self.compiled.append(launch.name)
+        done: Future[Any] = Future()
+        done.set_result("does not compile: Why" if launch.name == "bad" else SOUND)
+        return done
+
+
+def test_launches_with_one_binary_share_it_and_one_that_does_not_compile_has_an_offence(tmp_path: Path) -> None:
+    pool, advanced = Compilers(), list[None]()
+    launches = [Named(*planted()._replace(name=name)) for name in ("good", "bad", "good")]
+    found = Binaries(tmp_path, pool, advance=lambda: advanced.append(None)).verdicts(launches)
+    assert [verdict.launch for verdict in found] == launches
+    assert [(verdict.binary, verdict.offences) for verdict in found] == [
+        (SOUND, []), (None, ["does not compile: Why"]), (SOUND, [])
+    ]  # fmt: skip
+    assert sorted(pool.compiled) == ["bad", "good"]
+    assert len(advanced) == 2
+
+
 def test_shapes_are_the_promised_ones() -> None:
-    tokens = {(s.key_width, s.value_width, s.bias): set[int]() for s in SHAPES}
-    for s in SHAPES:
+    tokens = {(s.key_width, s.value_width, s.bias): set[int]() for s in SHAPES.values()}
+    for s in SHAPES.values():
         tokens[s.key_width, s.value_width, s.bias].add(s.partition.tokens)
     assert tokens == {
         (256, 512, False): {64, 128, 256, 512, 1024},
@@ -191,17 +212,10 @@ def test_shapes_are_the_promised_ones() -> None:
         (39, 39, True): {49},
         (256, 256, False): {16384},
     }
+    assert set(FP16) <= set(SHAPES)
 
 
 # -- real binaries, in processes that compile --------------------------------------------------------------------------
-
-
-def compiling(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}
-    return subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, env=environment, check=False, cwd=ROOT
-    )
 
 
 def test_an_interpreting_process_refuses(capsys: pytest.CaptureFixture[str]) -> None:
@@ -209,14 +223,15 @@ def test_an_interpreting_process_refuses(capsys: pytest.CaptureFixture[str]) -> 
         main(["tiles", "verify"])
     assert "TRITON_INTERPRET=1 interprets them" in capsys.readouterr().err
     with pytest.raises(RuntimeError, match="unset TRITON_INTERPRET"):
-        cases(["sm_80"], SHAPES[:1], ["bfloat16"])
+        launches(["sm_80"], ["ISA 64"], ["bfloat16"])
 
 
+@pytest.mark.slow
 def test_shipped_binaries_are_sound_and_known_the_second_time(tmp_path: Path) -> None:
     options = ["--cache", str(tmp_path / "cache"), "--json", str(tmp_path / "all.json"), "--jobs", "1"]
     chosen = ["--targets", "sm_90", "sm_100", "gfx942", "--shapes", "ISA 64", "--dtypes", "bfloat16"]
     command = ["-m", "bench", "tiles", "verify", *chosen, *options]
-    done = compiling(*command, "--dump", str(tmp_path / "dump"))
+    done = run_compiling(*command, "--dump", str(tmp_path / "dump"))
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads((tmp_path / "all.json").read_text())
     assert len(rows) == 6
@@ -231,7 +246,7 @@ def test_shipped_binaries_are_sound_and_known_the_second_time(tmp_path: Path) ->
     assert len(list((tmp_path / "dump" / "gfx942").glob("*.amdgcn"))) == 2
 
     shutil.rmtree(tmp_path / "cache" / "triton")
-    again = compiling(*command)
+    again = run_compiling(*command)
     assert again.returncode == 0
     assert not (tmp_path / "cache" / "triton").exists()  # nothing was compiled
     assert again.stdout.splitlines()[1:] == done.stdout.splitlines()[1:]
@@ -241,13 +256,14 @@ PLANT = """
 import sys
 from bench.__main__ import main
 from bench.tiles import verify
+from bench.tiles.compile import forward_launches
 from isa_triton.tiles import Tile
 
-def spilling(target, problem):
-    return verify.forward_launches(target, problem, Tile(64, 64, 64, 64, num_warps=1))
+def spilling(target, problem, pass_, training=False):
+    return forward_launches(target, problem, Tile(64, 64, 64, 64, num_warps=1))
 
 def main_():
-    verify._launches = spilling
+    verify.pass_launches = spilling
     main(["tiles", "verify", "--targets", "sm_80", "--shapes", "heads 64", "--dtypes", "bfloat16", *sys.argv[1:]])
 
 if __name__ == "__main__":
@@ -255,9 +271,10 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_a_spilling_tile_fails(tmp_path: Path) -> None:
     script = tmp_path / "plant.py"
     script.write_text(PLANT)
-    done = compiling(str(script), "--cache", str(tmp_path / "cache"), "--jobs", "1")
+    done = run_compiling(str(script), "--cache", str(tmp_path / "cache"), "--jobs", "1")
     assert done.returncode == 1, done.stdout + done.stderr
     assert "sm_80, heads 64, bfloat16, forward_kernel: spills" in done.stdout

@@ -7,15 +7,12 @@ kernels spill. Sizes, tokens and strides of all maps have 33 patterns for P = 8 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from itertools import chain
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.compiling import run_compiling
+
 BOUND = 40
 COUNT = """
 import json, sys
@@ -30,9 +27,8 @@ TARGET, PARTITIONS = "sm_90", {
 
 def binaries(kind, key_width, value_width, heads, size):
     problem = Problem(PARTITIONS[kind](tuple(size)), key_width, value_width, heads)
-    sought = key_width, value_width, problem.dtype, problem.partition.tokens
-    launches = forward_launches(TARGET, problem, tiles.lookup(TARGET, "forward", *sought), with_lse=True)
-    for launch in launches + backward_launches(TARGET, problem, tiles.backward(TARGET, *sought)):
+    launches = forward_launches(TARGET, problem, tiles.lookup(TARGET, "forward", *problem.sizes), with_lse=True)
+    for launch in launches + backward_launches(TARGET, problem, tiles.backward(TARGET, *problem.sizes)):
         constants = {path: value for path, value in launch.constants.items() if len(path) == 1}  # the tile and widths
         yield f"{launch.name} {constants} {launch.options}", launch.key
 
@@ -51,10 +47,7 @@ Launched = list[list[tuple[str, str]]]  # for every resolution: kernel and tile,
 @pytest.fixture(scope="module")
 def launched() -> list[Launched]:
     """What each case launches, at every one of the others and then of the patterns."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", COUNT, json.dumps((CASES, OTHERS + PATTERNS))]
-    environment |= {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, cwd=ROOT)
+    done = run_compiling("-c", COUNT, json.dumps((CASES, OTHERS + PATTERNS)))
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

@@ -1,1 +1,31 @@
-"""The workbench: kernels compiled for any target without a GPU, and their machine code read."""
+"""``python -m bench tiles TOOL``: the workbench of the kernels. It compiles them for any target; no GPU is needed."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from importlib import import_module
+
+TOOLS = {  # modules of this folder, imported when they are chosen
+    "verify": "registers, spills, memory, matrix instructions and access widths of every shipped binary",
+    "report": "one pass: resources, instructions, waste, bytes, and the time that they predict",
+    "search": "the tile of every kernel of a pass that is predicted to be fastest, and why",
+    "plot": "the tile space of a problem, and the roofline with the shipped kernels on it",
+    "calibrate": "predictions beside published measurements",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    tools = parser.add_subparsers(dest="tool", required=True, metavar="TOOL")
+    for name, what in TOOLS.items():  # whose options `run` reads: here they all are words
+        tools.add_parser(name, help=what, add_help=False, prefix_chars="\0").add_argument("options", nargs="*")
+
+
+def run(args: argparse.Namespace) -> None:
+    tool = import_module(f"bench.tiles.{args.tool}")
+    parser = argparse.ArgumentParser(prog=f"python -m bench tiles {args.tool}", description=tool.__doc__)
+    tool.add_arguments(parser)
+    options = parser.parse_args(args.options)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise argparse.ArgumentError(None, "tiles compiles kernels, but TRITON_INTERPRET=1 interprets them: unset it")
+    tool.run(options)

@@ -132,35 +132,23 @@ def matrix_flops(instruction: Instruction) -> int | None:
 
 def is_atomic(opcode: str) -> bool:
     """Whether an instruction adds to global memory, in an order nobody knows."""
-    return opcode.split(".")[0] in ("ATOM", "ATOMG", "RED", "REDG") or bool(
-        re.match(r"(global|buffer|flat)_atomic", opcode)
-    )
+    return re.match(r"(ATOM|RED)G?\b|(global|buffer|flat)_atomic", opcode) is not None
 
 
 TENSOR_COPY = 1 << 10  # bytes; a tensor copy moves whole rows, and all that matters is that it is wide
-
-
-@cache
-def access(opcode: str) -> tuple[bool, int] | None:
-    """Of an access to global memory: whether it stores, and a thread's bytes; else None."""
-    return _nvidia_access(opcode) or _amd_access(opcode)
-
-
-def _nvidia_access(opcode: str) -> tuple[bool, int] | None:
-    name, *modifiers = opcode.split(".")
-    if name in ("UTMALDG", "UBLKCP", "UTMASTG"):
-        return name == "UTMASTG", TENSOR_COPY
-    if name not in ("LDG", "LDGSTS", "LD", "STG", "ST"):
-        return None
-    return name in ("STG", "ST"), _bits(modifiers) // 8
-
-
 _AMD_WIDTHS = {"byte": 1, "short": 2, "ushort": 2, "dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16,
                "ubyte": 1, "sbyte": 1, "sshort": 2, "b8": 1, "b16": 2, "b32": 4, "b64": 8, "b96": 12, "b128": 16,
                "u8": 1, "i8": 1, "u16": 2, "i16": 2}  # fmt: skip
 
 
-def _amd_access(opcode: str) -> tuple[bool, int] | None:
+@cache
+def access(opcode: str) -> tuple[bool, int] | None:
+    """Of an access to global memory: whether it stores, and a thread's bytes; else None."""
+    name, *modifiers = opcode.split(".")
+    if name in ("UTMALDG", "UBLKCP", "UTMASTG"):
+        return name == "UTMASTG", TENSOR_COPY
+    if name in ("LDG", "LDGSTS", "LD", "STG", "ST"):
+        return name in ("STG", "ST"), _bits(modifiers) // 8
     match = re.match(r"(?:global|buffer|flat)_(load|store)_(?:lds_|d16_)?([a-z]+(?:x\d|\d+)?)", opcode)
     return (match[1] == "store", _AMD_WIDTHS[match[2]]) if match else None
 

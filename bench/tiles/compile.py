@@ -15,7 +15,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
@@ -23,17 +24,17 @@ import triton
 from torch import Tensor
 from triton import knobs
 from triton.backends.compiler import GPUTarget
-from triton.backends.driver import DriverBase
 from triton.compiler import ASTSource
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+from isa_triton import tiles
 from isa_triton.backend.kernels import launch
 from isa_triton.partition import Partition
 from isa_triton.tiles import BackwardTiles, Tile
 
 GRID_LIMITS = 2**31 - 1, 2**16 - 1, 2**16 - 1  # of CUDA; HIP's are no lower
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "tf32": torch.float32}
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "tf32": torch.float32, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,20 @@ class Problem:
     bias: bool = False
     dtype: str = "bfloat16"
     maps: int = 2
+    name: str = ""
+
+    def __str__(self) -> str:
+        (height, width), p = self.partition.size, self.partition
+        kind = "dense" if p.groups == 1 else "local" if p.w.token_stride == p.h.token_stride == 1 else "interlaced"
+        return (
+            f"{kind}, {p.tokens} tokens, K = {self.key_width}, V = {self.value_width}, {self.heads} heads"
+            f"{', bias' * self.bias}, {self.dtype}, {self.maps} maps of {height}x{width}"
+        )
+
+    @property
+    def sizes(self) -> tuple[int, int, str, int]:
+        """What `isa_triton.tiles` looks a tile up by: both widths, the dtype and the tokens of a group."""
+        return self.key_width, self.value_width, self.dtype, self.partition.tokens
 
     @property
     def precision(self) -> str:
@@ -60,18 +75,6 @@ class Problem:
     def itemsize(self) -> int:
         return DTYPES[self.dtype].itemsize
 
-    def empty(self, *width: int, dtype: torch.dtype | None = None) -> Tensor:
-        """A [maps, H, W, heads, *width] tensor without memory."""
-        shape = (self.maps, *self.partition.size, self.heads, *width)
-        return torch.empty(shape, dtype=dtype or DTYPES[self.dtype], device="meta")
-
-    def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """q, k, v and bias."""
-        tokens, bias = self.partition.tokens, None
-        if self.bias:
-            bias = torch.empty(self.heads, tokens, tokens, dtype=DTYPES[self.dtype], device="meta")
-        return self.empty(self.key_width), self.empty(self.key_width), self.empty(self.value_width), bias
-
 
 class Launch(NamedTuple):
     """One launch of a kernel: everything that its binary depends on, the grid, and the integers that it is given.
@@ -81,7 +84,8 @@ class Launch(NamedTuple):
 
     module: str
     name: str
-    target: GPUTarget
+    target: str
+    problem: Problem
     signature: dict[str, Any]
     constants: dict[tuple[int, ...], Any]
     attributes: dict[tuple[int, ...], Any]
@@ -94,14 +98,28 @@ class Launch(NamedTuple):
         return getattr(import_module(self.module), self.name)
 
     @property
+    def writes(self) -> set[str]:
+        """Which of dk and dv it writes: an argument that is None is a constant."""
+        names = self.kernel.arg_names
+        return {
+            name for name in ("dk", "dv") if name in names and self.constants.get((names.index(name),), 0) is not None
+        }
+
+    @property
+    def label(self) -> str:
+        """The kernel, and what it writes where several launches of it share the work."""
+        alone = f": {min(self.writes)}" if len(self.writes) == 1 else ""
+        return self.name.removesuffix("_kernel") + alone
+
+    @property
     def key(self) -> str:
         """A name for the binary: a hash of the kernel's source, the specialisation, the target and Triton's version."""
         options = {name: value for name, value in self.options.items() if name != "extern_libs"}  # paths of a machine
-        binary = self.target, self.signature, self.constants, self.attributes, options, triton.__version__
+        binary = gpu_target(self.target), self.signature, self.constants, self.attributes, options, triton.__version__
         return hashlib.sha256(f"{self.kernel.cache_key} {binary}".encode()).hexdigest()[:32]
 
 
-def gpu(target: str) -> GPUTarget:
+def gpu_target(target: str) -> GPUTarget:
     """Triton's name of "sm_90" or "gfx942".
 
     Raises:
@@ -114,35 +132,71 @@ def gpu(target: str) -> GPUTarget:
     raise ValueError(f"a target is sm_NN or gfxNNN, got {target!r}")
 
 
+class Tensors:
+    """What the passes of a problem read and write, each made by `make` of a tensor without memory.
+
+    q, k, dq, dk are [maps, H, W, heads, K], v, out, do, dv [..., V], lse and delta [maps, H, W, heads] in fp32, and the
+    bias, if there is one, [heads, tokens, tokens].
+    """
+
+    def __init__(self, problem: Problem, make: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> None:
+        self.problem, self.scale = problem, problem.key_width**-0.5
+        pixels, tokens = (problem.maps, *problem.partition.size, problem.heads), problem.partition.tokens
+
+        def new(*shape: int, dtype: torch.dtype = DTYPES[problem.dtype]) -> Tensor:
+            return make(torch.empty(shape, dtype=dtype, device="meta"))
+
+        self.q, self.k, self.dq, self.dk = (new(*pixels, problem.key_width) for _ in range(4))
+        self.v, self.out, self.do, self.dv = (new(*pixels, problem.value_width) for _ in range(4))
+        self.lse, self.delta = (new(*pixels, dtype=torch.float32) for _ in range(2))
+        self.bias = new(problem.heads, tokens, tokens) if problem.bias else None
+        self.new = new
+
+    def forward(self, tile: Tile, with_lse: bool = True) -> None:
+        """Launch the forward pass."""
+        lse = self.lse if with_lse else None
+        launch.forward(
+            self.q, self.k, self.v, self.bias, self.out, lse, self.scale, self.problem.partition, tile,
+            self.problem.precision,
+        )  # fmt: skip
+
+    def partials(self, tiles: BackwardTiles) -> Tensor | None:
+        """Where a backward pass with these tiles sums dbias, if there is a bias."""
+        problem = self.problem
+        shape = launch.bias_partials_shape(problem.maps, problem.heads, problem.partition, tiles)
+        return self.new(*shape, dtype=torch.float32) if problem.bias else None
+
+    def backward(self, tiles: BackwardTiles, partials: Tensor | None) -> None:
+        """Launch the backward pass, without a gradient of lse."""
+        problem = self.problem
+        launch.backward(
+            self.q, self.k, self.v, self.bias, self.out, self.lse, self.do, None, self.dq, self.dk, self.dv,
+            self.delta, partials, self.scale, problem.partition, tiles, problem.precision,
+        )  # fmt: skip
+
+
 def forward_launches(target: str, problem: Problem, tile: Tile, with_lse: bool = False) -> list[Launch]:
     """The launch of the forward pass."""
-    q, k, v, bias = problem.inputs()
-    lse = problem.empty(dtype=torch.float32) if with_lse else None
-    scale = problem.key_width**-0.5
-    with _recording(target) as launches:
-        launch.forward(q, k, v, bias, torch.empty_like(v), lse, scale, problem.partition, tile, problem.precision)
+    with _recording(target, problem) as launches:
+        Tensors(problem).forward(tile, with_lse)
     return launches
 
 
 def backward_launches(target: str, problem: Problem, tiles: BackwardTiles) -> list[Launch]:
-    """The launches of the backward pass, without a gradient of lse."""
-    q, k, v, bias = problem.inputs()
-    do, dq, dk, dv = (torch.empty_like(x) for x in (v, q, k, v))
-    out: Tensor | None = torch.empty_like(v)
-    lse: Tensor | None = problem.empty(dtype=torch.float32)
-    delta: Tensor | None = problem.empty(dtype=torch.float32)
-    scale, partials = problem.key_width**-0.5, None
-    if bias is not None:
-        shape = launch.bias_partials_shape(problem.maps, problem.heads, problem.partition, tiles)
-        partials = torch.empty(shape, device="meta")
-    if launch.in_one_kernel(tiles, problem.partition):
-        out = lse = delta = None
-    with _recording(target) as launches:
-        launch.backward(
-            q, k, v, bias, out, lse, do, None, dq, dk, dv, delta, partials, scale, problem.partition, tiles,
-            problem.precision,
-        )  # fmt: skip
+    """The launches of the backward pass."""
+    with _recording(target, problem) as launches:
+        tensors = Tensors(problem)
+        tensors.backward(tiles, tensors.partials(tiles))
     return launches
+
+
+def pass_launches(target: str, problem: Problem, pass_: str, training: bool = False) -> list[Launch]:
+    """What the run time would launch; in training a forward pass writes the lse that its backward pass needs."""
+    backward = tiles.backward(target, *problem.sizes)
+    if pass_ == "backward":
+        return backward_launches(target, problem, backward)
+    with_lse = training and not launch.in_one_kernel(backward, problem.partition)
+    return forward_launches(target, problem, tiles.lookup(target, "forward", *problem.sizes), with_lse)
 
 
 def compile_launch(launch: Launch, cache: Path) -> Any:
@@ -150,67 +204,25 @@ def compile_launch(launch: Launch, cache: Path) -> Any:
     source = ASTSource(launch.kernel, launch.signature, launch.constants, launch.attributes)
     with knobs.cache.scope():
         knobs.cache.dir = str(cache)
-        return triton.compile(source, target=launch.target, options=launch.options)
+        return triton.compile(source, target=gpu_target(launch.target), options=launch.options)
 
 
-class StubDriver(DriverBase):
-    """A driver of no device: it names the target and calls `launched` with the grid where it should launch."""
-
-    def __init__(self, target: GPUTarget, launched: Callable[..., None] = lambda *grid: None) -> None:
-        super().__init__()
-        self.target = target
-        self.utils = self
-        self.launcher_cls = lambda source, metadata: lambda x, y, z, *_: launched(x, y, z)
-
-    @classmethod
-    def is_active(cls) -> bool:
-        return True
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_device_properties(self, device: int) -> dict[str, int]:
-        return {"max_shared_mem": 1 << 30}
-
-    def load_binary(self, *_: Any) -> tuple[Any, ...]:
-        return None, None, 0, 0, 1024  # module, function, registers, spills, most threads
-
-    def map_python_to_cpp_type(self, ty: str) -> str:
-        return ty
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
-
-    def get_benchmarker(self) -> NoReturn:
-        raise RuntimeError("a stub driver times nothing")
-
-
-def activate(target: GPUTarget) -> None:
-    """Make a stub driver for `target` the one of this process."""
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        raise RuntimeError("kernels are interpreted in this process: unset TRITON_INTERPRET to compile them")
-    driver.set_active(StubDriver(target))
-    forget_target()
-
-
-def forget_target() -> None:
-    """Let the kernels forget for which target they were compiled last."""
+def use_driver(stub: Any = None) -> None:
+    """Launch by a stub of a driver, or by that of this machine's GPU, and forget what was compiled for another."""
+    driver.set_active(stub)
     for kernel in vars(launch).values():
         if isinstance(kernel, JITFunction):
             kernel.device_caches.clear()
 
 
 @contextmanager
-def _recording(target: str) -> Iterator[list[Launch]]:
-    """Kernels launched inside are recorded instead."""
-    activate(gpu(target))
-    launches: list[Launch] = []
+def _recording(target: str, problem: Problem) -> Iterator[list[Launch]]:
+    """Kernels launched inside are recorded instead, under a driver that knows the name of its device only."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise RuntimeError("kernels are interpreted in this process: unset TRITON_INTERPRET to compile them")
+    named = {"get_current_target": lambda: gpu_target(target), "get_current_device": lambda: 0}
+    use_driver(SimpleNamespace(**named, get_current_stream=lambda device: 0))
+    launches = list[Launch]()
     run, calls = JITFunction.run, list[tuple[tuple[int, ...], tuple[tuple[str, int], ...]]]()
 
     def run_without_launch(kernel: Any, *args: Any, grid: tuple[int, ...], warmup: bool, **kwargs: Any) -> Any:
@@ -221,18 +233,9 @@ def _recording(target: str) -> Iterator[list[Launch]]:
 
     def record(*, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
         options = json.loads(compile["specialization_data"])["options"]
-        launches.append(
-            Launch(
-                fn.module,
-                fn.name,
-                gpu(target),
-                compile["signature"],
-                compile["constants"],
-                compile["configs"][0],
-                {name: _hashable(value) for name, value in options.items()},
-                *calls[-1],
-            )
-        )
+        options = {name: tuples(value) for name, value in options.items()}
+        specialised = compile["signature"], compile["constants"], compile["configs"][0], options
+        launches.append(Launch(fn.module, fn.name, target, problem, *specialised, *calls[-1]))
         return True  # do not compile
 
     with patch.object(JITFunction, "run", run_without_launch), knobs.runtime.scope():
@@ -249,6 +252,6 @@ def _integers(arguments: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, int]]
             yield from _integers((f"{name}.{field}", part) for field, part in zip(fields, value, strict=True))
 
 
-def _hashable(value: Any) -> Any:
+def tuples(value: Any) -> Any:
     """JSON's lists as the tuples they were."""
-    return tuple(map(_hashable, value)) if isinstance(value, list) else value
+    return tuple(map(tuples, value)) if isinstance(value, list) else value

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from bench.tiles.assembly import Frames, Instruction, matrix_flops, matrix_kind, shared_bytes, unit
 
 Nest = tuple[int, ...]  # numbers of loops of the IR, the outermost first
-DEEDS = ("matrix", "global")  # units whose instructions tell which lines of the source a loop serves
+ANCHORS = ("matrix", "global")  # units whose instructions tell which lines of the source a loop serves
 
 
 class Stretch(NamedTuple):
@@ -28,7 +28,7 @@ class Stretch(NamedTuple):
     flops: int | None  # of matrix instructions; None where the code does not say
     shared: int  # bytes moved to or from shared memory; what matrix units read there counts as well
     waits: float  # for memory that is asked for just before
-    late: float  # waits for memory that was asked for before products that have been formed meanwhile
+    overlapped: float  # waits for memory that was asked for before products that have been formed meanwhile
 
 
 def stretches(code: list[Instruction], places: Mapping[Frames, Nest], lanes: int) -> list[Stretch]:
@@ -42,7 +42,7 @@ def stretches(code: list[Instruction], places: Mapping[Frames, Nest], lanes: int
     loops, around = find_loops(code), _around(places)
     served: dict[int, Nest] = {}  # by a loop of the code: the loops of the IR around all that it does
     for head, body in loops.items():
-        nests = [nest for i in body if unit(code[i].opcode) in DEEDS and (nest := around(code[i])) is not None]
+        nests = [nest for i in body if unit(code[i].opcode) in ANCHORS and (nest := around(code[i])) is not None]
         served[head] = reduce(_common, nests) if nests else ()
     members: dict[Nest, list[Instruction]] = {}
     for i, instruction in enumerate(code):
@@ -58,7 +58,7 @@ def _stretch(nest: Nest, instructions: list[Instruction], lanes: int) -> Stretch
     return Stretch(
         nest,
         dict(units),
-        None if None in flops else sum(n for n in flops if n),
+        None if None in flops else sum(filter(None, flops)),
         sum(shared_bytes(i, lanes) for i in instructions),
         *waits(instructions, repeated=bool(nest)),
     )
@@ -97,23 +97,20 @@ def waits(instructions: list[Instruction], repeated: bool) -> tuple[float, float
     if repeated:
         filled, steady = (_waits(instructions * count) for count in (STEADY, 2 * STEADY))
         return (steady[0] - filled[0]) / STEADY, (steady[1] - filled[1]) / STEADY
-    at_once, late, still = _waits(instructions)
-    return at_once + still, late
+    exposed, overlapped, outstanding = _waits(instructions)
+    return exposed + outstanding, overlapped
 
 
-_LEFT = re.compile(r"(?:DEPBAR\.LE SB0, |s_waitcnt .*?vmcnt\()(0x[0-9a-f]+|\d+)")  # how many copies need not have come
+_MAY_BE_OUTSTANDING = re.compile(r"(?:DEPBAR\.LE SB0, |s_waitcnt .*?vmcnt\()(0x[0-9a-f]+|\d+)")
 
 
 def _waits(instructions: list[Instruction]) -> tuple[int, int, bool]:
-    """The waits of both kinds, and whether at the end something asked for since the last is still to come."""
+    """The waits of both kinds, and whether at the end something asked for since the last is still outstanding."""
     count, products = [0, 0], 0
-    copies, loads = (
-        list[tuple[int, int]](),
-        list[tuple[int, int]](),
-    )  # how many waits and products there were when asked
+    copies, loads = list[tuple[int, int]](), list[tuple[int, int]]()  # how many waits and products were before each
 
-    def wait(asked: list[tuple[int, int]]) -> None:
-        if new := [formed for waited, formed in asked if waited == sum(count)]:
+    def wait(issued: list[tuple[int, int]]) -> None:
+        if new := [formed for waited, formed in issued if waited == sum(count)]:
             count[new[-1] < products] += 1
 
     for instruction in instructions:
@@ -122,10 +119,10 @@ def _waits(instructions: list[Instruction]) -> tuple[int, int, bool]:
             copies.append((sum(count), products))
         elif opcode.startswith(("LDG.", "LD.")):
             loads.append((sum(count), products))
-        elif match := _LEFT.search(instruction.text):
-            come = max(0, len(copies) - int(match[1], 0))
-            wait(copies[:come])
-            copies = copies[come:]
+        elif match := _MAY_BE_OUTSTANDING.search(instruction.text):
+            arrived = max(0, len(copies) - int(match[1], 0))
+            wait(copies[:arrived])
+            copies = copies[arrived:]
         elif (matrix := matrix_kind(opcode) is not None) or opcode.startswith(("STS", "MUFU")):
             wait(loads)  # what came into registers is used here at last
             loads = []
@@ -136,7 +133,7 @@ def _waits(instructions: list[Instruction]) -> tuple[int, int, bool]:
 # -- loops -------------------------------------------------------------------------------------------------------------
 
 _JUMP = re.compile(r"(?:@!?U?P\w+\s+)?(?:BRA|CALL|RET|EXIT|s_c?branch|s_endpgm|s_setpc)\S*(?:.*?([.$]\w+))?")
-_NEVER_ON = re.compile(r"BRA\S*\s+`|RET|EXIT|s_branch|s_endpgm|s_setpc")  # to the next instruction
+_NO_FALL_THROUGH = re.compile(r"BRA\S*\s+`|RET|EXIT|s_branch|s_endpgm|s_setpc")
 
 
 def find_loops(code: list[Instruction]) -> dict[int, Set[int]]:
@@ -149,33 +146,33 @@ def find_loops(code: list[Instruction]) -> dict[int, Set[int]]:
     heads = sorted({0, *labels.values(), *(i + 1 for i in jumps)} - {len(code)})
     blocks = [range(start, end) for start, end in zip(heads, [*heads[1:], len(code)], strict=True)]
     number = {block.start: n for n, block in enumerate(blocks)}
-    before: list[set[int]] = [set() for _ in blocks]
+    predecessors: list[set[int]] = [set() for _ in blocks]
     for n, block in enumerate(blocks):
         if (target := jumps.get(block[-1])) is not None:
-            before[number[target]].add(n)
-        if n + 1 < len(blocks) and not _NEVER_ON.match(code[block[-1]].text):
-            before[n + 1].add(n)
+            predecessors[number[target]].add(n)
+        if n + 1 < len(blocks) and not _NO_FALL_THROUGH.match(code[block[-1]].text):
+            predecessors[n + 1].add(n)
 
-    above, loops = _dominators(before), dict[int, Set[int]]()
-    for head, sources in enumerate(before):
-        body, ahead = {head}, [source for source in sources if head in above[source]]
-        if ahead:
-            while ahead:
-                if (n := ahead.pop()) not in body:
+    dominators, loops = _dominators(predecessors), dict[int, Set[int]]()
+    for head, sources in enumerate(predecessors):
+        body, pending = {head}, [source for source in sources if head in dominators[source]]
+        if pending:
+            while pending:
+                if (n := pending.pop()) not in body:
                     body.add(n)
-                    ahead += before[n]
+                    pending += predecessors[n]
             loops[heads[head]] = {i for n in body for i in blocks[n]}
     return loops
 
 
-def _dominators(before: list[set[int]]) -> list[set[int]]:
+def _dominators(predecessors: list[set[int]]) -> list[set[int]]:
     """For each block those that every way from the first to it goes through."""
-    above = [{0}, *(set(range(len(before))) for _ in before[1:])]
+    dominators = [{0}, *(set(range(len(predecessors))) for _ in predecessors[1:])]
     changed = True
     while changed:
         changed = False
-        for n, sources in enumerate(before[1:], 1):
-            through = {n}.union(set.intersection(*(above[m] for m in sources))) if sources else {n}
-            changed |= through != above[n]
-            above[n] = through
-    return above
+        for n, sources in enumerate(predecessors[1:], 1):
+            through = {n}.union(set.intersection(*(dominators[m] for m in sources))) if sources else {n}
+            changed |= through != dominators[n]
+            dominators[n] = through
+    return dominators

@@ -10,6 +10,7 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,8 +18,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bench.tiles.assembly import Frames
-from bench.tiles.compile import Launch, Problem
+from bench.tiles.compile import Launch
 from bench.tiles.flow import Nest
+from isa_triton.partition import ceil_div
 
 Expression = Any  # an integer, the name of one of a kernel's arguments, or (operation, expression, expression)
 
@@ -39,7 +41,7 @@ class Loop(NamedTuple):
     def trips(self, values: Mapping[str, Any]) -> float:
         """How often it runs with these values of the kernel's arguments, the mean over all programs."""
         start, stop, step = (evaluate(bound, values) for bound in self)
-        return float(np.mean(np.maximum(0, -((start - stop) // step))))
+        return float(np.mean(np.maximum(0, ceil_div(stop - start, step))))
 
 
 class Op(NamedTuple):
@@ -56,15 +58,10 @@ class Work(NamedTuple):
     """What all programs of a launch ask for together."""
 
     flops: float  # of products, 2 to a multiply-add, masked rows and padded widths included
-    pixels: float  # bytes of q, k, v and their like, masked lanes not counted
-    others: float  # bytes of bias, lse, delta and partial sums
+    bytes: float  # masked lanes not counted
     distinct: int  # bytes read at different addresses, and written: what must move at least
     rows: float  # the part of the pixels' tiles that masks of tokens leave
     columns: float  # and the part that masks of channels leave
-
-    @property
-    def bytes(self) -> float:
-        return self.pixels + self.others
 
     @property
     def reread(self) -> float:
@@ -103,7 +100,7 @@ def read_program(ttir: str) -> tuple[list[Loop], list[Op], dict[Frames, Nest]]:
             values[result] = "program"
         elif match := _RESULT.match(line):
             origin[match[1]] = match[2]
-        if match := _DEED.search(line):
+        if match := _TILE_OP.search(line):
             ops.append(_op(match[1], line, origin, nest))
             changing.append(varies[result] if ops[-1].kind == "load" else set(nest))
             written |= set(nest) if ops[-1].kind == "store" else set()
@@ -115,52 +112,56 @@ def read_program(ttir: str) -> tuple[list[Loop], list[Op], dict[Frames, Nest]]:
     return loops, hoisted, places
 
 
-def _hoisted(op: Op, kept: set[int]) -> Op:
+def _hoisted(op: Op, needed: set[int]) -> Op:
     """The operation where the compiler moves it: a load out of loops that do not change it, and that store nothing."""
-    nest = list(op.loops)
-    while nest and nest[-1] not in kept:
-        nest.pop()
-    return op._replace(loops=tuple(nest))
+    nest = op.loops
+    while nest and nest[-1] not in needed:
+        nest = nest[:-1]
+    return op._replace(loops=nest)
 
 
-def work(loops: tuple[Loop, ...], ops: tuple[Op, ...], launch: Launch, problem: Problem) -> Work:
-    """What a launch of `problem` asks for."""
-    partition, programs, often = problem.partition, prod(launch.grid), trips(loops, launch)
+def work(loops: tuple[Loop, ...], ops: tuple[Op, ...], launch: Launch) -> Work:
+    """What a launch asks for."""
+    problem, partition, often = launch.problem, launch.problem.partition, repeats(loops, launch)
     tokens = partition.h.size * partition.w.size / partition.groups  # of a group, those inside the map: the mean
     pixels = problem.maps * problem.heads * partition.h.size * partition.w.size
-    flops = seats = existing = columns = others = 0.0
+    flops = others = 0.0
+    lanes = columns = unmasked = 0.0  # bytes of tiles: of all lanes, of channels that exist, and of these in pixels
     distinct = set[tuple[str, str, int]]()
     for kind, shape, itemsize, argument, nest in ops:
-        times = programs * prod(often[loop] for loop in nest)
+        times = prod(launch.grid) * often(nest)
         if kind == "dot":
             flops += 2 * prod(shape) * times
         elif argument in PAIRS:
-            others += times * itemsize * prod(_part(partition.tokens, block) * block for block in shape)
+            others += (
+                times * itemsize * prod(_filled(partition.tokens, partition.tokens, block) * block for block in shape)
+            )
             tables = dict(launch.integers)["slots"] if argument == "partials" else 1
             distinct.add((kind, argument, tables * problem.heads * partition.tokens**2 * itemsize))
         elif len(shape) == 1:
-            others += times * itemsize * shape[0] * _part(tokens, shape[0], partition.tokens)
+            others += times * itemsize * shape[0] * _filled(tokens, partition.tokens, shape[0])
             distinct.add((kind, argument, pixels * itemsize))
         else:
             width = problem.key_width if argument in KEY_WIDE else problem.value_width
             bytes_ = times * itemsize * prod(shape)
-            in_rows, in_columns = _part(tokens, shape[0], partition.tokens), _part(width, shape[1])
-            seats += bytes_
-            columns += bytes_ * in_columns
-            existing += bytes_ * in_rows * in_columns
+            in_columns = bytes_ * _filled(width, width, shape[1])
+            lanes += bytes_
+            columns += in_columns
+            unmasked += in_columns * _filled(tokens, partition.tokens, shape[0])
             distinct.add((kind, argument, pixels * width * itemsize))
     moved = sum(size for _, _, size in distinct)
-    return Work(flops, existing, others, moved, existing / columns, columns / seats)
+    return Work(flops, unmasked + others, moved, unmasked / columns, columns / lanes)
 
 
 PAIRS = ("bias", "partials")  # arguments that hold a number for every pair of tokens
 KEY_WIDE = ("q", "k", "dq", "dk")  # arguments of the key width; other maps have the value width
 
 
-def trips(loops: Iterable[Loop], launch: Launch) -> list[float]:
-    """How often each loop of a launch runs each time that it is entered."""
+def repeats(loops: Iterable[Loop], launch: Launch) -> Callable[[Nest], float]:
+    """How often a program of a launch runs what stands in some of the loops: the mean over all programs."""
     values = {**dict(launch.integers), "program": np.arange(prod(launch.grid))}
-    return [loop.trips(values) for loop in loops]
+    trips = [loop.trips(values) for loop in loops]
+    return lambda nest: prod(trips[loop] for loop in nest)
 
 
 def evaluate(expression: Expression, values: Mapping[str, Any]) -> Any:
@@ -177,10 +178,9 @@ def evaluate(expression: Expression, values: Mapping[str, Any]) -> Any:
     return OPERATIONS[name](evaluate(a, values), evaluate(b, values))
 
 
-def _part(wanted: float, block: int, of: int | None = None) -> float:
-    """The part of blocks over `of` (or `wanted`) things that `wanted` things fill."""
-    total = wanted if of is None else of
-    return wanted / (-(-total // block) * block)
+def _filled(part: float, whole: int, block: int) -> float:
+    """How much of the blocks over `whole` things `part` of them fill."""
+    return part / (ceil_div(whole, block) * block)
 
 
 # -- the text ----------------------------------------------------------------------------------------------------------
@@ -190,7 +190,7 @@ _CONSTANT = re.compile(r"(%[\w.]+) = arith\.constant (-?\d+) : i\d+")
 _SCALAR = re.compile(r"(%[\w.]+) = arith\.(\w+) (%[\w.]+), (%[\w.]+) : i\d+ ")
 _NAME = re.compile(r"%[\w.]+")
 _RESULT = re.compile(r"(%[\w.]+) = [^%]*(%[\w.]+)")  # of something else: what it is derived from comes first
-_DEED = re.compile(r"\btt\.(dot|load|store|descriptor_load|descriptor_store)\b")
+_TILE_OP = re.compile(r"\btt\.(dot|load|store|descriptor_load|descriptor_store)\b")
 _TENSOR = re.compile(r"tensor<((?:\d+x)+)(?:!tt\.ptr<)?[a-z]+(\d+)")
 _PLACE = re.compile(r"loc\((#loc\d*)\)$")
 _LOCATION = re.compile(
@@ -218,18 +218,15 @@ def _op(kind: str, line: str, origin: Mapping[str, str], nest: Nest) -> Op:
 
 def _locations(ttir: str) -> dict[str, Frames]:
     """What the IR calls its places in the source."""
-    found: dict[str, Frames] = {}
     lines = {match[1]: match for match in map(_LOCATION.match, ttir.splitlines()) if match}
 
+    @cache
     def frames(name: str) -> Frames:
-        if name not in found:
-            match = lines.get(name)
-            if match is None:  # unknown
-                found[name] = ()
-            elif match[2]:
-                found[name] = ((Path(match[2]).name, int(match[3])),)
-            else:
-                found[name] = tuple(frame for inner in match.groups()[3:] if inner for frame in frames(inner))
-        return found[name]
+        match = lines.get(name)
+        if match is None:  # unknown
+            return ()
+        if match[2]:
+            return ((Path(match[2]).name, int(match[3])),)
+        return tuple(frame for inner in match.groups()[3:] if inner for frame in frames(inner))
 
     return {name: frames(name) for name in lines}

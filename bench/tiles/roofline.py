@@ -23,10 +23,10 @@ from dataclasses import dataclass
 from math import ceil, inf, prod
 from typing import NamedTuple
 
-from bench.tiles.compile import Launch, Problem
+from bench.tiles.binaries import Binary
+from bench.tiles.compile import Launch, gpu_target
 from bench.tiles.flow import Stretch
-from bench.tiles.program import Work, trips, work
-from bench.tiles.read import Binary
+from bench.tiles.program import Work, repeats, work
 from isa_triton.tiles import ARITHMETIC
 
 
@@ -88,22 +88,22 @@ class Prediction:
     flops: float  # that matrix instructions do; more than the products have where warps repeat them
 
 
-def predict(launch: Launch, problem: Problem, binary: Binary, machine: Machine) -> Prediction:
-    """A prediction for a launch of `problem` on `machine`.
+def predict(launch: Launch, binary: Binary, machine: Machine) -> Prediction:
+    """How long a launch should take on `machine`.
 
     Raises:
         ValueError: not even one program fits on a multiprocessor.
     """
     if not binary.programs:
         raise ValueError(f"no program of {launch.name} fits on a multiprocessor of {machine.name}")
-    programs, asked = prod(launch.grid), work(binary.loops, binary.ops, launch, problem)
+    programs, asked = prod(launch.grid), work(binary.loops, binary.ops, launch)
     most = ceil(programs / machine.units)  # programs of the busiest multiprocessor
     waves = ceil(most / binary.programs)
-    laps = trips(binary.loops, launch)
-    times = [prod(laps[loop] for loop in stretch.nest) for stretch in binary.stretches]
+    executions = repeats(binary.loops, launch)
+    times = [executions(stretch.nest) for stretch in binary.stretches]
 
     flops = _matrix_flops(binary, times, asked.flops / programs)
-    rate = machine.matrix.get(ARITHMETIC[problem.dtype], inf) / machine.units
+    rate = machine.matrix.get(ARITHMETIC[launch.problem.dtype], inf) / machine.units
     if binary.matrix and all(kind.startswith("HMMA") for kind in binary.matrix):
         rate *= machine.warp_matrix
     busy: dict[str, float] = defaultdict(float)
@@ -112,12 +112,12 @@ def predict(launch: Launch, problem: Problem, binary: Binary, machine: Machine) 
         here = {"matrix": products / rate, **_core_seconds(stretch, binary, machine)}
         # operands stream through shared memory while they are multiplied; the other units serve one instruction stream
         together = max(here["matrix"], here["shared"]) + max(here["special"], here["fma"], here["alu"], here["issue"])
-        alone += often * (max(together, stretch.late * machine.latency) + stretch.waits * machine.latency)
+        alone += often * (max(together, stretch.overlapped * machine.latency) + stretch.waits * machine.latency)
         for name, seconds in here.items():
             busy[name] += often * seconds
     busy = {name: most * seconds for name, seconds in busy.items()}
     busy |= {"L2": asked.bytes / machine.l2, "DRAM": asked.distinct / machine.dram}  # which all multiprocessors share
-    slowest = max(busy, key=lambda name: busy[name])
+    slowest = max(busy, key=busy.__getitem__)
     unhidden = waves * max(0.0, alone - busy[slowest] / most)
     return Prediction(
         seconds=LAUNCH + busy[slowest] + unhidden,
@@ -143,7 +143,7 @@ def _matrix_flops(binary: Binary, times: list[float], asked: float) -> list[floa
 def _core_seconds(stretch: Stretch, binary: Binary, machine: Machine) -> dict[str, float]:
     """Seconds that a program keeps the units of a multiprocessor busy, going through a stretch once."""
     counts = Counter(stretch.units)
-    lanes = binary.warps * (64 if machine.target.startswith("gfx9") else 32)
+    lanes = binary.warps * gpu_target(machine.target).warp_size
     if not machine.alu:
         counts["fma"] += counts.pop("alu", 0)
     clocks = {

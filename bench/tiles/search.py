@@ -1,141 +1,111 @@
-"""Finding a tile: from the tiles that are shipped, step by step to neighbours that are predicted to be faster.
+"""Search the tiles of a pass: compile, read, predict, and go on to better neighbours until there are none.
 
-A neighbour has one block, chunk or number of warps doubled or halved, or one pipeline stage more or less. Those that
-cannot fit are left out by arithmetic; the others are compiled and read, and the best of all goes on to its own
-neighbours, until none is better. A binary with an offence (`verify.offences`) ranks behind all without. Facts of
-binaries are kept, so an interrupted search goes on where it was, and a repeated one compiles nothing.
+Times are PREDICTED from the machine code (bench/tiles/roofline.py) unless --measure times the best on this machine's
+GPU. An interrupted search continues where it was.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Executor, as_completed
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
+from functools import partial
 from math import inf
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from bench.records import write_text
-from bench.tiles.compile import Launch, Problem, backward_launches, forward_launches
-from bench.tiles.read import LIMITS, Binary
-from bench.tiles.roofline import Machine, Prediction, predict
-from bench.tiles.timing import kernel_seconds
-from bench.tiles.verify import Case, Verifier, offences
+import torch
+from rich.table import Table
+
+from bench import records
+from bench.arguments import positive
+from bench.tiles import options
+from bench.tiles.binaries import Binaries, Binary
+from bench.tiles.compile import Problem
+from bench.tiles.roofline import Prediction, predict
+from bench.tiles.steps import FILED, PASSES, Task
 from isa_triton import tiles
-from isa_triton.backend.kernels.launch import in_one_kernel
-from isa_triton.tiles import ARITHMETIC, BackwardTiles, Tile
+from isa_triton.backend.kernels.launch import padded
+from isa_triton.tiles import ARITHMETIC, Tile
 
-KERNELS = {
-    "forward": "forward_kernel",
-    "group": "backward_group_kernel",
-    "queries": "backward_queries_kernel",
-    "keys": "backward_keys_kernel",  # dk and dv
-    "dk": "backward_keys_kernel",  # in a pass of its own, as dv
-    "dv": "backward_keys_kernel",
-    "pairs": "backward_pairs_kernel",
-}
-FILED = {"dk": "keys", "dv": "values"}  # how `isa_triton.tiles.STEPS` calls them
-LARGEST = {"block_m": 256, "block_n": 256, "block_k": 512, "block_v": 512, "num_warps": 16, "num_stages": 5}
 GAIN = 0.01  # of a step, without which a search ends
-FMA_PRODUCTS = 4096  # of a thread at once, without matrix units: with more a compiler takes minutes
+SHOWN = 5  # tiles of each kernel
 
 
-@dataclass(frozen=True)
-class Task:
-    """A kernel that wants a tile: a key of `KERNELS`, for a problem on a target."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    options.add_machine(parser)
+    options.add_problem(parser)
+    add = parser.add_argument
+    add("--shapes", type=Path, metavar="FILE", help="instead of one problem those of a JSON file: a list of objects "
+        'like {"pass": "forward", "tokens": 64, "key_width": 256, "value_width": 512}')  # fmt: skip
+    add("--write", action="store_true", help="put the choice and its evidence into isa_triton/tiles/TARGET.json")
+    add("--measure", type=positive, default=0, metavar="N", help="time the N best of each kernel on this machine's GPU")
+    add("--json", type=Path, metavar="FILE", help="write all that was tried there")
+    options.add_compilers(parser)
 
-    target: str
-    problem: Problem
-    step: str
 
-    def launch(self, tile: Tile) -> Launch | None:
-        """The launch with this tile, or None where the kernel does not serve the problem so."""
-        if self.step == "forward":
-            return forward_launches(self.target, self.problem, tile)[0]
-        chosen = self._backward(tile)
-        if (self.step == "group") != in_one_kernel(chosen, self.problem.partition):
-            return None
-        launches = backward_launches(self.target, self.problem, chosen)
-        named = [launch for launch in launches if launch.name == KERNELS[self.step]]
-        return named[-1 if self.step == "dv" else 0] if named else None  # dk is launched before dv
+def run(args: argparse.Namespace) -> None:
+    gpu, problems, console = options.machine(args), _problems(args), options.wide_console()
+    if args.measure and not torch.cuda.is_available():
+        raise argparse.ArgumentError(None, "--measure needs a GPU on this machine, and torch finds none")
+    rows = list[dict[str, Any]]()
+    with options.compilers(args) as binaries, options.progress(console) as bar:
+        for problem, pass_ in problems:
+            console.print(f"{pass_} on {gpu.name} ({gpu.target}): {problem}", highlight=False)
+            tried = dict[str, list[Finding]]()
+            for step in PASSES[pass_]:
+                if any(not finding.offences for finding in tried.get("group", [])):
+                    break  # one kernel reads every tensor once, where several would read them again
+                line = bar.add_task(step, total=None)
+                binaries.advance = partial(bar.advance, line)
+                tried[step] = search(Task(gpu, problem, step), binaries, args.measure)
+                bar.update(line, total=len(tried[step]), visible=bool(tried[step]))
+            chosen = choose(tried)
+            for step, found in tried.items():
+                if found:
+                    console.print(_table(step, found, chosen))
+                    rows += [finding.as_dict() for finding in found]
+            total = sum(finding.seconds for finding in chosen)
+            how = "measured" if args.measure else "PREDICTED"
+            kernels = ", ".join(f"{finding.task.step} {tuple(finding.tile)}" for finding in chosen)
+            console.print(f"chosen: {kernels}; {how} {1e6 * total:.1f} us together", highlight=False, soft_wrap=True)
+            if args.write:
+                console.print(f"wrote {write(chosen)}", highlight=False)
+    if args.json is not None:
+        options.write_json(args.json, rows)
 
-    def seconds(self, tile: Tile) -> float:
-        """Median seconds on the GPU of this machine."""
-        writes = {"keys": {"dk", "dv"}, "dk": {"dk"}, "dv": {"dv"}}.get(self.step, set())
-        forward = tile if self.step == "forward" else tiles.lookup(self.target, "forward", *self._wanted)
-        launch = self.launch(tile)
-        assert launch is not None  # or there were nothing to time
-        return kernel_seconds(self.problem, forward, self._backward(tile), launch.name, writes)
 
-    @property
-    def _wanted(self) -> tuple[int, int, str, int]:
-        problem = self.problem
-        return problem.key_width, problem.value_width, problem.dtype, problem.partition.tokens
+def _problems(args: argparse.Namespace) -> list[tuple[Problem, str]]:
+    if args.shapes is None:
+        return [(options.problem(args), args.pass_)]
+    try:
+        entries = json.loads(args.shapes.read_text())
+        passes = [entry.pop("pass", "forward") for entry in entries]
+        return [(options.make_problem(**entry), pass_) for entry, pass_ in zip(entries, passes, strict=True)]
+    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+        raise argparse.ArgumentError(None, f"--shapes {args.shapes} is not a list of problems: {error}") from error
 
-    def _backward(self, tile: Tile) -> BackwardTiles:
-        group, values = tile if self.step == "group" else None, tile if self.step in ("dk", "dv") else None
-        return BackwardTiles(group, queries=tile, keys=tile, values=values, pairs=tile)
 
-    def shipped(self) -> list[Tile]:
-        """The tile that is shipped for this problem, if one is, and those for others as far as they may fit here."""
-        step, arithmetic = FILED.get(self.step, self.step), ARITHMETIC[self.problem.dtype]
-        try:
-            found = [tiles.lookup(self.target, step, *self._wanted)]
-        except LookupError:
-            found = []
-        others = [
-            Tile(*entry["tile"])
-            for entry in tiles._entries(self.target)
-            if entry["step"] == step and entry["arithmetic"] == arithmetic and entry["tile"] is not None
-        ]
-        found += [tile for tile in map(self.clipped, others) if self.may_fit(tile)]
-        return list(dict.fromkeys(map(self.clipped, found)))
+def _table(step: str, findings: list[Finding], chosen: list[Finding]) -> Table:
+    columns = ("queries", "keys", "K chunk", "V chunk", "warps", "stages", "us", "measured", "bound", "regs", "shared",
+               "programs", "waves", "offences")  # fmt: skip
+    rows, styles = [], []
+    for finding in findings[:SHOWN]:
+        binary, prediction = finding.binary, finding.prediction
+        facts: list[object] = [""] * 7
+        if binary is not None and prediction is not None:
+            measured = "" if finding.measured is None else f"{1e6 * finding.measured:.1f}"
+            facts = [f"{1e6 * prediction.seconds:.1f}", measured, prediction.bound, binary.registers,
+                     f"{binary.shared / 1024:.0f}K", binary.programs, prediction.waves]  # fmt: skip
+        rows.append([*finding.tile, *facts, "; ".join(finding.offences)])
+        styles.append("bold" if finding in chosen else "red" if finding.offences else None)
+    title = f"{step}: {len(findings)} tiles tried, the best"
+    return records.table(title, columns, rows, words=("bound", "offences"), styles=styles)
 
-    def clipped(self, tile: Tile) -> Tile:
-        """The tile without blocks that are larger than what they cut."""
-        tokens, key, value = map(
-            _padded, (self.problem.partition.tokens, self.problem.key_width, self.problem.value_width)
-        )
-        m, n = (tokens, tokens) if self.step == "group" else (min(tile.block_m, tokens), min(tile.block_n, tokens))
-        return Tile(m, n, min(tile.block_k, key), min(tile.block_v, value), tile.num_warps, tile.num_stages)
 
-    def neighbours(self, tile: Tile) -> Iterator[Tile]:
-        """Tiles that differ from one in one field, and may fit."""
-        for field, largest in LARGEST.items():
-            value = getattr(tile, field)
-            changes = (value - 1, value + 1) if field == "num_stages" else (value // 2, value * 2)
-            smallest = 16 if field.startswith("block") else 1
-            for change in changes:
-                other = tile._replace(**{field: change})
-                if smallest <= change <= largest and self.clipped(other) == other and self.may_fit(other):
-                    yield other
-
-    def may_fit(self, tile: Tile) -> bool:
-        """Whether what a program keeps in registers, and a stage of what it loads, could fit on a multiprocessor."""
-        problem, limits = self.problem, LIMITS[self.target]
-        m, n, k, v, warps, stages = tile
-        tokens, of_scores = problem.partition.tokens, 3 * m * n // 2  # where a block has all keys or queries of a group
-        key, value = _padded(problem.key_width), _padded(problem.value_width)
-        kept = {  # fp32 numbers: sums, and scores or what becomes of them
-            "forward": m * (n + v),
-            "group": 2 * m * n,
-            "queries": of_scores if tokens <= n else m * (n + key),
-            "keys": of_scores if tokens <= m else n * (m + key + value),
-            "dk": of_scores if tokens <= m else n * (m + key),
-            "dv": m * n if tokens <= m else n * (m + value),
-            "pairs": 2 * m * n,
-        }[self.step]
-        threads = warps * (64 if self.target.startswith("gfx9") else 32)
-        per_thread = 448 if self.target.startswith("gfx") else 224  # of 512 and 255 registers: a few are for the rest
-        chunk = problem.itemsize * max((m + n) * k, n * v if self.step == "forward" else (m + n) * v)
-        matrix = problem.precision == "tf32" or problem.itemsize == 2 or self.target.startswith("gfx")
-        return (
-            (kept <= threads * per_thread or limits.tensor_columns > 0)
-            and chunk * max(1, stages - 1) <= limits.shared_of_program
-            and (matrix or m * n * max(k, v) <= threads * FMA_PRODUCTS)
-        )
+# -- the search --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -144,7 +114,6 @@ class Finding:
 
     task: Task
     tile: Tile
-    gpu: str
     binary: Binary | None
     offences: list[str]
     prediction: Prediction | None
@@ -163,81 +132,57 @@ class Finding:
         return bool(self.offences), self.measured is None, self.seconds, busy
 
     def as_dict(self) -> dict[str, Any]:
-        problem, prediction, binary = self.task.problem, self.prediction, self.binary
+        task, problem, prediction = self.task, self.task.problem, self.prediction
         return {
-            "target": self.task.target,
-            "gpu": self.gpu,
-            "step": self.task.step,
+            "target": task.gpu.target,
+            "gpu": task.gpu.name,
+            "step": task.step,
             "tokens": problem.partition.tokens,
-            "key_width": problem.key_width,
-            "value_width": problem.value_width,
-            "dtype": problem.dtype,
+            **{name: getattr(problem, name) for name in ("key_width", "value_width", "dtype")},
             "tile": self.tile,
             "offences": self.offences,
             "measured_seconds": self.measured,
             "predicted_seconds": prediction and prediction.seconds,
             "bound": prediction and prediction.bound,
             "busy_seconds": prediction and prediction.busy,
-            "registers": binary and binary.registers,
-            "shared": binary and binary.shared,
-            "programs": binary and binary.programs,
+            **{name: getattr(self.binary, name, None) for name in ("registers", "shared", "programs")},
         }
 
 
-class Searcher:
-    """Compiles, reads and predicts tiles.
+def search(task: Task, binaries: Binaries, measured: int = 0) -> list[Finding]:
+    """All tiles that were tried, the best first; none where the kernel does not serve the problem.
+
+    From the tiles that are shipped the search goes step by step to neighbours that are predicted to be faster: one
+    block, chunk or number of warps doubled or halved, or one pipeline stage more or less. Those that cannot fit are
+    left out by arithmetic; the others are compiled and read, and the best of all goes on to its own neighbours, until
+    none is better. A binary with an offence (`binaries.offences`) ranks behind all without.
 
     Args:
-        verifier: compiles and reads, and knows what it has read before.
-        pool: where it does so.
-        machine: the GPU that times are predicted for.
-        found: called for each tile, as soon as it is known what becomes of it.
+        measured: so many of the best are timed on the GPU of this machine, and the times decide.
     """
-
-    def __init__(
-        self, verifier: Verifier, pool: Executor, machine: Machine, found: Callable[[Finding], Any] = lambda _: None
-    ) -> None:
-        self.verifier, self.pool, self.machine, self.found = verifier, pool, machine, found
-
-    def search(self, task: Task, measured: int = 0) -> list[Finding]:
-        """All tiles that were tried, the best first; none where the kernel does not serve the problem.
-
-        Args:
-            measured: so many of the best are timed on the GPU of this machine, and the times decide.
-        """
-        tried: dict[Tile, Finding] = {}
-        candidates = task.shipped()
-        while candidates and (found := self.findings(task, candidates)):
-            before = min((finding.rank for finding in tried.values()), default=None)
-            tried |= {finding.tile: finding for finding in found}
-            best = min(tried.values(), key=lambda finding: finding.rank)
-            gained = before is None or before[0] > bool(best.offences) or best.seconds < (1 - GAIN) * before[2]
-            candidates = [tile for tile in task.neighbours(best.tile) if tile not in tried] if gained else []
-        ranked = sorted(tried.values(), key=lambda finding: finding.rank)
-        timed = [replace(finding, measured=task.seconds(finding.tile)) for finding in ranked[:measured]]
-        return sorted(timed + ranked[measured:], key=lambda finding: finding.rank)
-
-    def findings(self, task: Task, candidates: Iterable[Tile]) -> list[Finding]:
-        """What becomes of each tile, in their order; tiles with which the kernel is not launched are left out."""
-        launches = {tile: launch for tile in candidates if (launch := task.launch(tile)) is not None}
-        cases = {tile: Case(task.target, task.step, task.problem, launch) for tile, launch in launches.items()}
-        known = {tile: old for tile, case in cases.items() if (old := self.verifier.known(case)) is not None}
-        pending = {self.pool.submit(self.verifier, cases[tile]): tile for tile in cases if tile not in known}
-        come = ((pending[done], done.result()) for done in as_completed(pending))
-        found: dict[Tile, Finding] = {}
-        for tile, facts in chain[tuple[Tile, Binary | str]](known.items(), come):
-            found[tile] = self._finding(task, tile, cases[tile], facts)
-            self.found(found[tile])
-        return [found[tile] for tile in cases]
-
-    def _finding(self, task: Task, tile: Tile, case: Case, facts: Binary | str) -> Finding:
-        if isinstance(facts, str):
-            return Finding(task, tile, self.machine.name, None, [facts], None)
-        prediction = predict(case.launch, task.problem, facts, self.machine) if facts.programs else None
-        return Finding(task, tile, self.machine.name, facts, offences(case, facts), prediction)
+    tried: dict[Tile, Finding] = {}
+    candidates = task.shipped()
+    while candidates and (found := findings(task, candidates, binaries)):
+        before = min((finding.rank for finding in tried.values()), default=None)
+        tried |= {finding.tile: finding for finding in found}
+        best = min(tried.values(), key=lambda finding: finding.rank)
+        gained = before is None or before[0] > bool(best.offences) or best.seconds < (1 - GAIN) * before[2]
+        candidates = [tile for tile in task.neighbours(best.tile) if tile not in tried] if gained else []
+    ranked = sorted(tried.values(), key=lambda finding: finding.rank)
+    timed = [replace(finding, measured=task.seconds(finding.tile)) for finding in ranked[:measured]]
+    return sorted(timed + ranked[measured:], key=lambda finding: finding.rank)
 
 
-PASSES = {"forward": ("forward",), "backward": ("group", "queries", "keys", "dk", "dv", "pairs")}
+def findings(task: Task, candidates: Iterable[Tile], binaries: Binaries) -> list[Finding]:
+    """What becomes of each tile, in their order; tiles with which the kernel is not launched are left out."""
+    launches = {tile: launch for tile in candidates if (launch := task.launch(tile)) is not None}
+    found = []
+    for tile, (launch, binary, offences) in zip(launches, binaries.verdicts(launches.values()), strict=True):
+        prediction = predict(launch, binary, task.gpu) if binary is not None and binary.programs else None
+        found.append(Finding(task, tile, binary, offences, prediction))
+    return found
+
+
 PLANS = (("forward",), ("group",), ("queries", "keys", "pairs"), ("queries", "dk", "dv", "pairs"))
 
 
@@ -257,49 +202,39 @@ def choose(tried: Mapping[str, list[Finding]]) -> list[Finding]:
 # -- the files ---------------------------------------------------------------------------------------------------------
 
 
-def write(chosen: Iterable[Finding]) -> Path:
+def write(chosen: Sequence[Finding]) -> Path:
     """Put tiles and their evidence into the file of their target; entries for the same problem are replaced."""
-    chosen = list(chosen)
-    path = tiles.FOLDER / f"{chosen[0].task.target}.json"
-    entries = [*json.loads(path.read_text()), *(entry for finding in chosen for entry in _entries(finding))]
-    latest = {tuple(entry[name] for name in _LIMITS): entry for entry in entries}
-    for finding in chosen:  # what one dtype had to itself would go before what is written now
-        step, _, *limits = (_entries(finding)[0][name] for name in _LIMITS)
-        latest.pop((step, finding.task.problem.dtype, *limits), None)
-    lines = [f"  {json.dumps(entry)}" for entry in sorted(latest.values(), key=_order)]
-    write_text(path, "[\n" + ",\n".join(lines) + "\n]\n")
+    path, key = tiles.FOLDER / f"{chosen[0].task.gpu.target}.json", itemgetter(*_KEY)
+    entries = {key(entry): entry for entry in json.loads(path.read_text())}
+    for finding in chosen:
+        for entry in _entries(finding):  # what the dtype had to itself would go before it
+            entries.pop(key({**entry, "arithmetic": finding.task.problem.dtype}), None)
+            entries[key(entry)] = entry
+    lines = [f"  {json.dumps(entry)}" for entry in sorted(entries.values(), key=_order)]
+    records.write_text(path, "[\n" + ",\n".join(lines) + "\n]\n")
     tiles._entries.cache_clear()
     tiles._lookup.cache_clear()
     return path
 
 
-_LIMITS = ("step", "arithmetic", "key_width", "value_width", "tokens")
+_KEY = ("step", "arithmetic", "key_width", "value_width", "tokens")
 
 
 def _entries(finding: Finding) -> list[dict[str, Any]]:
     """What a file says of a choice: the tile serves groups of up to the next power of two of tokens."""
-    task, prediction = finding.task, finding.prediction
-    problem = task.problem
-    serves = {
-        "arithmetic": ARITHMETIC[problem.dtype],
-        "key_width": problem.key_width,
-        "value_width": problem.value_width,
-        "tokens": _padded(problem.partition.tokens),
-    }
+    step, problem = FILED.get(finding.task.step, finding.task.step), finding.task.problem
+    limits = problem.key_width, problem.value_width, padded(problem.partition.tokens)
+    serves = dict(zip(_KEY, (step, ARITHMETIC[problem.dtype], *limits), strict=True))
     evidence = {
         "us": round(1e6 * finding.seconds, 1),
         "how": "predicted" if finding.measured is None else "measured",
-        "gpu": finding.gpu,
+        "gpu": finding.task.gpu.name,
         "maps": [problem.maps, *problem.partition.size],
-        "bound": prediction.bound if prediction else None,
-        "registers": finding.binary.registers if finding.binary else None,
+        "bound": getattr(finding.prediction, "bound", None),
+        "registers": getattr(finding.binary, "registers", None),
     }
-    found: list[dict[str, Any]] = [
-        {"step": FILED.get(task.step, task.step), **serves, "tile": finding.tile, "evidence": evidence}
-    ]
-    if task.step == "keys":  # dv comes with dk
-        found.append({"step": "values", **serves, "tile": None})
-    return found
+    dv = [{**serves, "step": "values", "tile": None}] if finding.task.step == "keys" else []  # which comes with dk
+    return [{**serves, "tile": finding.tile, "evidence": evidence}, *dv]
 
 
 def _order(entry: dict[str, Any]) -> tuple[Any, ...]:
@@ -307,8 +242,3 @@ def _order(entry: dict[str, Any]) -> tuple[Any, ...]:
     limits = (entry[name] or inf for name in ("key_width", "value_width", "tokens"))
     kind = ARITHMETIC.get(entry["arithmetic"], entry["arithmetic"])
     return arithmetic.index(kind), tiles.STEPS.index(entry["step"]), *limits
-
-
-def _padded(width: int) -> int:
-    """The next power of two, and what matrix units take at least."""
-    return max(16, 1 << (width - 1).bit_length())

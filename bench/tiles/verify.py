@@ -1,276 +1,137 @@
-"""What a shipped binary must be: the shapes that people have, the binaries they launch, and what is wrong with each."""
+"""Compile what the run time would launch, read the machine code, fail on what must not ship."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
-from multiprocessing import get_context
+import argparse
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rich import box
-from rich.table import Table
-
-from bench.tiles import assembly, flow, program
-from bench.tiles import read as reader
-from bench.tiles.assembly import TENSOR_COPY
-from bench.tiles.compile import Launch, Problem, backward_launches, compile_launch, forward_launches
-from bench.tiles.read import LIMITS, Access, Binary, disassembly, read
-from isa_triton import tiles
-from isa_triton.backend.kernels.launch import in_one_kernel
+from bench import records
+from bench.tiles.binaries import LIMITS, Verdict, format_widths
+from bench.tiles.compile import DTYPES, Launch, Problem, pass_launches
+from bench.tiles.options import add_compilers, compilers, progress, wide_console, write_json
 from isa_triton.partition import Partition
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
-ARITHMETIC = ("bfloat16", "float16", "tf32", "float32")
 
 
-@dataclass(frozen=True)
-class Shape:
-    """Attention in a network that people run, on one of its maps."""
-
-    name: str
-    partition: Partition
-    key_width: int
-    value_width: int
-    heads: int = 1
-    bias: bool = False
-    fp16: bool = False  # fp16 has the tiles of bf16 and other matrix instructions: compiled for some shapes only
-
-    def problem(self, dtype: str) -> Problem:
-        return Problem(self.partition, self.key_width, self.value_width, self.heads, self.bias, dtype)
-
-
-def _interlaced(name: str, size: tuple[int, int], key: int, value: int, heads: int = 1, fp16: bool = False) -> Shape:
-    return Shape(name, Partition.interlaced(size, stride=(8, 8)), key, value, heads, fp16=fp16)
-
-
-def _windows(name: str, size: tuple[int, int], side: int, heads: int, width: int = 32, fp16: bool = False) -> Shape:
-    return Shape(name, Partition.local(size, (side, side)), width, width, heads, bias=True, fp16=fp16)
-
-
-def _grids(name: str, size: tuple[int, int], side: int, heads: int) -> Shape:
-    return Shape(name, Partition.interlaced(size, grid=(side, side)), 32, 32, heads, bias=True)
-
-
-SHAPES = (
-    Shape("ISA 64", Partition.local((128, 256), (8, 8)), 256, 512, fp16=True),
-    _interlaced("ISA 128", (64, 128), 256, 512),
-    _interlaced("ISA 256", (128, 128), 256, 512, fp16=True),
-    _interlaced("ISA 512", (128, 256), 256, 512),
-    _interlaced("ISA 1024", (256, 256), 256, 512),
-    Shape("heads 64", Partition.local((64, 128), (8, 8)), 64, 64, heads=8),
-    _interlaced("heads 256", (128, 128), 64, 64, heads=8, fp16=True),
-    _interlaced("heads 1024", (256, 256), 64, 64, heads=8),
-    _windows("Swin 49", (56, 56), 7, heads=3, fp16=True),
-    _windows("Swin 64", (64, 64), 8, heads=3),
-    _windows("Swin 144", (48, 48), 12, heads=8),
-    _windows("Swin 256", (32, 64), 16, heads=6),
-    _grids("MaxViT 49", (56, 56), 7, heads=2),
-    _grids("MaxViT 64", (64, 128), 8, heads=2),
-    _grids("MaxViT 144", (96, 96), 12, heads=2),
-    _grids("MaxViT 256", (64, 128), 16, heads=4),
-    _windows("HRFormer 49", (64, 48), 7, heads=2, width=39),
-    Shape("dense 16384", Partition.dense((128, 128)), 256, 256),
-)
+SHAPES = {  # attention in networks that people run, on one of their maps
+    name: Problem(partition, *widths, heads, bias, name=name)
+    for name, partition, widths, heads, bias in (
+        ("ISA 64", Partition.local((128, 256), (8, 8)), (256, 512), 1, False),
+        ("ISA 128", Partition.interlaced((64, 128), stride=(8, 8)), (256, 512), 1, False),
+        ("ISA 256", Partition.interlaced((128, 128), stride=(8, 8)), (256, 512), 1, False),
+        ("ISA 512", Partition.interlaced((128, 256), stride=(8, 8)), (256, 512), 1, False),
+        ("ISA 1024", Partition.interlaced((256, 256), stride=(8, 8)), (256, 512), 1, False),
+        ("heads 64", Partition.local((64, 128), (8, 8)), (64, 64), 8, False),
+        ("heads 256", Partition.interlaced((128, 128), stride=(8, 8)), (64, 64), 8, False),
+        ("heads 1024", Partition.interlaced((256, 256), stride=(8, 8)), (64, 64), 8, False),
+        ("Swin 49", Partition.local((56, 56), (7, 7)), (32, 32), 3, True),
+        ("Swin 64", Partition.local((64, 64), (8, 8)), (32, 32), 3, True),
+        ("Swin 144", Partition.local((48, 48), (12, 12)), (32, 32), 8, True),
+        ("Swin 256", Partition.local((32, 64), (16, 16)), (32, 32), 6, True),
+        ("MaxViT 49", Partition.interlaced((56, 56), grid=(7, 7)), (32, 32), 2, True),
+        ("MaxViT 64", Partition.interlaced((64, 128), grid=(8, 8)), (32, 32), 2, True),
+        ("MaxViT 144", Partition.interlaced((96, 96), grid=(12, 12)), (32, 32), 2, True),
+        ("MaxViT 256", Partition.interlaced((64, 128), grid=(16, 16)), (32, 32), 4, True),
+        ("HRFormer 49", Partition.local((64, 48), (7, 7)), (39, 39), 2, True),
+        ("dense 16384", Partition.dense((128, 128)), (256, 256), 1, False),
+    )
+}
+FP16 = ("ISA 64", "ISA 256", "heads 256", "Swin 49")  # it has bf16's tiles and other matrix instructions: these suffice
+COLUMNS = ("shape", "dtype", "kernel", "warps", "regs", "spills", "shared", "tmem", "programs", "matrix", "row loads",
+           "row stores", "other loads", "other stores")  # fmt: skip
+UNITS = "spills: bytes of stack / accesses; programs: at a time on a multiprocessor; loads, stores: bytes x how many"
 
 
-@dataclass(frozen=True)
-class Case:
-    """One binary that a shape launches on a target."""
-
-    target: str
-    shape: str
-    problem: Problem
-    launch: Launch
-
-    @property
-    def name(self) -> str:
-        """A file name of its own."""
-        return f"{self.shape} {self.problem.dtype} {self.launch.name}".replace(" ", "-") + f"-{self.launch.key[:6]}"
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add, names = parser.add_argument, list(SHAPES)
+    add("--targets", nargs="+", default=list(TARGETS), metavar="TARGET", help="default: " + " ".join(TARGETS))
+    add("--shapes", nargs="+", choices=names, default=names, metavar="SHAPE", help="default: all")
+    add("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="default: all")
+    add("--dump", type=Path, metavar="DIR", help="write each binary and its disassembly there")
+    add("--json", type=Path, metavar="FILE", help="write all figures there")
+    add_compilers(parser)
 
 
-def cases(targets: Iterable[str], shapes: Iterable[Shape] = SHAPES, dtypes: Iterable[str] = ARITHMETIC) -> list[Case]:
+def run(args: argparse.Namespace) -> None:
+    if unknown := [target for target in args.targets if target not in LIMITS]:
+        raise argparse.ArgumentError(None, f"--targets must be among {' '.join(LIMITS)}, got {' '.join(unknown)}")
+    console = wide_console()
+    shipped = launches(args.targets, [name for name in SHAPES if name in args.shapes], args.dtypes)
+    with compilers(args, args.dump) as binaries, progress(console) as bar:
+        line = bar.add_task("compiling", total=len({launch.key for launch in shipped}))
+        binaries.advance = partial(bar.advance, line)
+        verdicts = binaries.verdicts(shipped)
+    for target in args.targets:
+        shown = [verdict for verdict in verdicts if verdict.launch.target == target]
+        styles = ["red" if verdict.offences else None for verdict in shown]
+        console.print(records.table(f"{target}   ({UNITS})", COLUMNS, map(_row, shown), words=3, styles=styles))
+    if args.json is not None:
+        write_json(args.json, [_as_dict(verdict) for verdict in verdicts])
+    failed = [verdict for verdict in verdicts if verdict.offences]
+    for verdict in failed:
+        launch, problem = verdict.launch, verdict.launch.problem
+        what = f"{launch.target}, {problem.name}, {problem.dtype}, {launch.name}"
+        console.print(f"{what}: {'; '.join(verdict.offences)}", style="red", highlight=False, soft_wrap=True)
+    spills = [v.binary.spill_bytes for v in verdicts if v.binary and v.binary.spill_accesses]
+    console.print(
+        f"{len(verdicts)} binaries, {len(failed)} with an offence; {len(spills)} spill, at most "
+        f"{max(spills, default=0)} bytes"
+    )
+    if failed:
+        sys.exit(1)
+
+
+def launches(targets: Iterable[str], shapes: Iterable[str] = SHAPES, dtypes: Iterable[str] = DTYPES) -> list[Launch]:
     """Every launch of forward and backward with the tiles that the run time takes, for each target and shape."""
     found = []
     for target in targets:
         for shape in shapes:
             for dtype in dtypes:
-                if (dtype == "float16" and not shape.fp16) or (dtype == "tf32" and not target.startswith("sm_")):
+                if (dtype == "float16" and shape not in FP16) or (dtype == "tf32" and not target.startswith("sm_")):
                     continue
-                problem = shape.problem(dtype)
-                found += [Case(target, shape.name, problem, launch) for launch in _launches(target, problem)]
+                problem = replace(SHAPES[shape], dtype=dtype)
+                found += pass_launches(target, problem, "forward", training=True)
+                found += pass_launches(target, problem, "backward")
     return found
 
 
-def _launches(target: str, problem: Problem) -> Iterator[Launch]:
-    wanted = problem.key_width, problem.value_width, problem.dtype, problem.partition.tokens
-    backward = tiles.backward(target, *wanted)
-    with_lse = not in_one_kernel(backward, problem.partition)
-    yield from forward_launches(target, problem, tiles.lookup(target, "forward", *wanted), with_lse)
-    yield from backward_launches(target, problem, backward)
+def _as_dict(verdict: Verdict) -> dict[str, Any]:
+    launch, problem, binary = verdict.launch, verdict.launch.problem, verdict.binary
+    return {
+        "target": launch.target,
+        "shape": problem.name,
+        "tokens": problem.partition.tokens,
+        **{name: getattr(problem, name) for name in ("key_width", "value_width", "heads", "bias", "dtype")},
+        "kernel": launch.name,
+        "key": launch.key,
+        "grid": launch.grid,
+        **({} if binary is None else asdict(binary)),
+        "accesses": [] if binary is None else [access._asdict() for access in binary.accesses],
+        "offences": verdict.offences,
+    }
 
 
-def offences(case: Case, binary: Binary) -> list[str]:
-    """What a shipped binary must not be or do, as far as this one is or does it.
-
-    A spill is an access to the stack: a stack that no instruction touches (AMD keeps what it spilled in accumulation
-    registers and counts it all the same) costs nothing. IEEE fp32 may spill, for NVIDIA multiplies it on FMA units, out
-    of registers; and fp32 loads may be narrow, for Triton loads tf32 as its matrix units want it, 4 bytes at a time.
-    """
-    dtype, nvidia = case.problem.dtype, case.target.startswith("sm_")
-    limits, matrix = LIMITS[case.target], sum(binary.matrix.values())
-    found = []
-    if dtype != "float32" and binary.spill_accesses:
-        found.append(f"spills {binary.spill_bytes} bytes ({binary.spill_accesses} accesses)")
-    if binary.shared > limits.shared_of_program:
-        found.append(f"wants {binary.shared} bytes of shared memory, there are {limits.shared_of_program}")
-    if binary.tensor_columns > limits.tensor_columns:
-        found.append(f"wants {binary.tensor_columns} columns of tensor memory, there are {limits.tensor_columns}")
-    if not found and not binary.programs:
-        found.append(f"not one program of {binary.warps} warps with {binary.registers} registers fits")
-    if not any(access.store for access in binary.accesses):
-        found.append("stores nothing: an empty or trapping kernel")
-    elif not matrix and (dtype != "float32" or not nvidia):
-        found.append("multiplies without the matrix units")
-    if dtype == "float32" and (matrix if nvidia else any("xf32" in kind for kind in binary.matrix)):
-        found.append("multiplies fp32 as tf32")  # matrix units of NVIDIA's know no other
-    if binary.atomics:
-        found.append(f"has {binary.atomics} atomic instructions: its sums are not deterministic")
-    aligned = case.problem.key_width % 8 == case.problem.value_width % 8 == 0
-    narrow = [access for access in binary.accesses if access.rows and not access.store and access.width < 16]
-    if aligned and narrow and case.problem.itemsize == 2:
-        found.append(f"loads rows {_widths(narrow)} bytes at a time")
-    return found
-
-
-class Verifier:
-    """Compiles and reads binaries, each once: facts are kept in a folder, by the hash of all that they depend on."""
-
-    def __init__(self, cache: Path, dump: Path | None = None) -> None:
-        self.cache, self.dump = cache, dump
-
-    def known(self, case: Case) -> Binary | None:
-        """The facts, if an earlier run has left all that is asked for."""
-        file = self._file(case)
-        return _binary(json.loads(file.read_text())) if file.exists() and self.dump is None else None
-
-    def __call__(self, case: Case) -> Binary | str:
-        """The facts, or why there is no binary."""
-        try:
-            kernel = compile_launch(case.launch, self.cache / "triton")
-        except Exception as error:  # whatever a compiler throws is a finding, and the other cases go on
-            return f"does not compile: {type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]}"
-        if self.dump is not None:
-            _dump(kernel, self.dump / case.target / case.name)
-        facts, file = read(kernel), self._file(case)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_suffix(f".{os.getpid()}")
-        temporary.write_text(json.dumps(asdict(facts)))
-        os.replace(temporary, file)
-        return facts
-
-    def _file(self, case: Case) -> Path:
-        return self.cache / "facts" / case.target / f"{_READER}-{case.launch.key}.json"
-
-
-_READERS = (assembly, flow, program, reader)
-_READER = hashlib.sha256(b"".join(Path(str(module.__file__)).read_bytes() for module in _READERS)).hexdigest()[:8]
-
-
-def _binary(facts: dict[str, Any]) -> Binary:
-    return Binary(**{**facts, "accesses": tuple(Access(*access) for access in facts["accesses"])})
-
-
-def _dump(kernel: Any, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    binary, text = ("hsaco", "amdgcn") if "amdgcn" in kernel.asm else ("cubin", "sass")
-    path.with_name(f"{path.name}.{binary}").write_bytes(kernel.asm[binary])
-    path.with_name(f"{path.name}.{text}").write_text(disassembly(kernel))
-
-
-@dataclass(frozen=True)
-class Verdict:
-    case: Case
-    binary: Binary | None
-    offences: list[str]
-
-    def as_dict(self) -> dict[str, Any]:
-        problem, binary = self.case.problem, self.binary
-        return {
-            "target": self.case.target,
-            "shape": self.case.shape,
-            "key_width": problem.key_width,
-            "value_width": problem.value_width,
-            "heads": problem.heads,
-            "tokens": problem.partition.tokens,
-            "bias": problem.bias,
-            "dtype": problem.dtype,
-            "kernel": self.case.launch.name,
-            "key": self.case.launch.key,
-            "grid": self.case.launch.grid,
-            **({} if binary is None else asdict(binary)),
-            "accesses": [] if binary is None else [access._asdict() for access in binary.accesses],
-            "offences": self.offences,
-        }
-
-
-def verify(
-    verifier: Verifier, found: list[Case], jobs: int, advance: Callable[[], None] = lambda: None
-) -> list[Verdict]:
-    """Compile and judge every case, `jobs` at a time; cases with one binary share it. Calls `advance` after each."""
-    distinct = {case.launch.key: case for case in found}
-    results: dict[str, Binary | str] = {}
-    pending: dict[Future[Binary | str], str] = {}
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:  # starts nobody where all is known
-        for key, case in distinct.items():
-            if known := verifier.known(case):
-                results[key] = known
-                advance()
-            else:
-                pending[pool.submit(verifier, case)] = key
-        for done in as_completed(pending):
-            results[pending[done]] = done.result()
-            advance()
-    verdicts = []
-    for case in found:
-        result = results[case.launch.key]
-        wrong = [result] if isinstance(result, str) else offences(case, result)
-        verdicts.append(Verdict(case, None if isinstance(result, str) else result, wrong))
-    return verdicts
-
-
-def table(target: str, verdicts: Iterable[Verdict]) -> Table:
-    """A line for each binary that a shape launches."""
-    columns = ("shape", "dtype", "kernel", "warps", "regs", "spills", "shared", "tmem", "programs", "matrix",
-               "row loads", "row stores", "other loads", "other stores")  # fmt: skip
-    units = (
-        "spills: bytes of stack / accesses; programs: at a time on a multiprocessor; loads, stores: bytes x how many"
-    )
-    result = Table(title=f"{target}   ({units})", title_justify="left", box=box.SIMPLE_HEAD)
-    for column in columns:
-        result.add_column(column, no_wrap=True, justify="left" if column in ("shape", "dtype", "kernel") else "right")
-    for verdict in verdicts:
-        case, binary = verdict.case, verdict.binary
-        name = case.launch.name.removesuffix("_kernel")
-        style = "red" if verdict.offences else None
-        if binary is None:
-            result.add_row(case.shape, case.problem.dtype, name, "-", style=style)
-            continue
-        kinds = [(store, rows) for rows in (True, False) for store in (False, True)]
-        widths = [_widths(a for a in binary.accesses if (a.store, a.rows) == kind) for kind in kinds]
-        result.add_row(
-            case.shape, case.problem.dtype, name, str(binary.warps), str(binary.registers),
-            f"{binary.spill_bytes}/{binary.spill_accesses}" if binary.spill_bytes or binary.spill_accesses else "0",
-            f"{binary.shared / 1024:.0f}K", str(binary.tensor_columns or "-"), str(binary.programs),
-            " ".join(f"{kind} x{n}" for kind, n in binary.matrix.items()) or "none", *widths, style=style,
-        )  # fmt: skip
-    return result
-
-
-def _widths(accesses: Iterable[Access]) -> str:
-    widths = sorted(((a.width, a.times) for a in accesses), reverse=True)
-    return " ".join(f"{'tensor' if width == TENSOR_COPY else width}x{count}" for width, count in widths) or "-"
+def _row(verdict: Verdict) -> list[object]:
+    """What the table says of a binary."""
+    launch, binary = verdict.launch, verdict.binary
+    names = launch.problem.name, launch.problem.dtype, launch.name.removesuffix("_kernel")
+    if binary is None:
+        return [*names, None]
+    kinds = [(store, rows) for rows in (True, False) for store in (False, True)]
+    return [
+        *names,
+        binary.warps,
+        binary.registers,
+        f"{binary.spill_bytes}/{binary.spill_accesses}" if binary.spill_bytes or binary.spill_accesses else 0,
+        f"{binary.shared / 1024:.0f}K",
+        binary.tensor_columns or None,
+        binary.programs,
+        " ".join(f"{kind} x{n}" for kind, n in binary.matrix.items()) or "none",
+        *(format_widths(a for a in binary.accesses if (a.store, a.rows) == kind) for kind in kinds),
+    ]

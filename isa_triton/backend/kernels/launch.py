@@ -92,7 +92,7 @@ def backward(
         return
 
     out, lse, delta = map(_pixels, (out, lse, delta))
-    width_k, width_v = _padded(q.shape[4]), _padded(v.shape[4])
+    width_k, width_v = padded(q.shape[4]), padded(v.shape[4])
     tile = tiles.queries
     backward_queries_kernel[(items * heads * ceil_div(partition.tokens, tile.block_m),)](
         *inputs, out, lse, do, dlse, dq, delta, *scaling, *_axes(partition),
@@ -172,6 +172,6 @@ def _constants(q: Any, v: Any, tile: Tile, precision: str) -> dict[str, Any]:
     return {"K": q.shape[4], "V": v.shape[4], "PRECISION": precision, **options}
 
 
-def _padded(width: int) -> int:
+def padded(width: int) -> int:
     """The width as a power of two that matrix units take."""
     return max(16, 1 << (width - 1).bit_length())

@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 from collections.abc import Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from math import isqrt
 from multiprocessing import get_context
@@ -18,13 +18,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from bench.arguments import positive
 from bench.records import write_text
+from bench.tiles.binaries import Binaries
 from bench.tiles.compile import DTYPES, Problem
 from bench.tiles.roofline import MACHINES, Machine
 from isa_triton.partition import Partition
 
-SHORT = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-PARTITIONS = ("interlaced", "local", "dense")
+DTYPE_ALIASES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 GROUPS = 8, 8  # of the maps that problems are made on
+PARTITIONS = {
+    "interlaced": lambda size, group: Partition.interlaced(size, stride=GROUPS),
+    "local": Partition.local,
+    "dense": lambda size, group: Partition.dense(group),
+}
 
 
 def add_machine(parser: argparse.ArgumentParser) -> None:
@@ -50,67 +55,44 @@ def add_problem(parser: argparse.ArgumentParser) -> None:
     add("--partition", choices=PARTITIONS, default="interlaced", help="default: interlaced")
     add("--heads", type=positive, default=1, help="default: 1")
     add("--bias", action="store_true", help="with a bias for every pair of tokens")
-    add("--dtype", choices=[*DTYPES, *SHORT], default="bf16", help="default: bf16; tf32 is fp32 in memory")
+    add("--dtype", choices=[*DTYPES, *DTYPE_ALIASES], default="bf16", help="default: bf16; tf32 is fp32 in memory")
     add("--maps", type=positive, default=8, help="in a batch (default: 8)")
 
 
 def problem(args: argparse.Namespace) -> Problem:
     """The problem of `add_problem`'s arguments."""
-    key, value = args.widths
-    dtype = SHORT.get(args.dtype, args.dtype)
-    return make_problem(args.tokens, key, value, args.partition, args.heads, args.bias, dtype, args.maps)
+    rest = {name: getattr(args, name) for name in ("partition", "heads", "bias", "maps")}
+    return make_problem(args.tokens, *args.widths, **rest, dtype=DTYPE_ALIASES.get(args.dtype, args.dtype))
 
 
 def make_problem(
-    tokens: int,
-    key_width: int,
-    value_width: int,
-    partition: str = "interlaced",
-    heads: int = 1,
-    bias: bool = False,
-    dtype: str = "bfloat16",
-    maps: int = 8,
+    tokens: int, key_width: int, value_width: int, partition: str = "interlaced", maps: int = 8, **rest: Any
 ) -> Problem:
-    """Attention in groups of `tokens` tokens, as square as their number allows: 8 x 8 groups, or a dense map."""
+    """Attention in groups of `tokens` tokens, as square as their number allows: 8 x 8 groups, or a dense map.
+
+    Args:
+        partition: one of `PARTITIONS`.
+        rest: of `Problem`: heads, bias and dtype.
+    """
     height = next(h for h in range(isqrt(tokens), 0, -1) if tokens % h == 0)
     group = height, tokens // height
     size = group[0] * GROUPS[0], group[1] * GROUPS[1]
-    geometry = {
-        "interlaced": lambda: Partition.interlaced(size, stride=GROUPS),
-        "local": lambda: Partition.local(size, group),
-        "dense": lambda: Partition.dense(group),
-    }[partition]()
-    return Problem(geometry, key_width, value_width, heads, bias, dtype, maps)
-
-
-def describe(problem: Problem) -> str:
-    """One line."""
-    (height, width), p = problem.partition.size, problem.partition
-    kind = "dense" if p.groups == 1 else "local" if p.w.token_stride == 1 and p.h.token_stride == 1 else "interlaced"
-    bias = ", bias" if problem.bias else ""
-    return (
-        f"{kind}, {p.tokens} tokens, K = {problem.key_width}, V = {problem.value_width}, {problem.heads} heads{bias}, "
-        f"{problem.dtype}, {problem.maps} maps of {height}x{width}"
-    )
+    return Problem(PARTITIONS[partition](size, group), key_width, value_width, maps=maps, **rest)
 
 
 def add_compilers(parser: argparse.ArgumentParser) -> None:
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "isa_triton"
     add = parser.add_argument
     add("--jobs", type=positive, default=os.cpu_count(), help="compilers at a time (default: one a core)")
-    add("--cache", type=Path, default=default_cache(), metavar="DIR", help=f"default: {default_cache()}")
-
-
-def default_cache() -> Path:
-    """Where compiled kernels and their figures are kept between runs."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "isa_triton"
+    add("--cache", type=Path, default=cache, metavar="DIR", help=f"kernels and their figures (default: {cache})")
 
 
 @contextmanager
-def compilers(jobs: int) -> Iterator[Executor]:
-    """Processes that compile."""
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:  # starts nobody before there is work
+def compilers(args: argparse.Namespace, dump: Path | None = None) -> Iterator[Binaries]:
+    """Binaries as `add_compilers` says, on processes of their own."""
+    with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:  # starts nobody before there is work
         try:
-            yield pool
+            yield Binaries(args.cache, pool, dump)
         except KeyboardInterrupt:
             pool.shutdown(cancel_futures=True)
             raise

@@ -22,17 +22,12 @@ from math import exp, log
 from pathlib import Path
 from statistics import mean
 
-from rich import box
-from rich.table import Table
-
-from bench.commands.tiles.common import add_compilers, wide_console, write_json
+from bench import records
 from bench.tiles.compile import Problem
-from bench.tiles.passes import Whole, kernel, pass_launches
+from bench.tiles.options import add_compilers, compilers, make_problem, wide_console, write_json
+from bench.tiles.report import Pass
 from bench.tiles.roofline import MACHINES
-from bench.tiles.verify import Verifier
 from isa_triton.partition import Partition
-
-HELP = "predictions beside published measurements"
 
 
 @dataclass(frozen=True)
@@ -47,9 +42,7 @@ class Point:
 
 
 def _dense(tokens: int, width: int) -> Problem:
-    height = 1 << (tokens.bit_length() - 1) // 2
-    heads, maps = 2048 // width, 16384 // tokens
-    return Problem(Partition.dense((height, tokens // height)), width, width, heads, dtype="float16", maps=maps)
+    return make_problem(tokens, width, width, "dense", heads=2048 // width, dtype="float16", maps=16384 // tokens)
 
 
 def _windows(side: int) -> Problem:
@@ -79,30 +72,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    console, verifier = wide_console(), Verifier(args.cache)
-    rows, ratios = list[dict[str, object]](), list[float]()
-    table = Table(box=box.SIMPLE_HEAD)
+    console, h100 = wide_console(), MACHINES["H100"]
+    with compilers(args) as binaries:
+        passes = [Pass.shipped(p.problem, p.pass_, h100._replace(target=p.target), binaries) for p in POINTS]
+    found = [(point, whole, whole.flops / whole.seconds / 1e12) for point, whole in zip(POINTS, passes, strict=True)]
     columns = ("pass", "tokens", "width", "heads", "maps", "binary", "PREDICTED TFLOP/s", "published", "by",
                "predicted / published", "bound by")  # fmt: skip
-    for column in columns:
-        table.add_column(column, justify="left" if column in ("pass", "by", "bound by") else "right")
-    for point in POINTS:
-        gpu, problem = MACHINES["H100"]._replace(target=point.target), point.problem
-        kernels = [kernel(x, problem, gpu, verifier) for x in pass_launches(point.target, problem, point.pass_)]
-        whole = Whole(problem, point.pass_, gpu, kernels)
-        tflops = whole.flops / whole.seconds / 1e12
-        bound = ", ".join(dict.fromkeys(k.prediction.bound for k in kernels))
-        rows.append({"whose": point.whose, "pass": point.pass_, "tokens": problem.partition.tokens,
-                     "width": problem.key_width, "published": point.tflops, "predicted": tflops})  # fmt: skip
-        ratios.append(tflops / point.tflops)
-        table.add_row(
-            point.pass_, str(problem.partition.tokens), str(problem.key_width), str(problem.heads), str(problem.maps),
-            point.target, f"{tflops:.0f}" if tflops >= 100 else f"{tflops:.1f}", f"{point.tflops:g}", point.whose,
-            f"{tflops / point.tflops:.2f}", bound,
-        )  # fmt: skip
-    console.print(table)
-    middle = exp(mean(map(log, ratios)))
+    rows = [
+        (
+            point.pass_, point.problem.partition.tokens, point.problem.key_width, point.problem.heads,
+            point.problem.maps, point.target, records.short(tflops), f"{point.tflops:g}", point.whose,
+            f"{tflops / point.tflops:.2f}", ", ".join(dict.fromkeys(k.prediction.bound for k in whole.kernels)),
+        )
+        for point, whole, tflops in found
+    ]  # fmt: skip
+    console.print(records.table("", columns, rows, words=("pass", "by", "bound by")))
+    ratios = [tflops / point.tflops for point, _, tflops in found]
     console.print(f"{len(rows)} points; predicted / published {min(ratios):.2f} to {max(ratios):.2f}, "
-                  f"geometric mean {middle:.2f}", highlight=False)  # fmt: skip
+                  f"geometric mean {exp(mean(map(log, ratios))):.2f}", highlight=False)  # fmt: skip
     if args.json is not None:
-        write_json(args.json, rows)
+        write_json(args.json, [
+            {"whose": point.whose, "pass": point.pass_, "tokens": point.problem.partition.tokens,
+             "width": point.problem.key_width, "published": point.tflops, "predicted": tflops}
+            for point, _, tflops in found
+        ])  # fmt: skip
