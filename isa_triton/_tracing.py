@@ -52,7 +52,20 @@ def wants_operators(tensors: list[Tensor]) -> bool:
 def is_inference() -> bool:
     """Whether a result is all that is wanted of a computation: no gradient, graph, cast or transform of it."""
     watched = torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
-    return not (watched or is_transformed() or has_modes())
+    return not (watched or is_transformed() or has_modes() or wants_torch_operators())
+
+
+def wants_torch_operators() -> bool:
+    """Whether a graph is made for a runtime that knows PyTorch's own operators only: TorchScript, an ONNX exporter."""
+    if torch.compiler.is_dynamo_compiling():
+        return False
+    onnx = sys.modules.get("torch.onnx")
+    return torch.jit.is_tracing() or (onnx is not None and onnx.is_in_onnx_export())
+
+
+def is_recorded() -> bool:
+    """Whether `make_fx` or its like records operators: loops, strides and the batch would become constants."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
 
 
 def constant_in_graphs(function: Function) -> Function:

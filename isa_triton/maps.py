@@ -52,7 +52,9 @@ class Conv1x1(nn.Conv2d):
         y = self.bias  # then [B, H W, out]
         for x, weight in zip(inputs, weights, strict=True):
             pixels = x.permute(0, 2, 3, 1).flatten(1, 2)  # [B, H W, C_i], NCHW or channels_last
-            weight = weight.mT.expand(len(x), -1, -1)  # a batched GEMM takes NCHW transposed; folding B would copy it
+            weight = weight.t().expand(
+                x.shape[0], -1, -1
+            )  # a batched GEMM takes NCHW transposed; folding B would copy it
             y = torch.bmm(pixels, weight) if y is None else torch.baddbmm(y, pixels, weight)
         assert y is not None
         return y.unflatten(1, size).permute(0, 3, 1, 2)

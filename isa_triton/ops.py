@@ -24,6 +24,8 @@ Tensors = tuple[Tensor, ...]
 
 def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
     """out and lse (meaningful if `call.with_lse`), differentiable with respect to q, k, v and bias."""
+    if _tracing.wants_torch_operators():
+        return plain.attention(q, k, v, bias, call.scale, call.partition)
     return _apply(_Attention, q, k, v, bias, call)
 
 
@@ -87,7 +89,7 @@ def _is_operator(call: Call, *tensors: Tensor | None) -> bool:
 
     Kernels that nobody looks at save the dispatcher's time; none may be launched for tensors without memory.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or _tracing.is_recorded():
         return True
     return BY_NAME[call.backend].OPAQUE and _tracing.wants_operators([x for x in tensors if x is not None])
 

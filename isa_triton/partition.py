@@ -287,7 +287,7 @@ class Partition(NamedTuple):
             )
         rows, columns = ((i, i + 2) if axis.token_stride == 1 else (i + 2, i) for i, axis in enumerate(self, start=1))
         order = (0, *rows, *columns, *range(5, values.dim()))
-        return values.permute(order).reshape(len(values), *self.size, *values.shape[5:])
+        return values.permute(order).reshape(values.shape[0], *self.size, *values.shape[5:])
 
 
 @lru_cache(maxsize=1024)

@@ -17,14 +17,15 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """out and lse, as `contract.Backend.forward` returns them."""
     (height, width), device = partition.size, q.device
+    q, k, v = (x.expand(-1, height, width, -1, -1) for x in (q, k, v))  # refuses other sizes where a graph meets them
     group, token = torch.arange(partition.groups, device=device), torch.arange(partition.tokens, device=device)
     y, x, inside = partition.coordinates(group[:, None], token)  # [G, T]
     pixel = torch.where(inside, y * width + x, 0)
-    qs, ks, vs = (t.flatten(1, 2)[:, pixel].movedim(-2, 2) for t in (q, k, v))  # [B, G, heads, T, width]
-    s = scale * (qs @ ks.mT)
+    qs, ks, vs = (t.flatten(1, 2)[:, pixel].transpose(2, 3) for t in (q, k, v))  # [B, G, heads, T, width]
+    s = scale * (qs @ ks.transpose(-1, -2))
     s = (s if bias is None else s + bias).masked_fill(~inside[:, None, None], -torch.inf)
 
     y, x = torch.arange(height, device=device)[:, None], torch.arange(width, device=device)
     group, token = partition.seat(y, x)  # [H, W]
     out, lse = s.softmax(-1) @ vs, s.to(lse_dtype(s.dtype)).logsumexp(-1)
-    return out[:, group, :, token].movedim(2, 0), lse[:, group, :, token].movedim(2, 0)
+    return out[:, group, :, token].permute(2, 0, 1, 3, 4), lse[:, group, :, token].permute(2, 0, 1, 3)

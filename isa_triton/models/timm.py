@@ -20,7 +20,7 @@ from timm.models.maxxvit import Attention2d, ParallelPartitionAttention, Partiti
 from timm.models.swin_transformer import SwinTransformerBlock
 from torch import Tensor, nn
 
-from .._tracing import is_inference
+from .._tracing import is_inference, is_recorded, wants_torch_operators
 from ..backend import check_backend
 from ..functional import partitioned_attention
 from ..partition import Partition
@@ -155,6 +155,7 @@ def _attention(attn: Any, x: Tensor, partition: Partition, bias: Tensor | None, 
             f"dropout of attention weights is not supported: train with attn_drop 0, not {attn.attn_drop.p}"
         )
     gathers = backend == "auto" and x.is_cpu and partition.divides and not torch.is_grad_enabled()
+    gathers = gathers and not (wants_torch_operators() or is_recorded())  # views by strides, which may change
     attend = _attend_gathered if gathers else _attend_in_place
     if isinstance(attn, Attention2d):
         return attn.proj_drop(attend(attn, x.permute(0, 2, 3, 1), partition, bias, backend).permute(0, 3, 1, 2))

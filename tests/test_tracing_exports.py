@@ -1,0 +1,120 @@
+"""Whoever traces gets a graph that is right for other batches and layouts, and refuses maps of other sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnxruntime  # type: ignore[import-untyped]
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from isa_triton import InterlacedSparseSelfAttention, ISAHead, Partition, partitioned_attention
+from isa_triton.inference import fuse
+from isa_triton.models.timm import accelerate
+from tests.cases import PARTITIONS, qkv, relative_error
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of the tracers, about themselves
+
+
+def onnx(model: nn.Module, x: Tensor, path: Path, dynamo: bool) -> Tensor:
+    """What onnxruntime computes by the exported file."""
+    torch.onnx.export(model, (x,), path, dynamo=dynamo, verbose=False)
+    session = onnxruntime.InferenceSession(path)
+    (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    return torch.from_numpy(y)
+
+
+def maxvit(backend: str) -> nn.Module:
+    return accelerate(timm.create_model("maxvit_nano_rw_256", img_size=64, depths=(1, 1, 1, 1)).eval(), backend=backend)
+
+
+def swin(backend: str) -> nn.Module:
+    model = timm.create_model("swin_tiny_patch4_window7_224", img_size=112, depths=(2, 2, 1, 1), num_classes=7)
+    return accelerate(model.eval(), backend=backend)
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "isa": (lambda: InterlacedSparseSelfAttention(6, 4, 5, partition_size=(3, 4)).eval(), (6, 9, 11)),
+    "masked": (
+        lambda: InterlacedSparseSelfAttention(6, 4, 6, partition_size=(3, 4), padding="mask").eval(),
+        (6, 9, 11),
+    ),
+    "heads": (lambda: ISAHead(6, 6, 3, key_channels=4, partition_size=(3, 4), num_heads=2).eval(), (6, 9, 11)),
+    "folded": (lambda: fuse(ISAHead(6, 5, 3, key_channels=4, partition_size=(3, 4))), (6, 9, 11)),
+    "maxvit": (lambda: maxvit("auto"), (3, 64, 64)),
+    "maxvit, eager": (lambda: maxvit("eager"), (3, 64, 64)),
+    "swin": (lambda: swin("auto"), (3, 112, 112)),
+    "swin, eager": (lambda: swin("eager"), (3, 112, 112)),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dynamo", [False, True], ids=["TorchScript", "dynamo"])
+@pytest.mark.parametrize("name", ["masked", "heads", "folded", "maxvit", "swin"])
+@torch.no_grad()
+def test_onnx_files_of_either_exporter_are_the_model(name: str, dynamo: bool, tmp_path: Path) -> None:
+    make, shape = MODELS[name]
+    model, x = make(), torch.randn(2, *shape)
+    assert relative_error(onnx(model, x, tmp_path / "model.onnx", dynamo), model(x)) < 1e-5
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_a_torchscript_trace_takes_other_batches_and_layouts(name: str) -> None:
+    make, shape = MODELS[name]
+    model = make()
+    traced = torch.jit.trace(model, torch.randn(2, *shape))
+    for batch in (1, 3):
+        x = torch.randn(batch, *shape)
+        assert relative_error(traced(x), model(x)) < 1e-5
+        channels_last = x.to(memory_format=torch.channels_last)
+        assert relative_error(traced(channels_last), model(x)) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["isa", "masked", "heads", "folded"])
+@pytest.mark.parametrize("size", [(11, 9), (12, 16), (10, 11)])
+@torch.no_grad()
+def test_a_torchscript_trace_refuses_maps_of_other_sizes(name: str, size: tuple[int, int]) -> None:
+    make, shape = MODELS[name]
+    traced = torch.jit.trace(make(), torch.randn(2, *shape))
+    with pytest.raises(RuntimeError, match="must match the existing size"):
+        traced(torch.randn(2, shape[0], *size))
+
+
+@pytest.mark.parametrize("partition", PARTITIONS.values(), ids=PARTITIONS)
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+def test_make_fx_records_one_operator_that_takes_other_batches_and_strides(partition: Partition, backend: str) -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return partitioned_attention(q, k, v, partition, backend=backend)
+
+    q, k, v = qkv(partition, dtype=torch.float32)
+    graph: Any = make_fx(attend)(q, k, v)
+    assert "isa_triton.forward" in graph.code
+    assert "as_strided" not in graph.code
+    q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in qkv(partition, batch=3, dtype=torch.float32))
+    assert relative_error(graph(q, k, v), attend(q, k, v)) < 1e-6
+
+
+def test_a_recorded_graph_refuses_maps_of_other_sizes() -> None:
+    partition = Partition.local((7, 10), window=(3, 4))
+    q = torch.randn(2, 7, 10, 1, 4)
+    graph: Any = make_fx(lambda q: partitioned_attention(q, q, q, partition))(q)
+    with pytest.raises(ValueError, match=r"must be \[B, 7, 10, \.\.\.\], got \(2, 10, 7, 1, 4\)"):
+        graph(torch.randn(2, 10, 7, 1, 4))
+
+
+@torch.no_grad()
+def test_a_trace_follows_its_weights() -> None:
+    """Position biases, kept in inference on a CPU, are not constants of the graph."""
+    model = maxvit("auto")
+    x = torch.randn(1, 3, 64, 64)
+    model(x)
+    traced = torch.jit.trace(model, x)
+    for parameter in traced.parameters():
+        parameter.mul_(1.1)
+    assert relative_error(traced(x), model(x)) < 1e-5
