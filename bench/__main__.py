@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from types import ModuleType
 
-from bench.commands import accuracy, inference, paper, partitions, photograph, pictures, scaling, sharding, train
+from bench import accuracy, train
+from bench.commands import inference, paper, partitions, photograph, pictures, scaling, sharding
 
 COMMANDS: dict[str, ModuleType] = {
     "scaling": scaling,

@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from bench.__main__ import main
-from bench.training import run as running
-from bench.training.recipe import RECIPES, Recipe
+from bench.train import trainer
+from bench.train.recipe import RECIPES, Recipe
 from isa_triton import ISAHead
 from isa_triton.models.ianet import IANet, fcn_head
 
@@ -49,5 +49,5 @@ def recipe(**changes: Any) -> Recipe:
 
 
 if __name__ == "__main__":
-    running.ianet = small
+    trainer.ianet = small
     main()

@@ -9,18 +9,18 @@ import pytest
 import torch
 from torch import Generator, nn
 
-from bench import tasks
+from bench import accuracy
 from bench.__main__ import main
-from bench.commands import accuracy
-from bench.commands.accuracy import EXPERIMENTS, HEADS, QUESTIONS, Run, learn, share_reached
+from bench.accuracy import Run, learn, tasks
+from bench.accuracy.experiments import EXPERIMENTS, HEADS, QUESTIONS, share_reached
+from bench.accuracy.tasks import COLOURS, IGNORED, KEYS, MOSAICS, SIZE, Drawn
 from bench.commands.paper import parameters
-from bench.tasks import COLOURS, IGNORED, SIZE, TASKS, Drawn
 
 H, W = SIZE
 
 
 def network(head: str) -> nn.Module:
-    return EXPERIMENTS["keys"].networks[head](TASKS["keys"])
+    return EXPERIMENTS["keys"].networks[head](KEYS)
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,7 @@ def test_twice_has_the_parameters_of_both_stages() -> None:
 
 
 def test_blocks_in_a_classifier_begin_as_the_identity() -> None:
-    task, x = TASKS["mosaics"], torch.randn(2, 1, H, W)
+    task, x = MOSAICS, torch.randn(2, 1, H, W)
     outputs, counts = [], []
     for build in EXPERIMENTS["blocks"].networks.values():
         model = build(task).eval()
@@ -148,7 +148,10 @@ def test_a_run_leaves_a_csv_a_table_and_a_plot_a_question(tmp_path: Path, capsys
 
 def test_questions_ask_about_networks_that_exist() -> None:
     for name, experiment in EXPERIMENTS.items():
-        asked = {network for _, answer, networks in QUESTIONS.values() if answer == name for network in networks}
+        shown = [
+            question.networks or experiment.networks for question in QUESTIONS.values() if question.experiment == name
+        ]
+        asked = {network for networks in shown for network in networks}
         assert asked == set(experiment.networks)
         assert set(experiment.quick) <= asked
 

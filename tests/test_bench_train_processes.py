@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bench.training import run as running
-from bench.training.run import Processes, Run
+from bench.train import trainer
+from bench.train.trainer import Process, Trainer
 from tests.cases import relative_error
 from tests.small_network import recipe, small
 from tests.test_sharding import processes
@@ -20,20 +20,20 @@ SIZE = 48, 80
 
 def two_steps() -> dict[str, Tensor]:
     """A network after two steps of the processes that there are, on their shares of the same batches."""
-    running.ianet = lambda num_classes, **_: small(num_classes, dropout=0.0)
+    trainer.ianet = lambda num_classes, **_: small(num_classes, dropout=0.0)
     joined = dist.is_initialized()
     rank, count = (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
-    run = Run(recipe(batch=4), 19, Processes(torch.device("cpu"), rank, count))
+    training = Trainer(recipe(batch=4), Process(torch.device("cpu"), rank, count))
     generator = torch.Generator().manual_seed(0)
     for _ in range(2):
         images = torch.randn(4, 3, *SIZE, generator=generator)
         labels = torch.randint(19, (4, *SIZE), generator=generator)
-        run.step(*(x.chunk(count)[rank] for x in (images, labels)))
-    return dict(run.network.state_dict())
+        training.step(*(x.chunk(count)[rank] for x in (images, labels)))
+    return dict(training.network.state_dict())
 
 
 def test_two_processes_learn_what_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(running, "ianet", small)
+    monkeypatch.setattr(trainer, "ianet", small)
     first, second = processes(2, two_steps, tmp_path)
     alone = two_steps()
     start = small(19).state_dict()

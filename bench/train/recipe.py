@@ -2,33 +2,36 @@
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 IGNORED = 255  # the class of pixels that no loss and no score counts
 
-# crop, batch, lr, weight_decay, iterations and output_stride, by data set
-RECIPES: dict[str, dict[str, Any]] = {
+_COLUMNS = ("crop", "batch", "lr", "weight_decay", "iterations", "output_stride")
+_ROWS: dict[str, tuple[Any, ...]] = {
     # the authors', arXiv 1907.12273
-    "cityscapes": {"crop": (512, 1024), "batch": 8, "lr": 0.01, "weight_decay": 5e-4, "iterations": 40_000},
-    "ade20k": {"crop": (520, 520), "batch": 16, "lr": 0.02, "weight_decay": 1e-4, "iterations": 150_000},
-    "lip": {
-        "crop": (473, 473),
-        "batch": 32,
-        "lr": 0.007,
-        "weight_decay": 5e-4,
-        "iterations": 110_000,
-        "output_stride": 16,
-    },
+    "cityscapes": ((512, 1024), 8, 0.01, 5e-4, 40_000, 8),
+    "ade20k": ((520, 520), 16, 0.02, 1e-4, 150_000, 8),
+    "lip": ((473, 473), 32, 0.007, 5e-4, 110_000, 16),
     # ours, after the schedules that are usual for these two
-    "voc": {"crop": (512, 512), "batch": 16, "lr": 0.01, "weight_decay": 5e-4, "iterations": 40_000},
-    "coco": {"crop": (512, 512), "batch": 16, "lr": 0.01, "weight_decay": 1e-4, "iterations": 80_000},
+    "voc": ((512, 512), 16, 0.01, 5e-4, 40_000, 8),
+    "coco": ((512, 512), 16, 0.01, 1e-4, 80_000, 8),
 }
+RECIPES = {name: dict(zip(_COLUMNS, row, strict=True)) for name, row in _ROWS.items()}  # by data set
+
+
+class InputError(argparse.ArgumentError):
+    """What the user gave cannot be used; the message says what would be valid."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(None, message.rpartition("InputError: ")[2])  # a data loader puts its traceback before it
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class Recipe:
     """
 
     data_set: str
-    head: str  # of `bench.heads`
+    head: str  # a segmentation head by its name in `bench.heads`
     backbone: str
     channels: int  # of the head
     partition_size: tuple[int, int]
@@ -49,7 +52,7 @@ class Recipe:
     lr: float
     weight_decay: float
     iterations: int
-    output_stride: int = 8
+    output_stride: int
     weights: str | None = None  # the backbone's first, by torchvision's name
     precision: str = "float32"  # of autocast
     seed: int = 0
@@ -61,6 +64,11 @@ class Recipe:
     def learning_rate(self, iteration: int) -> float:
         """The poly schedule, lr (1 - iteration / iterations)^power."""
         return self.lr * (1 - iteration / self.iterations) ** self.power
+
+    def autocast(self, device: torch.device) -> torch.autocast:
+        """Mixed precision on a device."""
+        half = self.precision != "float32"
+        return torch.autocast(device.type, getattr(torch, self.precision) if half else None, enabled=half)
 
     def loss(self, logits: dict[str, Tensor], labels: Tensor) -> Tensor:
         """Cross-entropy of "out", and `auxiliary` times that of "aux": [B, classes, H, W] each; labels [B, H, W]."""

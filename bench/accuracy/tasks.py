@@ -82,7 +82,7 @@ def mosaics(count: int, generator: Generator, unseen: bool = False) -> Drawn:
     return Drawn(_noisy(images, generator), classes)
 
 
-TASKS = {"keys": Task(3, len(COLOURS), keys), "mosaics": Task(1, 10, mosaics)}
+KEYS, MOSAICS = Task(3, len(COLOURS), keys), Task(1, 10, mosaics)
 
 
 @cache

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from itertools import product
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchmetrics import MetricCollection
-from torchmetrics.classification import MulticlassConfusionMatrix, MulticlassJaccardIndex
+from torchmetrics.classification import MulticlassConfusionMatrix
 
-from bench.training.recipe import IGNORED
+from bench.train.recipe import IGNORED
 
 Network = Callable[[Tensor], Tensor]  # images [B, 3, H, W] -> logits [B, classes, H, W]
 
 
-def starts(length: int, window: int) -> list[int]:
+def window_starts(length: int, window: int) -> list[int]:
     """Where windows begin that cover a length in steps of 2/3 of a window; the last one ends where the length does."""
     last = max(length - window, 0)
     return [*range(0, last, max(1, 2 * window // 3)), last]
@@ -30,7 +30,7 @@ def slide(network: Network, x: Tensor, window: tuple[int, int]) -> Tensor:
     (H, W), (h, w) = x.shape[2:], window
     x = F.pad(x, (0, max(0, w - W), 0, max(0, h - H)))
     total, count = x.new_zeros(()), x.new_zeros(1, 1, *x.shape[2:])
-    for top, left in product(starts(x.shape[2], h), starts(x.shape[3], w)):
+    for top, left in product(window_starts(x.shape[2], h), window_starts(x.shape[3], w)):
         here = (..., slice(top, top + h), slice(left, left + w))
         logits = network(x[here]).float()
         if total.dim() == 0:
@@ -41,11 +41,7 @@ def slide(network: Network, x: Tensor, window: tuple[int, int]) -> Tensor:
 
 
 def probabilities(
-    network: Network,
-    x: Tensor,
-    window: tuple[int, int],
-    scales: Sequence[float] = (1.0,),
-    mirror: Tensor | None = None,
+    network: Network, x: Tensor, window: tuple[int, int], scales: Sequence[float] = (1.0,), mirror: Tensor | None = None
 ) -> Tensor:
     """Class probabilities [1, classes, H, W] of an image x [1, 3, H, W]: the mean over scales and flips.
 
@@ -81,16 +77,10 @@ def intersection_over_union(
     Returns:
         A value a class, None where neither predictions nor labels have it; and the mean.
     """
-    metrics = MetricCollection(
-        {
-            "each": MulticlassJaccardIndex(num_classes, average="none", ignore_index=IGNORED),
-            "mean": MulticlassJaccardIndex(num_classes, average="macro", ignore_index=IGNORED),
-            "pixels": MulticlassConfusionMatrix(num_classes, ignore_index=IGNORED),
-        }
-    ).to(device)
+    confusion = MulticlassConfusionMatrix(num_classes, ignore_index=IGNORED).to(device)
     for prediction, label in predicted:
-        metrics.update(prediction, label)
-    found = metrics.compute()
-    occurs = found["pixels"].sum(0) + found["pixels"].sum(1) > 0
-    ious = [iou if seen else None for iou, seen in zip(found["each"].tolist(), occurs, strict=True)]
-    return ious, float(found["mean"])
+        confusion.update(prediction, label)
+    pixels = confusion.compute().cpu().double()  # [label, prediction]
+    intersection, union = pixels.diag(), pixels.sum(0) + pixels.sum(1) - pixels.diag()
+    ious = intersection / union  # nan where a class does not occur
+    return [None if math.isnan(iou) else iou for iou in ious.tolist()], float(ious.nanmean())
