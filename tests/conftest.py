@@ -25,6 +25,14 @@ def pytest_report_header() -> list[str]:
     return [" ".join(f"{name}={os.environ[name]}" for name in names)] if names[0] in os.environ else []
 
 
+@pytest.fixture(scope="session")
+def mended_interpreter() -> None:
+    """Triton's interpreter, its bf16 right and its launches checked by `guard.watch`."""
+    from tests import guard  # loads triton, which most tests do without
+
+    guard.install()
+
+
 @pytest.fixture(autouse=True)
 def _one_seed_one_thread() -> None:
     torch.manual_seed(0)
