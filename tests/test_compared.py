@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import doctest
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import product
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import reference
 from bench import opponents
 from isa_triton import Partition
-from tests.cases import qkv, relative_error
+from tests.cases import assert_same, outputs_and_gradients, qkv, relative_error
 
 SIZE = H, W = 5, 7
 PIXELS = list(product(range(H), range(W)))
@@ -177,35 +177,20 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], Naive]] = {
 }
 
 
-def lively(module: nn.Module) -> nn.Module:
+def with_random_parameters(module: nn.Module) -> nn.Module:
     """In fp64, with no parameter left where it makes the block an identity."""
     for parameter in module.double().parameters():
         nn.init.normal_(parameter, std=0.5)
     return module
 
 
-def everything(f: Callable[[Tensor], Tensor], module: nn.Module, x: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """The output of f, and the gradients of x and of the module's parameters."""
-    x = x.clone().requires_grad_()
-    y = f(x)
-    names, parameters = zip(*module.named_parameters(), strict=True)
-    upstream = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape).sin()
-    yield "output", y
-    yield from zip(("x", *names), torch.autograd.grad(y, (x, *parameters), upstream), strict=True)
-
-
-def assert_same(f: Callable[[Tensor], Tensor], g: Callable[[Tensor], Tensor], module: nn.Module, x: Tensor) -> None:
-    for (name, actual), (_, expected) in zip(everything(f, module, x), everything(g, module, x), strict=True):
-        assert relative_error(actual, expected) < 1e-11, name
-
-
 @pytest.mark.parametrize("name", MODULES)
 def test_a_module_is_its_papers_formula(name: str) -> None:
     make, naive = MODULES[name]
-    module = lively(make())
+    module = with_random_parameters(make())
     channels = next(m for m in module.modules() if isinstance(m, nn.Conv2d)).in_channels
     x = torch.randn(2, channels, *SIZE, dtype=torch.float64)
-    assert_same(module, lambda x: naive(module, x), module, x)
+    assert_same(outputs_and_gradients(module, x), outputs_and_gradients(module, x, call=naive), tolerance=1e-11)
 
 
 @pytest.mark.parametrize("block", [reference.NonLocal, reference.RCCA, reference.CGNL, reference.CGNLx])
@@ -226,7 +211,7 @@ def test_published_widths() -> None:
 
 def test_two_rounds_of_criss_cross_reach_every_pixel_and_one_does_not() -> None:
     for recurrence in (1, 2):
-        module = lively(reference.RCCA(4, key_channels=2, recurrence=recurrence))
+        module = with_random_parameters(reference.RCCA(4, key_channels=2, recurrence=recurrence))
         x = torch.randn(1, 4, *SIZE, dtype=torch.float64)
         changed = x.clone()
         changed[:, :, 1, 2] += 1
@@ -266,12 +251,11 @@ def without_dropout(head: Any) -> nn.Module:
 def test_fused_blocks_equal_theirs(
     fused: Callable[[], nn.Module], plain: Callable[[], nn.Module], size: tuple[int, int]
 ) -> None:
-    ours, theirs = lively(fused()), plain().double()
+    ours, theirs = with_random_parameters(fused()), plain().double()
     theirs.load_state_dict(ours.state_dict())
     channels = 6 if isinstance(ours, reference.NonLocal) else 16
     x = torch.randn(2, channels, *size, dtype=torch.float64)
-    for (name, a), (_, b) in zip(everything(ours, ours, x), everything(theirs, theirs, x), strict=True):
-        assert relative_error(a, b) < 1e-11, name
+    assert_same(outputs_and_gradients(ours, x), outputs_and_gradients(theirs, x), tolerance=1e-11)
 
 
 @pytest.mark.parametrize("logits", [1.0, 30.0, 1000.0])

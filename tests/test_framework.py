@@ -64,7 +64,7 @@ class Attended(Dataset[Tensor]):
         return partitioned_attention(q, k, v, Partition.local((4, 6), window=(2, 3)))[0]
 
 
-@pytest.mark.parametrize("context", ["fork", "spawn"])
+@pytest.mark.parametrize("context", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")  # fork, told by the test
 def test_data_loader_workers_attend(context: str) -> None:
     loader = DataLoader(Attended(), num_workers=1, multiprocessing_context=context)

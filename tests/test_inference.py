@@ -18,8 +18,7 @@ from bench.measure import Step, count
 from isa_triton import InterlacedSparseSelfAttention, ISAHead, ISAModule, SelfAttention2d
 from isa_triton.inference import FoldedStage, decompose, fuse
 from isa_triton.maps import ConvNormReLU
-from tests.cases import lively, relative_error
-from tests.test_modules import assert_same
+from tests.cases import assert_same, outputs_and_gradients, relative_error, with_random_statistics
 
 LEAKY: dict[str, Any] = {"activation": partial(nn.LeakyReLU, 0.01)}  # not in place
 LAYERS: dict[str, Callable[[], nn.Module]] = {
@@ -39,7 +38,7 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
 
 
 def layer(name: str) -> nn.Module:
-    made = lively(LAYERS[name]()).eval()
+    made = with_random_statistics(LAYERS[name]()).eval()
     for activation in made.modules():
         if isinstance(activation, nn.PReLU):
             nn.init.uniform_(activation.weight)
@@ -79,7 +78,7 @@ def test_fused_passes_gradients_to_its_input_and_keeps_none() -> None:
 
 def test_gradients_do_not_meet_what_the_kernels_kept() -> None:
     """The Triton backend keeps its output for long groups; the activation must not write over that."""
-    module = lively(SelfAttention2d(16, 16, 16, pattern="dense")).float().eval()
+    module = with_random_statistics(SelfAttention2d(16, 16, 16, pattern="dense")).float().eval()
     x = torch.randn(1, 16, 13, 5, requires_grad=True)  # 65 tokens: two passes
     expected = torch.autograd.grad(module(x).sin().sum(), x)[0]
     folded = fuse(module)
@@ -157,13 +156,13 @@ def kept_bytes(module: nn.Module, x: Tensor) -> int:
 @pytest.mark.parametrize("padding", ["zeros", "mask"])
 def test_recomputing_changes_nothing_but_bytes(padding: str) -> None:
     widths, options = (6, 4, 5, 7), {"partition_size": (4, 3), "padding": padding}
-    plain = lively(InterlacedSparseSelfAttention(*widths, **options))
+    plain = with_random_statistics(InterlacedSparseSelfAttention(*widths, **options))
     recomputing = InterlacedSparseSelfAttention(*widths, **options, recompute=True).double()
     recomputing.load_state_dict(plain.state_dict())
-    assert_same(recomputing, plain, torch.randn(2, 6, 9, 11, dtype=torch.float64))  # batch statistics included
-    for module in (plain, recomputing):
-        module.eval()
-    assert_same(recomputing, plain, torch.randn(2, 6, 9, 11, dtype=torch.float64))
+    x = torch.randn(2, 6, 9, 11, dtype=torch.float64)
+    for training in (True, False):  # batch statistics included
+        modules = (recomputing.train(training), plain.train(training))
+        assert_same(*(outputs_and_gradients(module, x) for module in modules))
 
 
 def test_recomputing_keeps_the_projections_inputs_only() -> None:
@@ -194,6 +193,7 @@ def test_norm_and_activation_are_the_callers() -> None:
 # -- compilers ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_fused_compiles_in_one_graph_for_several_sizes() -> None:
     folded = fuse(layer("module"))
     compiled = torch.compile(folded, fullgraph=True, backend="aot_eager")
@@ -212,6 +212,7 @@ def test_fused_exports_and_decomposes() -> None:
     assert ["isa_triton.forward.default" in names for names in operators] == [True, False]
 
 
+@pytest.mark.slow
 def test_onnx_runtime_runs_what_was_exported(tmp_path: Path) -> None:
     pytest.importorskip("onnxscript", reason="onnxscript, which writes ONNX files, is not installed")
     onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")

@@ -1,4 +1,4 @@
-"""The tests of the kernels can fail: of the defects that such kernels are known for, planted in a copy, one finds each."""
+"""The tests of the kernels can fail: each defect that such kernels are known for, planted in a copy, fails one."""
 
 from __future__ import annotations
 

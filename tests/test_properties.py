@@ -39,6 +39,7 @@ def test_the_eager_backend_keeps_the_budget(case: Case) -> None:
     within_budget(case, "eager")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("mended_interpreter")
 @drawn(20, largest=7)
 def test_the_kernels_keep_the_budget(case: Case) -> None:
