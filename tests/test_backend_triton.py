@@ -14,7 +14,9 @@ from isa_triton.backend import triton as triton_backend
 from isa_triton.backend.kernels import launch
 from tests.cases import PARTITIONS, qkv, relative_error
 
+pytestmark = pytest.mark.usefixtures("mended_interpreter")
 ONE_KERNEL = PARTITIONS["interlaced-ragged"]
+TINY = Partition.interlaced((3, 3), stride=(2, 2))
 TWO_PASSES = Partition.dense((13, 5))  # 65 tokens: one more than the interpreter's tiles take whole
 
 
@@ -75,16 +77,17 @@ def test_backward_is_deterministic_to_the_bit(partition: Partition) -> None:
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_operators_pass_opcheck(bias: bool, transposed: bool) -> None:
-    q, k, v, *rest = inputs(ONE_KERNEL, bias)
+    q, k, v, *rest = inputs(TINY, bias)
     if transposed:
         q, k, v = (x.detach().transpose(1, 4).contiguous().transpose(1, 4).requires_grad_() for x in (q, k, v))
-    b, axes = (rest[0] if rest else None), (list(ONE_KERNEL.h), list(ONE_KERNEL.w))
+    b, axes = (rest[0] if rest else None), (list(TINY.h), list(TINY.w))
     torch.library.opcheck(torch.ops.isa_triton.forward.default, (q, k, v, b, 0.5, *axes, True, "triton"))
     plain = [None if x is None else x.detach() for x in (q, k, v, b)]
     arguments = (*plain, None, None, torch.randn_like(v), None, 0.5, *axes, False, "triton")
     torch.library.opcheck(torch.ops.isa_triton.backward.default, arguments)
 
 
+@pytest.mark.slow
 def test_compiles_through_the_operators() -> None:
     """The whole layer in training mode, in one graph, with the kernels as its attention."""
     layer = InterlacedSparseSelfAttention(4, 16, 16, partition_size=(3, 2))

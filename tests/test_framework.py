@@ -71,6 +71,7 @@ def test_data_loader_workers_attend(context: str) -> None:
     assert [float(item.mean()) for item in loader] == [0.0, 1.0]
 
 
+@pytest.mark.usefixtures("mended_interpreter")
 @pytest.mark.parametrize("backend", ["eager", "triton"])
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_activation_checkpointing_changes_nothing(backend: str, reentrant: bool) -> None:
@@ -121,6 +122,7 @@ def test_export_runs_on_other_inputs() -> None:
     assert relative_error(program.module()(other), attend(other)) < 1e-6
 
 
+@pytest.mark.slow
 def test_optimised_python_refuses_and_computes_alike() -> None:
     """Nothing depends on assert statements."""
     script = (

@@ -99,6 +99,7 @@ def test_disjoint_key_sets_merge_by_their_lse() -> None:
     assert relative_error(weights[0] * rows + weights[1] * columns, expected) < 1e-13
 
 
+@pytest.mark.slow
 @every_partition
 @pytest.mark.usefixtures("chunking")
 def test_derivatives_of_first_and_second_order_forward_and_reverse(partition: Partition) -> None:

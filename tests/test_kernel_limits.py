@@ -95,7 +95,7 @@ def test_empty_batch_launches_nothing() -> None:
     assert torch.equal(partials.sum(0), torch.zeros(1, 16, 16))
 
 
-@pytest.mark.parametrize("form", [FORMS[0], FORMS[2]])
+@pytest.mark.parametrize("form", [FORMS[0], pytest.param(FORMS[2], marks=pytest.mark.slow)])
 @pytest.mark.parametrize("far", ["batch", "row", "column", "head", "channel"])
 def test_offsets_beyond_31_bits(far: str, form: str) -> None:
     case = of_groups("local", (3, 4), (2, 2), (1, 1), (2, 2), heads=2, maps=2, dtype=torch.float16)

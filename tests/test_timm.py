@@ -37,6 +37,8 @@ MODELS: dict[str, tuple[str, tuple[int, int], dict[str, Any]]] = {  # name, imag
     "Swin: any image": ("swin_tiny_patch4_window7_224", (72, 100), SWIN | {"dynamic_img_size": True}),
 }  # fmt: skip
 
+QUICK = "Swin: any image"
+
 
 def model(key: str) -> tuple[nn.Module, Tensor]:
     """A narrow one of the family in fp64, whose attention depends on positions, and an image for it."""
@@ -65,7 +67,7 @@ def test_accelerated_models_are_the_same_function(key: str) -> None:
     assert_same(actual, expected, tolerance=1e-9, floor=1e-3)
 
 
-@pytest.mark.parametrize("key", MODELS)
+@pytest.mark.parametrize("key", [QUICK, *(pytest.param(key, marks=pytest.mark.slow) for key in MODELS if key != QUICK)])
 @torch.no_grad()
 def test_inference_follows_weights_however_they_change(key: str) -> None:
     """Position biases are kept from call to call; also where nobody counts versions, they are those of the weights."""
