@@ -81,11 +81,11 @@ def outputs_and_gradients(
     y = call(module, x)
     upstream = torch.randn(y.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).to(y.dtype)
     y.backward(place(upstream))
-    gradients = {name: parameter.grad for name, parameter in module.named_parameters()}
-    results = {"output": y.detach(), "x.grad": x.grad, **gradients}
-    missing = [name for name, result in results.items() if result is None]
+    gradients = {"x.grad": x.grad} | {name: parameter.grad for name, parameter in module.named_parameters()}
+    missing = [name for name, gradient in gradients.items() if gradient is None]
     assert not missing, f"no gradient of {', '.join(missing)}"
-    return {name: result.clone() for name, result in (results | dict(module.named_buffers())).items()}
+    results = {"output": y.detach()} | gradients | dict(module.named_buffers())
+    return {name: result.clone() for name, result in results.items() if result is not None}
 
 
 def relative_error(actual: Tensor, expected: Tensor, floor: float = 1.0) -> float:

@@ -119,10 +119,12 @@ def crossed() -> Iterator[tuple[Row, Case]]:
 
 
 def case_of(row: Row, dice: random.Random) -> Case:
-    """Few groups where they are long; a ragged map lacks as many pixels as leave something of every group."""
+    """Few groups where there is much to do; a ragged map lacks as many pixels as leave something of every group."""
     kind, ragged = KINDS[row["kind"]]
-    tokens, few = dice.choice(SHAPES[row["tokens"]]), row["tokens"] > 100 or row["form"] != "one block"
-    groups = (1, 2) if few else dice.choice([(2, 3), (3, 2), (1, 4)])
+    tokens, several = dice.choice(SHAPES[row["tokens"]]), [(2, 3), (3, 2), (1, 4)]
+    if row["tokens"] > 100 or row["form"] != "one block" or row["heads"] * row["maps"] > 1:
+        several = [(1, 2), (2, 1)]
+    groups = dice.choice(several)
     short = (0, 0)
     if kind in ("rows", "columns"):
         tokens, groups = {"rows": ((1, row["tokens"]), (2, 1)), "columns": ((row["tokens"], 1), (1, 2))}[kind]

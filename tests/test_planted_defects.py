@@ -100,7 +100,7 @@ def copied(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def outcome(folder: Path, tests: list[str]) -> pytest.ExitCode:
+def outcome(folder: Path, tests: list[str]) -> int:
     """How pytest ends in a new process, into which nothing of ours was imported yet; its report is printed."""
     report, plugins = folder / "report.xml", ["-p", "no:cacheprovider", "-p", "no:terminal"]
     arguments = ["-n", "0", *plugins, f"--junitxml={report}", *(f"{folder}/tests/{test}" for test in tests)]

@@ -30,7 +30,7 @@ class Subclass(Tensor):
 
 def transformed(question: Any) -> Any:
     """The answer inside a transform of torch.func."""
-    answers = []
+    answers = list[Any]()
 
     def ask(x: Tensor) -> Tensor:
         answers.append(question())
@@ -109,7 +109,7 @@ def test_inference_is_what_nobody_differentiates_casts_compiles_or_watches(monke
 
 
 def test_a_constant_of_a_graph_is_computed_once_while_compiling() -> None:
-    calls = []
+    calls = list[int]()
 
     @_tracing.constant_in_graphs
     def three() -> int:
