@@ -3,6 +3,7 @@
 import os
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is decorated, so before any import of the library
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's, read when it is imported: one core each, as torch below
 
 import secrets
 
