@@ -48,7 +48,7 @@ def test_backends_agree_in_outputs_and_gradients(partition: Partition, bias: boo
 
 @pytest.mark.parametrize("partition", [ONE_KERNEL, TWO_PASSES], ids=["one kernel", "two passes"])
 @pytest.mark.parametrize("bias", [False, True])
-def test_backward_is_kept_no_more_than_it_needs(partition: Partition, bias: bool) -> None:
+def test_no_more_is_kept_than_backward_needs(partition: Partition, bias: bool) -> None:
     """The inputs, and out and lse only where groups do not fit in one block."""
     tensors = inputs(partition, bias)
     kept: list[Tensor] = []
@@ -88,7 +88,7 @@ def test_operators_pass_opcheck(bias: bool, transposed: bool) -> None:
 
 
 @pytest.mark.slow
-def test_compiles_through_the_operators() -> None:
+def test_the_layer_compiles_through_the_operators() -> None:
     """The whole layer in training mode, in one graph, with the kernels as its attention."""
     layer = InterlacedSparseSelfAttention(4, 16, 16, partition_size=(3, 2))
     x = torch.randn(1, 4, 5, 7)

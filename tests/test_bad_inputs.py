@@ -252,7 +252,7 @@ def test_an_interrupted_command_says_so(monkeypatch: pytest.MonkeyPatch, capsys:
     assert capsys.readouterr().err == "interrupted\n"
 
 
-def test_the_table_is_long_enough() -> None:
+def test_the_tables_are_long_enough() -> None:
     assert len(PARTITIONS + ATTENTION + MODULES + TILES) + len(COMMANDS) >= 60
 
 

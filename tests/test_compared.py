@@ -1,4 +1,4 @@
-"""The compared modules equal naive formulas, pixel by pixel; their fused forms equal them."""
+"""The compared modules equal naive formulas, pixel by pixel; so do the forms that use our attention."""
 
 from __future__ import annotations
 
@@ -199,7 +199,7 @@ def test_blocks_start_as_the_identity(block: type[nn.Module]) -> None:
     assert torch.equal(block(16)(x), x)
 
 
-def test_published_widths() -> None:
+def test_widths_are_the_published_ones() -> None:
     rcca = reference.RCCA(512)
     assert rcca.query.weight.shape == rcca.key.weight.shape == (64, 512, 1, 1)
     assert reference.NonLocal(512).theta.weight.shape == (256, 512, 1, 1)
@@ -220,7 +220,7 @@ def test_two_rounds_of_criss_cross_reach_every_pixel_and_one_does_not() -> None:
 
 
 @pytest.mark.parametrize("name", ["cgnl", "context", "criss_cross", "nonlocal_"])
-def test_examples_in_docstrings(name: str) -> None:
+def test_examples_in_docstrings_are_right(name: str) -> None:
     module = __import__(f"reference.{name}", fromlist=[name])
     results = doctest.testmod(module, extraglobs={"torch": torch})
     assert results.attempted > 0
@@ -236,7 +236,7 @@ def without_dropout(head: Any) -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    ("fused", "plain"),
+    ("by_our_attention", "plain"),
     [
         (lambda: opponents.FusedNonLocal(6), lambda: reference.NonLocal(6)),
         (lambda: opponents.FusedRCCA(16), lambda: reference.RCCA(16)),
@@ -248,10 +248,10 @@ def without_dropout(head: Any) -> nn.Module:
     ],
 )
 @pytest.mark.parametrize("size", [(5, 7), (1, 7), (4, 1), (1, 1)], ids=str)
-def test_fused_blocks_equal_theirs(
-    fused: Callable[[], nn.Module], plain: Callable[[], nn.Module], size: tuple[int, int]
+def test_blocks_by_our_attention_equal_theirs(
+    by_our_attention: Callable[[], nn.Module], plain: Callable[[], nn.Module], size: tuple[int, int]
 ) -> None:
-    ours, theirs = with_random_parameters(fused()), plain().double()
+    ours, theirs = with_random_parameters(by_our_attention()), plain().double()
     theirs.load_state_dict(ours.state_dict())
     channels = 6 if isinstance(ours, reference.NonLocal) else 16
     x = torch.randn(2, channels, *size, dtype=torch.float64)

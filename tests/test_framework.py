@@ -66,7 +66,7 @@ class Attended(Dataset[Tensor]):
 
 @pytest.mark.parametrize("context", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")  # fork, told by the test
-def test_data_loader_workers_attend(context: str) -> None:
+def test_workers_of_a_data_loader_attend(context: str) -> None:
     loader = DataLoader(Attended(), num_workers=1, multiprocessing_context=context)
     assert [float(item.mean()) for item in loader] == [0.0, 1.0]
 
@@ -103,7 +103,7 @@ def test_ten_resolutions_are_compiled_at_most_twice(attend: Callable[[Tensor], T
     assert counter.frame_count <= 2
 
 
-def test_deterministic_mode_and_inference_mode() -> None:
+def test_deterministic_mode_and_inference_mode_change_nothing() -> None:
     attend, x = layer(), torch.randn(1, 4, 7, 9)
     expected = attend(x)
     torch.use_deterministic_algorithms(True)
@@ -115,7 +115,7 @@ def test_deterministic_mode_and_inference_mode() -> None:
         assert torch.equal(attend(x), expected)
 
 
-def test_export_runs_on_other_inputs() -> None:
+def test_an_exported_layer_runs_on_other_inputs() -> None:
     attend, x = layer(), torch.randn(1, 4, 7, 9)
     program = torch.export.export(attend, (x,))
     other = torch.randn_like(x)

@@ -102,7 +102,7 @@ def test_disjoint_key_sets_merge_by_their_lse() -> None:
 @pytest.mark.slow
 @every_partition
 @pytest.mark.usefixtures("chunking")
-def test_derivatives_of_first_and_second_order_forward_and_reverse(partition: Partition) -> None:
+def test_first_and_second_derivatives_are_right_forward_and_reverse(partition: Partition) -> None:
     inputs = [x.requires_grad_() for x in qkv(partition, batch=1)]
     inputs.append(torch.randn(2, partition.tokens, partition.tokens, dtype=torch.float64, requires_grad=True))
 
@@ -113,7 +113,7 @@ def test_derivatives_of_first_and_second_order_forward_and_reverse(partition: Pa
     assert gradgradcheck(attention, inputs, check_fwd_over_rev=True, fast_mode=True)
 
 
-def test_derivatives_without_bias_or_lse_in_full() -> None:
+def test_derivatives_without_bias_or_lse_are_right_in_every_entry() -> None:
     partition = Partition.interlaced((3, 2), stride=(2, 1))
     inputs = [x.requires_grad_() for x in qkv(partition, batch=1, heads=1, key_width=1, value_width=2)]
 
@@ -153,7 +153,7 @@ def test_strides_do_not_matter(layout: str, name: str) -> None:
         assert relative_error(a, e) < 1e-14
 
 
-def test_expanded_inputs_and_gradients() -> None:
+def test_expanded_inputs_and_gradients_are_those_they_repeat() -> None:
     partition = PARTITIONS["local-ragged"]
     q, k, v = qkv(partition, batch=1)
     wide = [x.expand(3, *x.shape[1:]) for x in (q, k, v)]
@@ -189,7 +189,7 @@ def test_error_stays_within_the_budget_of_the_same_precision(dtype: torch.dtype,
 
 @pytest.mark.parametrize("chunk_bytes", [8 << 20, 4096])
 @pytest.mark.parametrize("name", PARTITIONS)
-def test_fused_attention_serves_where_it_is_faster_and_agrees(
+def test_sdpa_serves_where_it_is_faster_and_agrees(
     name: str, chunk_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Up to a width of 128, in one chunk or in many; with lse there is none, and the same result."""
@@ -207,7 +207,7 @@ def test_fused_attention_serves_where_it_is_faster_and_agrees(
 
 
 @pytest.mark.parametrize("backend", ["eager", "triton"])
-def test_empty_batches_and_no_heads(backend: str) -> None:
+def test_empty_batches_and_no_heads_give_empty_results(backend: str) -> None:
     partition = PARTITIONS["local-ragged"]
     for batch, heads, width in ((0, 2, 5), (2, 0, 5), (0, 2, 3), (2, 0, 3)):
         leaves = [x.float().requires_grad_() for x in qkv(partition, batch=batch, heads=heads, value_width=width)]
@@ -242,7 +242,7 @@ def test_scores_never_exceed_one_group(monkeypatch: pytest.MonkeyPatch) -> None:
     assert largest.numel <= max(256 * 256, q.numel())
 
 
-def test_torch_func_transforms() -> None:
+def test_transforms_of_torch_func_agree_with_autograd() -> None:
     partition = PARTITIONS["interlaced-ragged"]
     q, k, v = qkv(partition, batch=1, heads=1, key_width=2, value_width=2)
     bias = torch.randn(1, partition.tokens, partition.tokens, dtype=torch.float64)
@@ -265,7 +265,7 @@ def test_torch_func_transforms() -> None:
     assert relative_error(hessian, hessian.T) < 1e-13
 
 
-def test_compiles_in_one_graph_with_the_partition_hidden_in_an_operator() -> None:
+def test_attention_compiles_in_one_graph_with_the_partition_hidden_in_an_operator() -> None:
     graphs = []
 
     def backend(graph: torch.fx.GraphModule, _: Any) -> Any:

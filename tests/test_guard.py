@@ -20,7 +20,7 @@ def test_bf16_rounds_to_nearest_even_as_torch_does() -> None:
     torch.testing.assert_close(ours, values.bfloat16().float(), rtol=0, atol=0, equal_nan=True)
 
 
-def test_guard_sees_planted_bugs() -> None:
+def test_the_guard_sees_each_bug_it_is_for() -> None:
     partition, tile, q = Partition.local((8, 4), window=(4, 4)), Tile(16, 16, 64, 32), torch.zeros(1, 8, 4, 1, 32)
     beyond = Partition.local((9, 4), (3, 4))  # a map one row higher than the tensor
     with guard.watch(), pytest.raises(Exception, match="elements of no tensor"):

@@ -67,7 +67,7 @@ def test_traffic_of_a_group_that_fits_is_compulsory(widths: Pair) -> None:
     assert memory.traffic() <= 1.02 * sum(t.nbytes for t in (q, k, v, do, q, k, v))
 
 
-def test_forward_without_lse_and_backward_without_dlse() -> None:
+def test_lse_and_its_gradient_may_be_left_out() -> None:
     for form in FORMS[:2]:
         case = of_groups("local", TOKENS[form], (2, 1))
         inputs, partition, (tile, tiles) = inputs_of(case), case.partition, tiles_of(form, case.partition.tokens)
@@ -82,7 +82,7 @@ def test_forward_without_lse_and_backward_without_dlse() -> None:
             torch.testing.assert_close(result.double(), exact[name], atol=1e-4, rtol=1e-4)
 
 
-def test_empty_batch_launches_nothing() -> None:
+def test_an_empty_batch_launches_nothing() -> None:
     case = of_groups("local", (4, 4), (2, 1), maps=0, bias=True)
     inputs, (tile, tiles) = inputs_of(case), tiles_of("one block", 16)
     q, k, v, do, bias = (inputs[name] for name in ("q", "k", "v", "do", "bias"))
@@ -97,7 +97,7 @@ def test_empty_batch_launches_nothing() -> None:
 
 @pytest.mark.parametrize("form", [FORMS[0], pytest.param(FORMS[2], marks=pytest.mark.slow)])
 @pytest.mark.parametrize("far", ["batch", "row", "column", "head", "channel"])
-def test_offsets_beyond_31_bits(far: str, form: str) -> None:
+def test_offsets_may_exceed_31_bits(far: str, form: str) -> None:
     case = of_groups("local", (3, 4), (2, 2), (1, 1), (2, 2), heads=2, maps=2, dtype=torch.float16)
     shape = (case.maps, *case.size, case.heads, 2)
     dim = ["batch", "row", "column", "head", "channel"].index(far)

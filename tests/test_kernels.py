@@ -38,7 +38,9 @@ NAMED: dict[str, tuple[str, Case]] = {
     "groups of one token": ("one block", of_groups("local", (1, 1), (2, 3))),
     "a block of queries meets all keys": ("whole groups", of_groups("local", (7, 9), (1, 2))),
     "dk and dv in passes of their own": ("many blocks, split", of_groups("local", (5, 10), (1, 2), bias=True)),
-    "both": ("whole groups, split", of_groups("interlaced", (5, 10), (1, 2), (0, 1))),
+    "whole groups, dk and dv in passes of their own": (
+        "whole groups, split", of_groups("interlaced", (5, 10), (1, 2), (0, 1))
+    ),
     "several heads and maps": ("one block", of_groups("local", (3, 5), (2, 1), heads=3, maps=2, bias=True)),
     "a bias": ("one block", of_groups("interlaced", (3, 5), (1, 2), (0, 1), bias=True)),
     "a bias over many blocks": ("many blocks", of_groups("interlaced", (5, 10), (1, 2), (0, 1), bias=True)),

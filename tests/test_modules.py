@@ -26,7 +26,7 @@ def assert_same_function(a: nn.Module, b: nn.Module, x: Tensor) -> None:
 @pytest.mark.parametrize("order", ["long-short", "short-long"])
 @pytest.mark.parametrize("padding", ["zeros", "mask"])
 @pytest.mark.parametrize("training", [True, False])
-def test_isa_equals_the_reference(size: tuple[int, int], order: str, padding: str, training: bool) -> None:
+def test_the_layer_equals_the_reference(size: tuple[int, int], order: str, padding: str, training: bool) -> None:
     options: dict[str, Any] = {"order": order, "padding": padding}
     ours = with_random_statistics(InterlacedSparseSelfAttention(6, 4, 5, 7, partition_size=(8, 4), **options))
     theirs = reference.InterlacedSparseSelfAttention(6, 4, 5, 7, (8, 4), **options).double()
@@ -114,7 +114,7 @@ def test_head_classifies_every_pixel_and_upsamples() -> None:
     assert head(x, size=(48, 72)).shape == (2, 3, 48, 72)
 
 
-def test_parameters_of_the_published_sizes() -> None:
+def test_modules_of_the_published_sizes_have_the_published_parameters() -> None:
     def count(module: nn.Module) -> int:
         return sum(parameter.numel() for parameter in module.parameters())
 
@@ -197,7 +197,7 @@ def test_autocast_runs_in_half_and_trains() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("training", [True, False])
-def test_compiles_in_one_graph_for_several_sizes(training: bool) -> None:
+def test_a_layer_compiles_in_one_graph_for_several_sizes(training: bool) -> None:
     layer = with_random_statistics(InterlacedSparseSelfAttention(6, 4, 5, partition_size=(4, 3))).train(training)
     twin = copy.deepcopy(layer)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
@@ -213,7 +213,7 @@ def test_compiles_in_one_graph_for_several_sizes(training: bool) -> None:
             assert relative_error(a.grad, b.grad) < 1e-10, name
 
 
-def test_exports() -> None:
+def test_an_exported_layer_is_the_same_function() -> None:
     layer = with_random_statistics(InterlacedSparseSelfAttention(6, 4, 5, partition_size=(4, 3))).eval()
     x = torch.randn(2, 6, 9, 11, dtype=torch.float64)
     exported = torch.export.export(layer, (x,)).module()

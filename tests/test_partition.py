@@ -119,7 +119,7 @@ def test_join_is_the_inverse_of_view(size: tuple[int, int]) -> None:
         Partition.local((5, 7), window=(2, 2)).join(torch.zeros(2, 3, 4, 2, 2, 3))
 
 
-def test_integers_of_numpy_and_torch_become_python_s() -> None:
+def test_integers_of_numpy_and_torch_become_those_of_python() -> None:
     expected = Partition.local((200, 300), window=(8, 9))
     for pair in (np.array([8, 9], np.uint8), torch.tensor([8, 9]), (np.int8(8), 9)):
         partition = Partition.local((200, 300), window=pair)

@@ -33,7 +33,9 @@ from tests.processes import fake_devices
         ("short-long", (33, 20), 3),
     ],
 )
-def test_two_exchanges_in_either_direction(order: str, size: tuple[int, int], exchanges: int, padding: str) -> None:
+def test_there_are_two_exchanges_in_either_direction(
+    order: str, size: tuple[int, int], exchanges: int, padding: str
+) -> None:
     """Exactly two for the published order, on every map; the other order first completes windows that a cut divides."""
     with fake_devices((3,)) as mesh:
         layer = InterlacedSparseSelfAttention(

@@ -45,7 +45,7 @@ def test_layouts_cover_the_map_and_groups_stay_together(devices: int) -> None:
 
 
 @pytest.mark.parametrize("devices", range(1, 65))
-def test_groups_are_dealt_evenly(devices: int) -> None:
+def test_groups_are_dealt_out_evenly(devices: int) -> None:
     shares = [(h[1] - h[0]) * (w[1] - w[0]) for h, w in split_residues((0, 8), (0, 8), devices)]
     assert len(shares) == devices
     assert sum(shares) == 64
