@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from reference.budget import allowed_error, natural_scales
 
 NAMES = ("out", "lse", "dq", "dk", "dv", "dbias")
 KINDS = ("interlaced", "grid", "local", "rows", "columns", "dense")
-LAYOUTS = ("contiguous", "nchw", "heads_first", "sliced", "flipped", "expanded", "scalar")
+LAYOUTS = ("contiguous", "nchw", "heads_first", "sliced", "transposed", "expanded", "scalar")
 Pair = tuple[int, int]
 
 
@@ -77,15 +78,15 @@ class Case:
         """q, k, v, bias if there is one, and the gradients do and dlse that arrive."""
         generator = torch.Generator(device).manual_seed(self.seed)
 
-        def normal(*sizes: int) -> Tensor:
-            return torch.randn(sizes, generator=generator, device=device)
+        def normal(*sizes: int, dtype: torch.dtype = self.dtype) -> Tensor:
+            return torch.randn(sizes, generator=generator, device=device).to(dtype)
 
         here, (K, V), tokens = (self.maps, *self.size, self.heads), self.widths, self.partition.tokens
         shapes = {"q": (*here, K), "k": (*here, K), "v": (*here, V), "do": (*here, V)}
-        made = {name: laid_out(self.layout, shape, normal).to(self.dtype) for name, shape in shapes.items()}
+        made = {name: laid_out(self.layout, shape, normal) for name, shape in shapes.items()}
         if self.bias:  # transposed in memory, as a table's permutation is
-            made["bias"] = normal(tokens, tokens, self.heads).to(self.dtype).permute(2, 0, 1)
-        return made | {"dlse": laid_out(self.layout, (*here, 1), normal)[..., 0]}
+            made["bias"] = normal(tokens, tokens, self.heads).permute(2, 0, 1)
+        return made | {"dlse": laid_out(self.layout, (*here, 1), partial(normal, dtype=torch.float32))[..., 0]}
 
 
 def laid_out(layout: str, shape: tuple[int, ...], make: Callable[..., Tensor]) -> Tensor:
@@ -98,8 +99,8 @@ def laid_out(layout: str, shape: tuple[int, ...], make: Callable[..., Tensor]) -
             return make(b, heads, h, w, width).permute(0, 2, 3, 1, 4)
         case "sliced":  # a piece of a wider tensor on a larger map, somewhere in its storage
             return make(b, h + 3, w + 2, heads, 2 * width + 3)[:, 1:-2, 1:-1, :, 3 : width + 3]
-        case "flipped":
-            return make(*shape).flip(1, 2)
+        case "transposed":  # columns before rows
+            return make(b, w, h, heads, width).transpose(1, 2)
         case "expanded":  # stride 0 along maps, rows and heads
             return make(1, 1, w, 1, width).expand(shape)
         case "scalar":
@@ -143,14 +144,14 @@ def strategy(dtypes: tuple[torch.dtype, ...], longest: int = 12, widest: int = 8
 def errors(case: Case, backend: str, device: str = "cpu") -> dict[str, float]:
     """The error of each output and gradient, as a part of what the budget allows; nothing for an empty batch."""
     inputs = case.inputs(device)
-    got = dict(zip(NAMES, _derivatives(inputs, case, backend), strict=False))
+    got = dict(zip(NAMES, derivatives(inputs, case, backend), strict=False))
     if not case.maps:
         assert all(result.numel() == 0 or not result.any() for result in got.values())
         return {}
-    exact = dict(zip(NAMES, _derivatives({n: x.double() for n, x in inputs.items()}, case), strict=False))
-    plain = _derivatives(inputs, case)
+    exact = dict(zip(NAMES, derivatives({n: x.double() for n, x in inputs.items()}, case), strict=False))
+    plain = derivatives(inputs, case)
     if not all(result.isfinite().all() for result in plain):  # fp16 has overflowed where a backend need not
-        plain = _derivatives({name: x.float() for name, x in inputs.items()}, case)
+        plain = derivatives({name: x.float() for name, x in inputs.items()}, case)
     eager = dict(zip(NAMES, plain, strict=False))
     natural = natural_scales(inputs, case.scale, case.maps * case.partition.groups)
     uncertain = torch.finfo(torch.float32).eps * float(exact["lse"].abs().max())
@@ -164,7 +165,7 @@ def errors(case: Case, backend: str, device: str = "cpu") -> dict[str, float]:
     return parts
 
 
-def _derivatives(inputs: dict[str, Tensor], case: Case, backend: str | None = None) -> tuple[Tensor, ...]:
+def derivatives(inputs: dict[str, Tensor], case: Case, backend: str | None = None) -> tuple[Tensor, ...]:
     """out, lse and all gradients, by a backend or by the formula in the inputs' precision."""
     leaves = {name: inputs[name].detach().requires_grad_() for name in ("q", "k", "v", "bias") if name in inputs}
     q, k, v, bias = leaves["q"], leaves["k"], leaves["v"], leaves.get("bias")

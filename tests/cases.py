@@ -1,6 +1,8 @@
-"""What several test files share: partitions worth testing, inputs, norms that do something, relative errors."""
+"""What several test files share: partitions worth testing, inputs, modules that do something, what a pass computes."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -41,17 +43,8 @@ def qkv(
     return q, k, torch.randn(*shape, value_width, dtype=dtype)
 
 
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """The largest difference, as a part of the largest entry (of 1 where all are smaller)."""
-    assert actual.shape == expected.shape
-    if actual.numel() == 0:
-        return 0.0
-    actual, expected = actual.detach(), expected.detach()
-    return float((actual - expected).abs().max() / expected.abs().max().clamp(min=1))
-
-
-def lively(module: nn.Module) -> nn.Module:
-    """Batch normalisation that is not the identity, in fp64."""
+def with_random_statistics(module: nn.Module) -> nn.Module:
+    """The module in fp64, its batch normalisations no identities."""
     for norm in module.modules():
         if isinstance(norm, nn.BatchNorm2d):
             nn.init.uniform_(norm.weight, 0.5, 1.5)
@@ -66,3 +59,53 @@ class NCHWBatchNorm(nn.BatchNorm2d):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.contiguous())
+
+
+# -- what a pass computes, and how far it is from what another does ----------------------------------------------------
+
+
+def outputs_and_gradients(
+    module: nn.Module,
+    x: Tensor,
+    call: Callable[[nn.Module, Tensor], Tensor] = nn.Module.__call__,
+    place: Callable[[Tensor], Tensor] = torch.clone,
+) -> dict[str, Tensor]:
+    """The output, the gradients of the input and of all parameters, and the buffers after one pass.
+
+    Args:
+        call: what is computed, if not module(x).
+        place: puts x, and the gradient of the output, where the module wants them.
+    """
+    module.zero_grad()
+    x = place(x).requires_grad_()
+    y = call(module, x)
+    upstream = torch.randn(y.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).to(y.dtype)
+    y.backward(place(upstream))
+    gradients = {"x.grad": x.grad} | {name: parameter.grad for name, parameter in module.named_parameters()}
+    missing = [name for name, gradient in gradients.items() if gradient is None]
+    assert not missing, f"no gradient of {', '.join(missing)}"
+    results = {"output": y.detach()} | gradients | dict(module.named_buffers())
+    return {name: result.clone() for name, result in results.items() if result is not None}
+
+
+def relative_error(actual: Tensor, expected: Tensor, floor: float = 1.0) -> float:
+    """The largest difference, as a part of the largest entry (of `floor` where all are smaller)."""
+    assert actual.shape == expected.shape
+    if actual.numel() == 0:
+        return 0.0
+    actual, expected = actual.detach(), expected.detach()
+    return float((actual - expected).abs().max() / expected.abs().max().clamp(min=floor))
+
+
+def relative_errors(actual: dict[str, Tensor], expected: dict[str, Tensor], floor: float = 1.0) -> dict[str, float]:
+    """The relative error of every tensor of a pass."""
+    assert actual.keys() == expected.keys()
+    return {name: relative_error(actual[name], expected[name], floor) for name in expected}
+
+
+def assert_same(
+    actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-12, floor: float = 1.0
+) -> None:
+    """Two passes are one function, to a relative error of less than `tolerance` in every tensor."""
+    errors = relative_errors(actual, expected, floor)
+    assert {name: error for name, error in errors.items() if not error < tolerance} == {}

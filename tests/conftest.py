@@ -3,6 +3,7 @@
 import os
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is decorated, so before any import of the library
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's, read when it is imported: one core each, as torch below
 
 import secrets
 
@@ -23,6 +24,14 @@ def pytest_report_header() -> list[str]:
     """How to repeat a sweep."""
     names = "ISA_TRITON_SWEEP", "ISA_TRITON_SEED"
     return [" ".join(f"{name}={os.environ[name]}" for name in names)] if names[0] in os.environ else []
+
+
+@pytest.fixture(scope="session")
+def mended_interpreter() -> None:
+    """Triton's interpreter, its bf16 right and its launches checked by `guard.watch`."""
+    from tests import guard  # loads triton, which most tests do without
+
+    guard.install()
 
 
 @pytest.fixture(autouse=True)

@@ -114,6 +114,10 @@ def install() -> None:
     interpreter._patch_lang = lambda _: patch(_mend_bf16)  # reaches tl and core, globals of this file
     interpreter.InterpretedFunction.__call__ = lambda self, *args, **kwargs: self.rewrite()(*args, **kwargs)
 
+    # It also makes its table of dtypes anew for every look-up.
+    scalar = functools.cache(interpreter._get_np_dtype)
+    interpreter._get_np_dtype = lambda of: np.dtype(np.uint64) if of.scalar.is_ptr() else scalar(of.scalar)
+
 
 def _check_overflow(on: bool) -> None:
     builder = interpreter.interpreter_builder
@@ -152,7 +156,7 @@ class Memory:
 
     def write(self, program: int, pointers: Array, mask: Array) -> None:
         seats = self.seats(pointers, mask, "store")
-        if np.unique(seats).size != seats.size:
+        if distinct(seats).size != seats.size:
             self.fail(f"program {program} stores twice to one address at once")
         for other, verb in ((self.writer[seats], "wrote"), (self.reader[seats], "read")):
             if ((other != NOBODY) & (other != program)).any():
@@ -192,7 +196,17 @@ def element_addresses(tensor: torch.Tensor) -> Array:
     for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
         steps = np.arange(size if stride else min(size, 1), dtype=np.int64)
         offsets = (offsets[:, None] + steps * stride).ravel()
-    return np.unique(offsets) * tensor.element_size() + tensor.data_ptr()
+    return distinct(offsets) * tensor.element_size() + tensor.data_ptr()
+
+
+def distinct(numbers: Array) -> Array:
+    """The sorted distinct ones; `np.unique` takes a hundred times longer for numbers that are nearly sorted.
+
+    >>> distinct(np.array([3, 1, 3])).tolist()
+    [1, 3]
+    """
+    ordered = np.sort(numbers, axis=None, kind="stable")
+    return ordered[np.insert(ordered[1:] != ordered[:-1], 0, True)[: ordered.size]]
 
 
 def _tensors(arguments: Any) -> Iterator[torch.Tensor]:

@@ -14,7 +14,9 @@ from isa_triton.backend import triton as triton_backend
 from isa_triton.backend.kernels import launch
 from tests.cases import PARTITIONS, qkv, relative_error
 
+pytestmark = pytest.mark.usefixtures("mended_interpreter")
 ONE_KERNEL = PARTITIONS["interlaced-ragged"]
+TINY = Partition.interlaced((3, 3), stride=(2, 2))
 TWO_PASSES = Partition.dense((13, 5))  # 65 tokens: one more than the interpreter's tiles take whole
 
 
@@ -46,7 +48,7 @@ def test_backends_agree_in_outputs_and_gradients(partition: Partition, bias: boo
 
 @pytest.mark.parametrize("partition", [ONE_KERNEL, TWO_PASSES], ids=["one kernel", "two passes"])
 @pytest.mark.parametrize("bias", [False, True])
-def test_backward_is_kept_no_more_than_it_needs(partition: Partition, bias: bool) -> None:
+def test_no_more_is_kept_than_backward_needs(partition: Partition, bias: bool) -> None:
     """The inputs, and out and lse only where groups do not fit in one block."""
     tensors = inputs(partition, bias)
     kept: list[Tensor] = []
@@ -75,17 +77,18 @@ def test_backward_is_deterministic_to_the_bit(partition: Partition) -> None:
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_operators_pass_opcheck(bias: bool, transposed: bool) -> None:
-    q, k, v, *rest = inputs(ONE_KERNEL, bias)
+    q, k, v, *rest = inputs(TINY, bias)
     if transposed:
         q, k, v = (x.detach().transpose(1, 4).contiguous().transpose(1, 4).requires_grad_() for x in (q, k, v))
-    b, axes = (rest[0] if rest else None), (list(ONE_KERNEL.h), list(ONE_KERNEL.w))
+    b, axes = (rest[0] if rest else None), (list(TINY.h), list(TINY.w))
     torch.library.opcheck(torch.ops.isa_triton.forward.default, (q, k, v, b, 0.5, *axes, True, "triton"))
     plain = [None if x is None else x.detach() for x in (q, k, v, b)]
     arguments = (*plain, None, None, torch.randn_like(v), None, 0.5, *axes, False, "triton")
     torch.library.opcheck(torch.ops.isa_triton.backward.default, arguments)
 
 
-def test_compiles_through_the_operators() -> None:
+@pytest.mark.slow
+def test_the_layer_compiles_through_the_operators() -> None:
     """The whole layer in training mode, in one graph, with the kernels as its attention."""
     layer = InterlacedSparseSelfAttention(4, 16, 16, partition_size=(3, 2))
     x = torch.randn(1, 4, 5, 7)

@@ -1,4 +1,4 @@
-"""What is wrong is refused at the door: the exception, and the words that say what came and what would be valid."""
+"""What is wrong is refused at once: the exception, and the words that say what came and what would be valid."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from isa_triton import (
     Partition,
     SelfAttention2d,
     partitioned_attention,
+    partitioned_attention_with_lse,
     tiles,
 )
 
@@ -30,7 +31,17 @@ Row = tuple[Callable[[], Any], type[Exception], str]
 interlaced, local = Partition.interlaced, Partition.local
 X = torch.zeros(1, 4, 6, 8)
 Q = torch.zeros(1, 4, 6, 1, 2)
+BIAS = torch.zeros(1, 6, 6)
 WINDOWS = local((4, 6), window=(2, 3))
+
+
+def attend(*arguments: Any, **options: Any) -> None:
+    """Attention, which must be refused in the same words with lse and without."""
+    with pytest.raises((TypeError, ValueError), match=r".+") as refused:
+        partitioned_attention_with_lse(*arguments, **options)
+    with pytest.raises(refused.type, match=f"^{re.escape(str(refused.value))}$"):
+        partitioned_attention(*arguments, **options)
+    raise refused.value
 
 
 def stage(*widths: Any, **keywords: Any) -> SelfAttention2d:
@@ -59,6 +70,11 @@ PARTITIONS: list[Row] = [
     (lambda: interlaced((4, 6, 8), stride=(2, 2)), TypeError, "size must be a pair of integers (h, w), got (4, 6, 8)"),
     (lambda: interlaced((0, 6), stride=(1, 1)), ValueError, "size must be at least (1, 1), got (0, 6)"),
     (lambda: local((4, 6), window=(5, 6)), ValueError, "window must lie between (1, 1) and the map's (4, 6)"),
+    (lambda: local((4, 6), window=(2, 0)), ValueError, "got (2, 0)"),
+    (lambda: local((4, 6), window=(2.5, 1)), TypeError, "window must be a pair of integers (h, w), got (2.5, 1)"),
+    (lambda: local((4, 6), (2, 3), shift=1), TypeError, "shift must be a pair of integers (h, w), got 1"),
+    (lambda: local((4, 6), (2, 3), (0, 3)), ValueError, "window (2, 3), got (0, 3)"),
+    (lambda: local((4, 6), (2, 3), (-1, 0)), ValueError, "window (2, 3), got (-1, 0)"),
     (lambda: local((4, 6), window=None), TypeError, "window must be a pair of integers (h, w), got None"),
     (lambda: local(24, window=(2, 2)), TypeError, "size must be a pair of integers (h, w), got 24"),
     (lambda: Partition.rows((4, 0)), ValueError, "size must be at least (1, 1), got (4, 0)"),
@@ -68,35 +84,42 @@ PARTITIONS: list[Row] = [
     (lambda: local((5, 6), window=(2, 3)).view(torch.zeros(1, 5, 6)), ValueError, "name one of its pieces()"),
 ]
 ATTENTION: list[Row] = [
-    (lambda: partitioned_attention(Q, Q, Q, None), TypeError, "partition must be a Partition, got NoneType"),
-    (lambda: partitioned_attention(None, Q, Q, WINDOWS), TypeError, "q must be a torch.Tensor, got NoneType"),
-    (lambda: partitioned_attention(Q, Q, Q, WINDOWS, bias=1.0), TypeError, "bias must be a torch.Tensor, got float"),
-    (lambda: partitioned_attention(Q.bool(), Q, Q, WINDOWS), TypeError, "q must be one of torch.float16, "),
+    (lambda: attend(Q.tolist(), Q, Q, WINDOWS), TypeError, "q must be a torch.Tensor, got list"),
+    (lambda: attend(Q.int(), Q, Q, WINDOWS), TypeError, ", got torch.int32"),
+    (lambda: attend(Q, Q[0], Q, WINDOWS), ValueError, "k must be [B, H, W, heads, width], got shape (4, 6, 1, 2)"),
+    (lambda: attend(Q, Q, Q.double(), WINDOWS), TypeError, "v must have the dtype of q, torch.float32, got"),
+    (lambda: attend(Q, Q.to("meta"), Q, WINDOWS), ValueError, "k must be on the device of q, cpu, got meta"),
+    (lambda: attend(Q, Q[:, 1:], Q, WINDOWS), ValueError, "k must have the shape of q, (1, 4, 6, 1, 2), got (1, 3,"),
+    (lambda: attend(Q, Q[..., :1], Q, WINDOWS), ValueError, "k must have the shape of q"),
+    (lambda: attend(Q[..., :0], Q[..., :0], Q, WINDOWS), ValueError, "q must have a width of at least 1"),
+    (lambda: attend(Q, Q, Q, Partition.dense((6, 4))), ValueError, "partition is for maps of (6, 4), but q"),
+    (lambda: attend(Q, Q, Q, (8, 8)), TypeError, "partition must be a Partition, got tuple"),
+    (lambda: attend(Q, Q, Q, WINDOWS, bias=BIAS[:, 1:]), ValueError, "(1, 6, 6), got (1, 5, 6)"),
+    (lambda: attend(Q, Q, Q, WINDOWS, bias=BIAS[0]), ValueError, "bias must be [heads, tokens, tokens]"),
+    (lambda: attend(Q, Q, Q, WINDOWS, bias=BIAS.half()), TypeError, "bias must have the dtype of q"),
+    (lambda: attend(Q, Q, Q, WINDOWS, scale="1"), TypeError, "scale must be a number or None, got '1'"),
+    (lambda: attend(Q, Q, Q, WINDOWS, backend="cuda"), ValueError, "backend must be one of 'auto'"),
+    (lambda: attend(Q, Q, Q, None), TypeError, "partition must be a Partition, got NoneType"),
+    (lambda: attend(None, Q, Q, WINDOWS), TypeError, "q must be a torch.Tensor, got NoneType"),
+    (lambda: attend(Q, Q, Q, WINDOWS, bias=1.0), TypeError, "bias must be a torch.Tensor, got float"),
+    (lambda: attend(Q.bool(), Q, Q, WINDOWS), TypeError, "q must be one of torch.float16, "),
+    (lambda: attend(Q.to(torch.complex64), Q, Q, WINDOWS), TypeError, "q must be one of torch.float16, "),
+    (lambda: attend(Q, Q.to_sparse(), Q, WINDOWS), TypeError, "k must be a dense tensor, got torch.spars"),
     (
-        lambda: partitioned_attention(Q.to(torch.complex64), Q, Q, WINDOWS),
-        TypeError,
-        "q must be one of torch.float16, ",
-    ),
-    (
-        lambda: partitioned_attention(Q, Q.to_sparse(), Q, WINDOWS),
-        TypeError,
-        "k must be a dense tensor, got torch.spars",
-    ),
-    (
-        lambda: partitioned_attention(Q, Q, torch.nested.nested_tensor(list(Q), layout=torch.jagged), WINDOWS),
+        lambda: attend(Q, Q, torch.nested.nested_tensor(list(Q), layout=torch.jagged), WINDOWS),
         TypeError,
         "v must be a dense tensor, got nested",
     ),
-    (lambda: partitioned_attention(Q[0], Q, Q, WINDOWS), ValueError, "q must be [B, H, W, heads, width], got shape"),
-    (lambda: partitioned_attention(Q, Q, Q[:, :2], WINDOWS), ValueError, "v must be [1, 4, 6, 1, 'V']"),
-    (lambda: partitioned_attention(Q, Q.half(), Q, WINDOWS), TypeError, "k must have the dtype of q"),
-    (lambda: partitioned_attention(Q, Q, Q, WINDOWS, scale=float("inf")), ValueError, "scale must be finite, got inf"),
-    (lambda: partitioned_attention(Q, Q, Q, WINDOWS, scale=float("nan")), ValueError, "scale must be finite, got nan"),
-    (lambda: partitioned_attention(Q, Q, Q, WINDOWS, scale=-(10**400)), ValueError, "scale must be finite, got -1"),
-    (lambda: partitioned_attention(Q, Q, Q, WINDOWS, scale=[1]), TypeError, "scale must be a number or None"),
-    (lambda: partitioned_attention(Q, Q, Q, WINDOWS, backend=None), ValueError, "backend must be one of 'auto'"),
+    (lambda: attend(Q[0], Q, Q, WINDOWS), ValueError, "q must be [B, H, W, heads, width], got shape"),
+    (lambda: attend(Q, Q, Q[:, :2], WINDOWS), ValueError, "v must be [1, 4, 6, 1, 'V']"),
+    (lambda: attend(Q, Q.half(), Q, WINDOWS), TypeError, "k must have the dtype of q"),
+    (lambda: attend(Q, Q, Q, WINDOWS, scale=float("inf")), ValueError, "scale must be finite, got inf"),
+    (lambda: attend(Q, Q, Q, WINDOWS, scale=float("nan")), ValueError, "scale must be finite, got nan"),
+    (lambda: attend(Q, Q, Q, WINDOWS, scale=-(10**400)), ValueError, "scale must be finite, got -1"),
+    (lambda: attend(Q, Q, Q, WINDOWS, scale=[1]), TypeError, "scale must be a number or None"),
+    (lambda: attend(Q, Q, Q, WINDOWS, backend=None), ValueError, "backend must be one of 'auto'"),
     (
-        lambda: partitioned_attention(*[Q.double()] * 3, WINDOWS, backend="triton"),
+        lambda: attend(*[Q.double()] * 3, WINDOWS, backend="triton"),
         ValueError,
         "backend='triton' cannot be had: the kernels take torch.float16",
     ),
@@ -123,6 +146,7 @@ MODULES: list[Row] = [
     (lambda: stage()(X[0]), ValueError, "got (4, 6, 8)"),
     (lambda: stage()(X[:, :, :0]), ValueError, "got (1, 4, 0, 8)"),
     (lambda: isa(order="both"), ValueError, "order must be one of 'long-short', 'short-long', got 'both'"),
+    (lambda: isa(partition_size=(8,)), ValueError, "partition_size must be two integers (P_h, P_w)"),
     (lambda: isa(padding=None), ValueError, "padding must be one of"),
     (lambda: isa()(X[:, 1:]), ValueError, "x must be [B, 4, H, W]"),
     (lambda: ISAModule(4, 2, 3, 4, partition_size=()), ValueError, "partition_size must be two integers"),
@@ -232,7 +256,7 @@ def test_an_interrupted_command_says_so(monkeypatch: pytest.MonkeyPatch, capsys:
     assert capsys.readouterr().err == "interrupted\n"
 
 
-def test_the_table_is_long_enough() -> None:
+def test_the_tables_are_long_enough() -> None:
     assert len(PARTITIONS + ATTENTION + MODULES + TILES) + len(COMMANDS) >= 60
 
 

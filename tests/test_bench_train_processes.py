@@ -12,8 +12,8 @@ from torch import Tensor
 from bench.train import trainer
 from bench.train.trainer import Process, Trainer
 from tests.cases import relative_error
+from tests.processes import processes
 from tests.small_network import recipe, small
-from tests.test_sharding import processes
 
 SIZE = 48, 80
 

@@ -1,10 +1,10 @@
-"""The compared modules equal naive formulas, pixel by pixel; their fused forms equal them."""
+"""The compared modules equal naive formulas, pixel by pixel; so do the forms that use our attention."""
 
 from __future__ import annotations
 
 import doctest
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import product
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import reference
 from bench import opponents
 from isa_triton import Partition
-from tests.cases import qkv, relative_error
+from tests.cases import assert_same, outputs_and_gradients, qkv, relative_error
 
 SIZE = H, W = 5, 7
 PIXELS = list(product(range(H), range(W)))
@@ -177,35 +177,20 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], Naive]] = {
 }
 
 
-def lively(module: nn.Module) -> nn.Module:
+def with_random_parameters(module: nn.Module) -> nn.Module:
     """In fp64, with no parameter left where it makes the block an identity."""
     for parameter in module.double().parameters():
         nn.init.normal_(parameter, std=0.5)
     return module
 
 
-def everything(f: Callable[[Tensor], Tensor], module: nn.Module, x: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """The output of f, and the gradients of x and of the module's parameters."""
-    x = x.clone().requires_grad_()
-    y = f(x)
-    names, parameters = zip(*module.named_parameters(), strict=True)
-    upstream = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape).sin()
-    yield "output", y
-    yield from zip(("x", *names), torch.autograd.grad(y, (x, *parameters), upstream), strict=True)
-
-
-def assert_same(f: Callable[[Tensor], Tensor], g: Callable[[Tensor], Tensor], module: nn.Module, x: Tensor) -> None:
-    for (name, actual), (_, expected) in zip(everything(f, module, x), everything(g, module, x), strict=True):
-        assert relative_error(actual, expected) < 1e-11, name
-
-
 @pytest.mark.parametrize("name", MODULES)
 def test_a_module_is_its_papers_formula(name: str) -> None:
     make, naive = MODULES[name]
-    module = lively(make())
+    module = with_random_parameters(make())
     channels = next(m for m in module.modules() if isinstance(m, nn.Conv2d)).in_channels
     x = torch.randn(2, channels, *SIZE, dtype=torch.float64)
-    assert_same(module, lambda x: naive(module, x), module, x)
+    assert_same(outputs_and_gradients(module, x), outputs_and_gradients(module, x, call=naive), tolerance=1e-11)
 
 
 @pytest.mark.parametrize("block", [reference.NonLocal, reference.RCCA, reference.CGNL, reference.CGNLx])
@@ -214,7 +199,7 @@ def test_blocks_start_as_the_identity(block: type[nn.Module]) -> None:
     assert torch.equal(block(16)(x), x)
 
 
-def test_published_widths() -> None:
+def test_widths_are_the_published_ones() -> None:
     rcca = reference.RCCA(512)
     assert rcca.query.weight.shape == rcca.key.weight.shape == (64, 512, 1, 1)
     assert reference.NonLocal(512).theta.weight.shape == (256, 512, 1, 1)
@@ -226,7 +211,7 @@ def test_published_widths() -> None:
 
 def test_two_rounds_of_criss_cross_reach_every_pixel_and_one_does_not() -> None:
     for recurrence in (1, 2):
-        module = lively(reference.RCCA(4, key_channels=2, recurrence=recurrence))
+        module = with_random_parameters(reference.RCCA(4, key_channels=2, recurrence=recurrence))
         x = torch.randn(1, 4, *SIZE, dtype=torch.float64)
         changed = x.clone()
         changed[:, :, 1, 2] += 1
@@ -235,7 +220,7 @@ def test_two_rounds_of_criss_cross_reach_every_pixel_and_one_does_not() -> None:
 
 
 @pytest.mark.parametrize("name", ["cgnl", "context", "criss_cross", "nonlocal_"])
-def test_examples_in_docstrings(name: str) -> None:
+def test_examples_in_docstrings_are_right(name: str) -> None:
     module = __import__(f"reference.{name}", fromlist=[name])
     results = doctest.testmod(module, extraglobs={"torch": torch})
     assert results.attempted > 0
@@ -251,7 +236,7 @@ def without_dropout(head: Any) -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    ("fused", "plain"),
+    ("by_our_attention", "plain"),
     [
         (lambda: opponents.FusedNonLocal(6), lambda: reference.NonLocal(6)),
         (lambda: opponents.FusedRCCA(16), lambda: reference.RCCA(16)),
@@ -263,15 +248,14 @@ def without_dropout(head: Any) -> nn.Module:
     ],
 )
 @pytest.mark.parametrize("size", [(5, 7), (1, 7), (4, 1), (1, 1)], ids=str)
-def test_fused_blocks_equal_theirs(
-    fused: Callable[[], nn.Module], plain: Callable[[], nn.Module], size: tuple[int, int]
+def test_blocks_by_our_attention_equal_theirs(
+    by_our_attention: Callable[[], nn.Module], plain: Callable[[], nn.Module], size: tuple[int, int]
 ) -> None:
-    ours, theirs = lively(fused()), plain().double()
+    ours, theirs = with_random_parameters(by_our_attention()), plain().double()
     theirs.load_state_dict(ours.state_dict())
     channels = 6 if isinstance(ours, reference.NonLocal) else 16
     x = torch.randn(2, channels, *size, dtype=torch.float64)
-    for (name, a), (_, b) in zip(everything(ours, ours, x), everything(theirs, theirs, x), strict=True):
-        assert relative_error(a, b) < 1e-11, name
+    assert_same(outputs_and_gradients(ours, x), outputs_and_gradients(theirs, x), tolerance=1e-11)
 
 
 @pytest.mark.parametrize("logits", [1.0, 30.0, 1000.0])

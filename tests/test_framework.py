@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import copy
 import io
-import os
 import pickle
 import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-
-os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
 import torch
@@ -67,13 +64,14 @@ class Attended(Dataset[Tensor]):
         return partitioned_attention(q, k, v, Partition.local((4, 6), window=(2, 3)))[0]
 
 
-@pytest.mark.parametrize("context", ["fork", "spawn"])
+@pytest.mark.parametrize("context", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")  # fork, told by the test
-def test_data_loader_workers_attend(context: str) -> None:
+def test_workers_of_a_data_loader_attend(context: str) -> None:
     loader = DataLoader(Attended(), num_workers=1, multiprocessing_context=context)
     assert [float(item.mean()) for item in loader] == [0.0, 1.0]
 
 
+@pytest.mark.usefixtures("mended_interpreter")
 @pytest.mark.parametrize("backend", ["eager", "triton"])
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_activation_checkpointing_changes_nothing(backend: str, reentrant: bool) -> None:
@@ -105,7 +103,7 @@ def test_ten_resolutions_are_compiled_at_most_twice(attend: Callable[[Tensor], T
     assert counter.frame_count <= 2
 
 
-def test_deterministic_mode_and_inference_mode() -> None:
+def test_deterministic_mode_and_inference_mode_change_nothing() -> None:
     attend, x = layer(), torch.randn(1, 4, 7, 9)
     expected = attend(x)
     torch.use_deterministic_algorithms(True)
@@ -117,13 +115,14 @@ def test_deterministic_mode_and_inference_mode() -> None:
         assert torch.equal(attend(x), expected)
 
 
-def test_export_runs_on_other_inputs() -> None:
+def test_an_exported_layer_runs_on_other_inputs() -> None:
     attend, x = layer(), torch.randn(1, 4, 7, 9)
     program = torch.export.export(attend, (x,))
     other = torch.randn_like(x)
     assert relative_error(program.module()(other), attend(other)) < 1e-6
 
 
+@pytest.mark.slow
 def test_optimised_python_refuses_and_computes_alike() -> None:
     """Nothing depends on assert statements."""
     script = (

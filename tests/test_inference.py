@@ -18,8 +18,7 @@ from bench.measure import Step, count
 from isa_triton import InterlacedSparseSelfAttention, ISAHead, ISAModule, SelfAttention2d
 from isa_triton.inference import FoldedStage, decompose, fuse
 from isa_triton.maps import ConvNormReLU
-from tests.cases import lively, relative_error
-from tests.test_modules import assert_same
+from tests.cases import assert_same, outputs_and_gradients, relative_error, with_random_statistics
 
 LEAKY: dict[str, Any] = {"activation": partial(nn.LeakyReLU, 0.01)}  # not in place
 LAYERS: dict[str, Callable[[], nn.Module]] = {
@@ -39,7 +38,7 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
 
 
 def layer(name: str) -> nn.Module:
-    made = lively(LAYERS[name]()).eval()
+    made = with_random_statistics(LAYERS[name]()).eval()
     for activation in made.modules():
         if isinstance(activation, nn.PReLU):
             nn.init.uniform_(activation.weight)
@@ -49,7 +48,7 @@ def layer(name: str) -> nn.Module:
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @torch.no_grad()
-def test_fused_is_the_same_function(name: str, memory_format: torch.memory_format) -> None:
+def test_a_folded_module_is_the_same_function(name: str, memory_format: torch.memory_format) -> None:
     module, x = layer(name), torch.randn(2, 6, 13, 17, dtype=torch.float64).contiguous(memory_format=memory_format)
     expected, given = module(x), x.clone()
     assert relative_error(fuse(module)(x), expected) < 1e-13
@@ -60,16 +59,16 @@ def test_fused_is_the_same_function(name: str, memory_format: torch.memory_forma
 @pytest.mark.parametrize("name", ["isa", "module, two branches", "head"])
 @pytest.mark.parametrize(("dtype", "eps"), [(torch.float16, 2**-10), (torch.bfloat16, 2**-7), (torch.float32, 2**-23)])
 @torch.no_grad()
-def test_fused_rounds_no_worse_than_unfused(name: str, dtype: torch.dtype, eps: float) -> None:
-    """In each precision the error is at most twice that of the unfused module and a few roundings."""
+def test_a_folded_module_rounds_no_worse_than_it_did(name: str, dtype: torch.dtype, eps: float) -> None:
+    """In each precision the error is at most twice that of the module before and a few roundings."""
     module, x = layer(name), torch.randn(2, 6, 13, 17, dtype=torch.float64)
     exact, low = module(x), copy.deepcopy(module).to(dtype)
-    unfused, folded = (relative_error(f(x.to(dtype)).double(), exact) for f in (low, fuse(low)))
+    before, folded = (relative_error(f(x.to(dtype)).double(), exact) for f in (low, fuse(low)))
     assert fuse(low)(x.to(dtype)).dtype == dtype
-    assert folded < 2 * unfused + 4 * eps
+    assert folded < 2 * before + 4 * eps
 
 
-def test_fused_passes_gradients_to_its_input_and_keeps_none() -> None:
+def test_a_folded_module_passes_gradients_to_its_input_and_keeps_none() -> None:
     module, x = layer("module"), torch.randn(2, 6, 13, 17, dtype=torch.float64, requires_grad=True)
     folded = fuse(module)
     assert not any(parameter.requires_grad for parameter in folded.parameters())
@@ -77,9 +76,9 @@ def test_fused_passes_gradients_to_its_input_and_keeps_none() -> None:
     assert relative_error(ours, theirs) < 1e-13
 
 
-def test_gradients_do_not_meet_what_the_kernels_kept() -> None:
+def test_the_activation_does_not_write_over_what_the_kernels_keep() -> None:
     """The Triton backend keeps its output for long groups; the activation must not write over that."""
-    module = lively(SelfAttention2d(16, 16, 16, pattern="dense")).float().eval()
+    module = with_random_statistics(SelfAttention2d(16, 16, 16, pattern="dense")).float().eval()
     x = torch.randn(1, 16, 13, 5, requires_grad=True)  # 65 tokens: two passes
     expected = torch.autograd.grad(module(x).sin().sum(), x)[0]
     folded = fuse(module)
@@ -120,7 +119,7 @@ def test_one_gemm_takes_key_query_and_value(monkeypatch: pytest.MonkeyPatch) -> 
     assert shapes == [(6, 4 + 4 + 5), (4, 4), (4, 4)]
 
 
-def test_peak_bytes_and_flops_of_the_papers_module() -> None:
+def test_folding_saves_the_papers_module_bytes_and_flops() -> None:
     """128x256, fp32: at most 1.35 times input, output and the widest projection, the merged one of 1024 channels."""
 
     def step(make: Callable[[nn.Module], nn.Module]) -> Step:
@@ -128,11 +127,11 @@ def test_peak_bytes_and_flops_of_the_papers_module() -> None:
         return torch.no_grad()(lambda: (module(x),))
 
     flops, peak = count(lambda: step(fuse))
-    unfused_flops, unfused_peak = count(lambda: step(lambda module: module))
+    flops_before, peak_before = count(lambda: step(lambda module: module))
     assert peak < 1.35 * 4 * 128 * 256 * (512 + 512 + 1024)
-    assert peak < 0.9 * unfused_peak
+    assert peak < 0.9 * peak_before
     outputs, folding = (2 * 2 * rows * 512 * 512 for rows in (128 * 256, 512))  # two stages' projections, and W_o W_v
-    assert flops == unfused_flops - outputs + folding
+    assert flops == flops_before - outputs + folding
 
 
 # -- training ----------------------------------------------------------------------------------------------------------
@@ -157,13 +156,13 @@ def kept_bytes(module: nn.Module, x: Tensor) -> int:
 @pytest.mark.parametrize("padding", ["zeros", "mask"])
 def test_recomputing_changes_nothing_but_bytes(padding: str) -> None:
     widths, options = (6, 4, 5, 7), {"partition_size": (4, 3), "padding": padding}
-    plain = lively(InterlacedSparseSelfAttention(*widths, **options))
+    plain = with_random_statistics(InterlacedSparseSelfAttention(*widths, **options))
     recomputing = InterlacedSparseSelfAttention(*widths, **options, recompute=True).double()
     recomputing.load_state_dict(plain.state_dict())
-    assert_same(recomputing, plain, torch.randn(2, 6, 9, 11, dtype=torch.float64))  # batch statistics included
-    for module in (plain, recomputing):
-        module.eval()
-    assert_same(recomputing, plain, torch.randn(2, 6, 9, 11, dtype=torch.float64))
+    x = torch.randn(2, 6, 9, 11, dtype=torch.float64)
+    for training in (True, False):  # batch statistics included
+        modules = (recomputing.train(training), plain.train(training))
+        assert_same(*(outputs_and_gradients(module, x) for module in modules))
 
 
 def test_recomputing_keeps_the_projections_inputs_only() -> None:
@@ -194,7 +193,8 @@ def test_norm_and_activation_are_the_callers() -> None:
 # -- compilers ---------------------------------------------------------------------------------------------------------
 
 
-def test_fused_compiles_in_one_graph_for_several_sizes() -> None:
+@pytest.mark.slow
+def test_a_folded_module_compiles_in_one_graph_for_several_sizes() -> None:
     folded = fuse(layer("module"))
     compiled = torch.compile(folded, fullgraph=True, backend="aot_eager")
     for size in ((8, 12), (9, 11)):
@@ -202,7 +202,7 @@ def test_fused_compiles_in_one_graph_for_several_sizes() -> None:
         assert relative_error(compiled(x), folded(x)) < 1e-13
 
 
-def test_fused_exports_and_decomposes() -> None:
+def test_a_folded_module_exports_and_decomposes() -> None:
     folded, x = fuse(layer("head")), torch.randn(2, 6, 9, 11, dtype=torch.float64)
     program = torch.export.export(folded, (x,))
     plain = decompose(program)
@@ -212,6 +212,7 @@ def test_fused_exports_and_decomposes() -> None:
     assert ["isa_triton.forward.default" in names for names in operators] == [True, False]
 
 
+@pytest.mark.slow
 def test_onnx_runtime_runs_what_was_exported(tmp_path: Path) -> None:
     pytest.importorskip("onnxscript", reason="onnxscript, which writes ONNX files, is not installed")
     onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")

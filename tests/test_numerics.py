@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
-os.environ.setdefault("TRITON_INTERPRET", "1")
-
 import numpy as np
 import pytest
 import torch
@@ -15,6 +11,7 @@ from isa_triton import Partition, partitioned_attention, partitioned_attention_w
 from reference.budget import allowed_error
 from tests.cases import qkv, relative_error
 
+pytestmark = pytest.mark.usefixtures("mended_interpreter")
 both_backends = pytest.mark.parametrize("backend", ["eager", "triton"])
 RAGGED = Partition.interlaced((5, 7), stride=(2, 3))
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 import os
 from typing import Any
 
-os.environ.setdefault("TRITON_INTERPRET", "1")
-
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
@@ -41,9 +39,10 @@ def test_the_eager_backend_keeps_the_budget(case: Case) -> None:
     within_budget(case, "eager")
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("mended_interpreter")
 @drawn(20, largest=7)
 def test_the_kernels_keep_the_budget(case: Case) -> None:
-    guard.install()  # bf16 as hardware rounds it
     with guard.watch():
         within_budget(case, "triton")
 

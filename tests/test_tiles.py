@@ -33,7 +33,7 @@ def entry(step: str, key: int | None, value: int | None, tokens: int | None, til
     return {"step": step, "arithmetic": "16-bit", **widths, "tile": list(tile)}
 
 
-def test_the_issue_s_targets_have_files() -> None:
+def test_every_supported_target_has_a_file() -> None:
     assert {"sm_80", "sm_90", "sm_100", "gfx942"} <= set(TARGETS)
 
 

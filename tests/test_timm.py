@@ -13,6 +13,7 @@ from timm.models.maxxvit import PartitionAttentionCl
 from torch import Tensor, nn
 
 from isa_triton.models.timm import AcceleratedAttentionCl, AcceleratedSwinBlock, accelerate, restore
+from tests.cases import assert_same, outputs_and_gradients, relative_error
 
 MAXVIT: dict[str, Any] = {"depths": (1, 1, 1, 1), "embed_dim": (32, 32, 64, 64), "stem_width": 16}
 SWIN: dict[str, Any] = {"depths": (2, 2), "embed_dim": 16, "num_heads": (1, 2)}  # windows, then shifted ones
@@ -36,6 +37,8 @@ MODELS: dict[str, tuple[str, tuple[int, int], dict[str, Any]]] = {  # name, imag
     "Swin: any image": ("swin_tiny_patch4_window7_224", (72, 100), SWIN | {"dynamic_img_size": True}),
 }  # fmt: skip
 
+QUICK = "Swin: any image"
+
 
 def model(key: str) -> tuple[nn.Module, Tensor]:
     """A narrow one of the family in fp64, whose attention depends on positions, and an image for it."""
@@ -51,31 +54,20 @@ def _of_positions(parameter_name: str) -> bool:
     return "rel_pos" in parameter_name or "relative_position" in parameter_name
 
 
-def everything(network: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    """Outputs and the gradients of all parameters."""
-    network.zero_grad()
-    y = network(x)
-    y.sin().sum().backward()
-    gradients = {name: p.grad.clone() for name, p in network.named_parameters() if p.grad is not None}
-    return {"output": y.detach()} | gradients
-
-
 def error(actual: Tensor, expected: Tensor) -> float:
-    return float((actual - expected).abs().max() / expected.abs().max().clamp(min=1e-3))  # some gradients are zero
+    return relative_error(actual, expected, floor=1e-3)  # some gradients are zero
 
 
 @pytest.mark.parametrize("key", MODELS)
 def test_accelerated_models_are_the_same_function(key: str) -> None:
     network, x = model(key)
-    expected = everything(network, x)
-    actual = everything(accelerate(network), x)
-    assert actual.keys() == expected.keys()
+    expected = outputs_and_gradients(network, x)
+    actual = outputs_and_gradients(accelerate(network), x)
     assert any(map(_of_positions, actual)) == (key != "no position bias")
-    for name in actual:
-        assert error(actual[name], expected[name]) < 1e-9, name
+    assert_same(actual, expected, tolerance=1e-9, floor=1e-3)
 
 
-@pytest.mark.parametrize("key", MODELS)
+@pytest.mark.parametrize("key", [QUICK, *(pytest.param(key, marks=pytest.mark.slow) for key in MODELS if key != QUICK)])
 @torch.no_grad()
 def test_inference_follows_weights_however_they_change(key: str) -> None:
     """Position biases are kept from call to call; also where nobody counts versions, they are those of the weights."""
