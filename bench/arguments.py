@@ -81,6 +81,19 @@ def folder(text: str) -> Path:
     return path
 
 
+def add_out(parser: argparse.ArgumentParser, what: str = "the results") -> None:
+    """Where a command writes."""
+    parser.add_argument("--out", type=folder, default="out", metavar="DIR", help=f"folder of {what} (default: out)")
+
+
+def add_widths(parser: argparse.ArgumentParser) -> None:
+    """C, K and V of a workload."""
+    add = parser.add_argument
+    add("--channels", type=positive, default=512, metavar="C", help="of a block, in and out (default: 512)")
+    add("--key-channels", type=positive, default=256, metavar="K", help="default: 256")
+    add("--value-channels", type=positive, default=512, metavar="V", help="default: 512")
+
+
 def check_partition_size(partition_size: tuple[int, int], size: tuple[int, int]) -> None:
     """Raises argparse.ArgumentError where a map is smaller than a partition size on either axis."""
     if partition_size[0] > size[0] or partition_size[1] > size[1]:

@@ -14,6 +14,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from itertools import product
 from pathlib import Path
@@ -31,9 +32,9 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from bench import sharding as bench
 from bench.__main__ import main
-from bench.commands import sharding as bench
-from bench.records import read, write_whole
+from bench.records import read, write
 from bench.workload import Workload
 from isa_triton import InterlacedSparseSelfAttention, ISAHead, ISAModule, Partition, SelfAttention2d
 from isa_triton.sharding import MapParallel
@@ -480,11 +481,7 @@ def test_the_command_runs_counts_and_keeps_other_runs(tmp_path: Path, capsys: py
     printed = capsys.readouterr().out
     assert "1 processes of one thread on" in printed
     assert "PREDICTED seconds" in printed
-    write_whole(
-        tmp_path / "sharding.csv",
-        bench.COLUMNS,
-        ([value if name != "devices" else 2 for name, value in vars(row).items()] for row in rows[:1]),
-    )
+    write(tmp_path / "sharding.csv", bench.Row, [replace(row, devices=2) for row in rows[:1]])
     main([*words, "--devices"])
     assert {(row.source, row.devices) for row in read(tmp_path / "sharding.csv", bench.Row)} == {
         ("run", 1),

@@ -8,15 +8,10 @@ bf16, which Triton's interpreter gets wrong.
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import os
 import sys
-from collections.abc import Iterable
+from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
-from statistics import median
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -24,18 +19,32 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
-from bench import measure
-from bench.arguments import device, folder, positive
+from bench import figures, measure, records
+from bench.arguments import add_out, device, positive
 from bench.cases import NAMES, Case, errors, strategy
-from bench.records import write_text
-from bench.results import plt
 from isa_triton import partitioned_attention
 from isa_triton.backend.triton import DEVICES
 
-HELP = "both backends against fp64, forward and backward: check.csv, with times on a GPU"
-COLUMNS = ("backend", "case", "dtype", "logits", "seed", *NAMES, "forward_ms", "backward_ms")
-FLOOR = 1e-4  # of the plot: no error at all is drawn there
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the CSV: errors as parts of what is allowed, where there are any, and times on a GPU."""
+
+    backend: str
+    case: str
+    dtype: str
+    logits: float
+    seed: int
+    out: float | None
+    lse: float | None
+    dq: float | None
+    dk: float | None
+    dv: float | None
+    dbias: float | None
+    forward_ms: float | None
+    backward_ms: float | None
 
 
 def named_cases(large: bool) -> list[Case]:
@@ -67,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=positive, default=1, help="of what is drawn (default: 1)")
     add("--backends", nargs="+", choices=("triton", "eager"), default=["triton", "eager"], help="default: both")
     add("--device", type=device, default="cpu", help="cpu interprets the kernels (default: cpu)")
-    add("--out", type=folder, default="out", metavar="DIR", help="folder of check.csv (default: out)")
+    add_out(parser, "check.csv")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -79,70 +88,63 @@ def run(args: argparse.Namespace) -> None:
         raise argparse.ArgumentError(
             None, "--cases draws with hypothesis, which is not installed (pip install hypothesis)"
         )
-    console, sheet = Console(width=max(Console().width, 150)), Sheet(args.device)
+    terminal, sheet, path = records.console(150), Sheet(args.device), args.out / "check.csv"
     for backend in args.backends:
         if args.cases is None:
             for case in named_cases(large=gpu):
                 sheet.check(backend, case)
         else:
-            draw(sheet, backend, args.cases, args.seed, console)
-    path = args.out / "check.csv"
-    write_text(path, sheet.csv())
+            draw(sheet, backend, args.cases, args.seed, terminal)
+    records.write(path, Row, sheet.rows)
     if args.cases is not None:
-        plot(sheet, args.out / "check.png")
-    console.print(sheet.table() if args.cases is None else sheet.worst())
-    console.print(f"{len(sheet.rows)} cases, {len(sheet.wrong)} beyond the error budget. Wrote {path}", highlight=False)
-    for backend, case in sheet.wrong[-1:]:
-        console.print(f"the last of them, on {backend}: {case!r}", style="red", highlight=False)
+        figures.error_budget(sheet.rows, NAMES, args.out / "check.png")
+    terminal.print(sheet.table() if args.cases is None else sheet.worst())
+    terminal.print(f"{len(sheet.rows)} cases, {len(sheet.wrong)} beyond the error budget. Wrote {path}")
+    for row, case in sheet.wrong[-1:]:
+        terminal.print(f"the last of them, on {row.backend}: {case!r}", style="red")
     if sheet.wrong:
         sys.exit(1)
 
 
 class Sheet:
-    """What was checked, and how it came out: errors as parts of what is allowed."""
+    """What was checked, and how it came out."""
 
     def __init__(self, device: str) -> None:
         self.device = device
-        self.rows: list[tuple[str, Case, dict[str, float], tuple[float, ...]]] = []
-        self.wrong: list[tuple[str, Case]] = []
+        self.rows: list[Row] = []
+        self.wrong: list[tuple[Row, Case]] = []
 
     def check(self, backend: str, case: Case) -> bool:
         """Check one case and, on a GPU, time it; returns whether it is right."""
         parts = errors(case, backend, self.device)
         right = all(part <= 1 for part in parts.values())  # NaN is not
-        times = seconds(case, backend, self.device) if torch.device(self.device).type in DEVICES else ()
-        self.rows.append((backend, case, parts, times))
+        found = [round(parts[name], 4) if name in parts else None for name in NAMES]
+        times: list[float | None] = [None, None]
+        if torch.device(self.device).type in DEVICES:
+            times = [round(1e3 * time, 4) for time in seconds(case, backend, self.device)]
+        dtype = str(case.dtype).removeprefix("torch.")
+        self.rows.append(Row(backend, str(case), dtype, case.logits, case.seed, *found, *times))
         if not right:
-            self.wrong.append((backend, case))
+            self.wrong.append((self.rows[-1], case))
         return right
-
-    def cells(self) -> Iterable[list[str]]:
-        for backend, case, parts, times in self.rows:
-            errors_ = [f"{parts[name]:.4f}" if name in parts else "" for name in NAMES]
-            ms = [f"{1e3 * t:.4f}" for t in times] or ["", ""]
-            yield [backend, str(case), _name(case.dtype), f"{case.logits:g}", str(case.seed), *errors_, *ms]
-
-    def csv(self) -> str:
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows([COLUMNS, *self.cells()])
-        return text.getvalue()
 
     def table(self) -> Table:
         """A line a case."""
-        table = _table(f"errors as parts of what is allowed, {self.device}", COLUMNS)
-        wrong = {(backend, str(case)) for backend, case in self.wrong}
-        for cells in self.cells():
-            table.add_row(*cells, style="red" if (cells[0], cells[1]) in wrong else None)
-        return table
+        title, names = f"errors as parts of what is allowed, {self.device}", records.columns(Row)
+        cells = [[getattr(row, name) for name in names] for row in self.rows]
+        wrong = {row for row, _ in self.wrong}
+        styles = ["red" if row in wrong else None for row in self.rows]
+        return records.table(title, names, cells, words=3, styles=styles)
 
     def worst(self) -> Table:
         """The largest error of every backend and dtype."""
-        table = _table("largest errors as parts of what is allowed", ("backend", "dtype", "cases", *NAMES))
-        for key in dict.fromkeys((backend, case.dtype) for backend, case, *_ in self.rows):
-            found = [parts for backend, case, parts, _ in self.rows if (backend, case.dtype) == key]
-            largest = [max((parts.get(name, 0.0) for parts in found), default=0.0) for name in NAMES]
-            table.add_row(key[0], _name(key[1]), str(len(found)), *(f"{part:.3f}" for part in largest))
-        return table
+        lines = []
+        for key in dict.fromkeys((row.backend, row.dtype) for row in self.rows):
+            rows = [row for row in self.rows if (row.backend, row.dtype) == key]
+            largest = [max(getattr(row, name) or 0.0 for row in rows) for name in NAMES]
+            lines.append([*key, len(rows), *(f"{part:.3f}" for part in largest)])
+        title, names = "largest errors as parts of what is allowed", ("backend", "dtype", "cases", *NAMES)
+        return records.table(title, names, lines, words=2)
 
 
 def draw(sheet: Sheet, backend: str, cases: int, first: int, console: Console) -> None:
@@ -169,29 +171,6 @@ def draw(sheet: Sheet, backend: str, cases: int, first: int, console: Console) -
                 raise
 
 
-def plot(sheet: Sheet, path: Path) -> None:
-    """How much of the budget was used: the median of all cases (mark) and the worst (line's end)."""
-    groups = list(dict.fromkeys((backend, case.dtype) for backend, case, *_ in sheet.rows))
-    figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
-    for i, key in enumerate(groups):
-        for j, name in enumerate(NAMES):
-            parts = [p[name] for backend, case, p, _ in sheet.rows if (backend, case.dtype) == key and name in p]
-            if not parts:
-                continue
-            x, low, high = j + (i - len(groups) / 2) * 0.12, median(parts), max(parts)
-            label = f"{key[0]}, {_name(key[1])}" if j == 0 else None
-            axes.vlines(x, max(low, FLOOR), max(high, FLOOR), colors=f"C{i}", linewidth=2)
-            axes.plot(x, max(low, FLOOR), marker="osv^D"[i], color=f"C{i}", markersize=5, linestyle="", label=label)
-    axes.axhline(1.0, color="black", linewidth=1)
-    axes.set(yscale="log", xticks=range(len(NAMES)), ylabel="error / what the budget allows, median to worst",
-             title=f"{len(sheet.rows)} random cases against fp64")  # fmt: skip
-    axes.set_xticklabels(NAMES)
-    axes.legend(fontsize="small", ncols=2)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
 def seconds(case: Case, backend: str, device: str) -> tuple[float, float]:
     """Median seconds of forward and of backward alone, by device events."""
     inputs = case.inputs(device)
@@ -209,15 +188,3 @@ def seconds(case: Case, backend: str, device: str) -> tuple[float, float]:
 
     medians = measure.seconds({"forward": forward, "backward": backward}, rounds=50, device=device)
     return medians["forward"], medians["backward"]
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _table(title: str, columns: Iterable[str]) -> Table:
-    table = Table(title=title, title_justify="left")
-    for column in columns:
-        words: Any = "left" if column in ("backend", "case", "dtype") else "right"
-        table.add_column(column, justify=words, no_wrap=True)
-    return table
