@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -30,12 +31,21 @@ def from_zero(text: str) -> int:
 
 def number(text: str) -> float:
     """A finite number above 0."""
+    return _number(text, lambda value: 0 < value < math.inf, "a number above 0")
+
+
+def amount(text: str) -> float:
+    """A number from 0; "inf" is one."""
+    return _number(text, lambda value: value >= 0, "a number from 0")
+
+
+def _number(text: str, is_valid: Callable[[float], bool], wanted: str) -> float:
     try:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
+    if not is_valid(value):
+        raise argparse.ArgumentTypeError(f"must be {wanted}, got {text!r}")
     return value
 
 
@@ -59,17 +69,6 @@ def device(text: str) -> str:
     if torch.device(text).type == "meta":
         raise argparse.ArgumentTypeError(f"must be a device of this machine, got {text!r}, which has no memory")
     return text
-
-
-def amount(text: str) -> float:
-    """A number from 0; "inf" is one."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not value >= 0:
-        raise argparse.ArgumentTypeError(f"must be a number from 0, got {text!r}")
-    return value
 
 
 def folder(text: str) -> Path:

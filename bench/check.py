@@ -11,7 +11,9 @@ import argparse
 import os
 import sys
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
+from itertools import product
 
 import torch
 from rich.console import Console
@@ -50,23 +52,18 @@ class Row:
 def named_cases(large: bool) -> list[Case]:
     """Every kind of partition, dividing and not, with every feature at least once."""
     half = [torch.float16, torch.bfloat16] if large else [torch.float16]
-    even, odd = ((128, 256), (97, 130)) if large else ((8, 12), (9, 11))
+    dtypes, shift = (torch.float32, *half), (4, 4) if large else (2, 1)
+    even, odd, whole = ((128, 256), (97, 130), (48, 72)) if large else ((8, 12), (9, 11), (7, 13))
     p = (8, 8) if large else (4, 3)
     kinds = ("interlaced", "grid", "local", "rows", "columns")
     found = [
         Case(kind, size, p, (64, 64), heads=2, bias=kind in ("grid", "local"), dtype=dtype)
-        for kind in kinds
-        for size in (even, odd)
-        for dtype in (torch.float32, *half)
+        for kind, size, dtype in product(kinds, (even, odd), dtypes)
     ]
-    shift = p[0] // 2, p[1] // 2
-    found += [
-        Case("local", odd, p, (64, 64), 2, bias=True, dtype=dtype, shift=shift) for dtype in (torch.float32, *half)
-    ]
-    whole = (48, 72) if large else (7, 13)
-    found += [Case("dense", whole, whole, (32, 80), 3, dtype=dtype) for dtype in (torch.float32, *half)]
+    found += [Case("local", odd, p, (64, 64), 2, bias=True, dtype=dtype, shift=shift) for dtype in dtypes]
+    found += [Case("dense", whole, whole, (32, 80), 3, dtype=dtype) for dtype in dtypes]
     found += [Case("local", odd, p, widths, bias=True, dtype=half[0]) for widths in ((39, 39), (24, 1), (1, 24))]
-    found += [Case(kind, even, p, (256, 512), dtype=dtype) for kind in kinds[::2] for dtype in (torch.float32, *half)]
+    found += [Case(kind, even, p, (256, 512), dtype=dtype) for kind, dtype in product(kinds[::2], dtypes)]
     return found
 
 
@@ -176,12 +173,9 @@ def seconds(case: Case, backend: str, device: str) -> tuple[float, float]:
     inputs = case.inputs(device)
     q, k, v = (inputs[name].requires_grad_() for name in "qkv")
     bias = inputs["bias"].requires_grad_() if case.bias else None
-    out = partitioned_attention(q, k, v, case.partition, bias=bias, backend=backend)
     leaves = [q, k, v, *([] if bias is None else [bias])]
-
-    def forward() -> tuple[Tensor, ...]:
-        with torch.no_grad():
-            return (partitioned_attention(q, k, v, case.partition, bias=bias, backend=backend),)
+    attend = partial(partitioned_attention, q, k, v, case.partition, bias=bias, backend=backend)
+    out, forward = attend(), measure.forward(attend)
 
     def backward() -> tuple[Tensor, ...]:
         return torch.autograd.grad(out, leaves, inputs["do"], retain_graph=True)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import product
+from operator import attrgetter, methodcaller
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -241,36 +243,29 @@ def _draw_bars(panel: Any, rows: Sequence[Cost], quantity: Quantity) -> None:
 def sharding_costs(rows: Sequence[sharding.Row], rate: float, links: Sequence[float], path: Path) -> None:
     """Draw what was run above, and below what was simulated: peak bytes, bytes sent and predicted seconds."""
     run, simulated = ([row for row in rows if row.source == source] for source in ("run", "simulated"))
+    of_pass: Callable[[Any], str] = attrgetter("pass_")
     with _saved(path, 2, 3, 110, figsize=(16, 9)) as (_, panels):
         times, peaks, (peak, sent, predicted) = panels[0, :2], panels[0, 2], panels[1]
-        for (panel, scaling), pass_ in product(zip(times, ("strong", "weak"), strict=True), PASSES):
-            line = [row for row in run if row.scaling == scaling and row.pass_ == pass_]
-            _over_devices(panel, line, pass_, lambda row: 1e3 * (row.seconds or 0))
-            panel.set(title=f"{scaling} scaling, run on this CPU with gloo", ylabel="ms")
-        for pass_ in PASSES:
-            line = [row for row in run if row.scaling == "strong" and row.pass_ == pass_]
-            _over_devices(peaks, line, pass_, lambda row: row.peak_bytes / 2**20, _falling(line, 2**20))
-        peaks.set(title="peak bytes of a device, run (strong)", ylabel="MiB")
-        for size, pass_ in product(sorted({row.size for row in simulated}), PASSES):
-            line = [row for row in simulated if row.size == size and row.pass_ == pass_]
-            several, label = [row for row in line if row.devices > 1], f"{format_size(size)} {pass_}"
-            _over_devices(peak, line, label, lambda row: row.peak_bytes / 2**30, _falling(line, 2**30))
-            _over_devices(sent, several, label, lambda row: row.sent_bytes / 2**30, lambda row: row.bound_bytes / 2**30)
-        peak.set(title="peak bytes of a device, simulated (grey: 1/N)", ylabel="GiB")
-        sent.set(title="bytes a device sends, simulated (grey: 2 (N-1)/N local maps)", ylabel="GiB")
+        for panel, scaling in zip(times, ("strong", "weak"), strict=True):
+            scaled = [row for row in run if row.scaling == scaling]
+            title = f"{scaling} scaling, run on this CPU with gloo"
+            _over_devices(panel, scaled, title, "ms", lambda row: 1e3 * row.seconds, of_pass)
+        strong, title = [row for row in run if row.scaling == "strong"], "peak bytes of a device, run (strong)"
+        _over_devices(peaks, strong, title, "MiB", lambda row: row.peak_bytes / 2**20, of_pass, _falling)
+        title = "peak bytes of a device, simulated (grey: 1/N)"
+        _over_devices(peak, simulated, title, "GiB", lambda row: row.peak_bytes / 2**30, _of_map, _falling)
+        several = [row for row in simulated if row.devices > 1]
+        title = "bytes a device sends, simulated (grey: 2 (N-1)/N local maps)"
+        _over_devices(sent, several, title, "GiB", lambda row: row.sent_bytes / 2**30, _of_map, _bound)
         if simulated:
-            largest, pass_ = (
-                max((row.size for row in simulated), key=lambda size: size[0] * size[1]),
-                simulated[0].pass_,
-            )
-            line = [row for row in simulated if row.size == largest and row.pass_ == pass_]
-            for link in links:
-                _over_devices(predicted, line, f"{link:g} GB/s", partial(_predicted, rate=rate, link=link))
+            largest, pass_ = max((row.size for row in simulated), key=math.prod), simulated[0].pass_
+            drawn = [row for row in simulated if row.size == largest and row.pass_ == pass_]
             title = f"PREDICTED {pass_} of {format_size(largest)}, {rate:g} TFLOP/s assumed"
-            predicted.set(title=title, ylabel="s")
+            for link in links:
+                time = methodcaller("predicted", rate, link)
+                _over_devices(predicted, drawn, title, "s", time, partial(_said, f"{link:g} GB/s"))
         for panel in panels.flat:
             panel.set(xlabel="devices N")
-            panel.title.set_fontsize(11)
             if panel.lines:
                 panel.set_xscale("log", base=2)
                 panel.set_yscale("log")
@@ -282,26 +277,39 @@ def sharding_costs(rows: Sequence[sharding.Row], rate: float, links: Sequence[fl
 def _over_devices(
     panel: Any,
     rows: Sequence[sharding.Row],
-    label: str,
-    value: Callable[[sharding.Row], float],
-    ideal: Callable[[sharding.Row], float] | None = None,
+    title: str,
+    unit: str,
+    value: Callable[[Any], float],
+    label: Callable[[Any], str],
+    best: Callable[[Sequence[sharding.Row], float], list[float]] | None = None,
 ) -> None:
-    """A line over N, and in grey what it would be at best."""
-    if not rows:
-        return
-    devices = [row.devices for row in rows]
-    panel.plot(devices, list(map(value, rows)), "o-", label=label)
-    if ideal:
-        panel.plot(devices, list(map(ideal, rows)), color="0.8", linewidth=6, zorder=0)
+    """A line over N for every label, and in grey what it would be at best."""
+    panel.set_title(title, fontsize=11)
+    panel.set_ylabel(unit)
+    for name in dict.fromkeys(map(label, rows)):
+        line = [row for row in rows if label(row) == name]
+        devices, values = [row.devices for row in line], list(map(value, line))
+        panel.plot(devices, values, "o-", label=name)
+        if best:
+            panel.plot(devices, best(line, values[0]), color="0.8", linewidth=6, zorder=0)
 
 
-def _predicted(row: sharding.Row, rate: float, link: float) -> float:
-    return row.predicted(rate, link)
+def _of_map(row: sharding.Row) -> str:
+    return f"{format_size(row.size)} {row.pass_}"
 
 
-def _falling(rows: Sequence[sharding.Row], unit: int) -> Callable[[sharding.Row], float]:
-    """1/N of the first row's peak bytes."""
-    return lambda row: rows[0].peak_bytes / unit * rows[0].devices / row.devices
+def _said(label: str, row: sharding.Row) -> str:
+    return label
+
+
+def _falling(rows: Sequence[sharding.Row], first: float) -> list[float]:
+    """1/N of what the first row has."""
+    return [first * rows[0].devices / row.devices for row in rows]
+
+
+def _bound(rows: Sequence[sharding.Row], first: float) -> list[float]:
+    """GiB of the pixels that others have."""
+    return [row.bound_bytes / 2**30 for row in rows]
 
 
 # -- errors ------------------------------------------------------------------------------------------------------------

@@ -122,16 +122,11 @@ def step(make: Callable[[], nn.Module], shape: tuple[int, ...]) -> measure.Step:
 
 def lines(rows: list[Row]) -> Iterator[list[str | None]]:
     """A line a head; "times" are times what the first head of the same image takes."""
-    first = None
-    for row in rows:
-        begins = first is None or row.image != first.image
-        if begins and first:
-            yield []
-        first = row if begins else first
-        assert first is not None
-        where = [row.image, format_size((row.map_height, row.map_width))] if begins else ["", ""]
-        time: list[str | None] = [None, None]
-        if row.seconds is not None and first.seconds is not None:
-            time = [short(row.seconds), short(row.seconds / first.seconds)]
-        size = f"{row.peak_bytes / 2**20:,.0f}", short(row.peak_bytes / first.peak_bytes)
-        yield [*where, row.head, *time, short(row.flops / 1e9), *size]
+    for image in dict.fromkeys(row.image for row in rows):
+        first, *others = (row for row in rows if row.image == image)
+        for row in (first, *others):
+            where = [image, format_size((row.map_height, row.map_width))] if row is first else ["", ""]
+            times = [None if row.seconds is None else short(row.seconds / unit) for unit in (1, first.seconds or 1)]
+            size = [f"{row.peak_bytes / 2**20:,.0f}", short(row.peak_bytes / first.peak_bytes)]
+            yield [*where, row.head, *times, short(row.flops / 1e9), *size]
+        yield []

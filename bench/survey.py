@@ -83,14 +83,16 @@ class Survey:
         self.args = args
         self.known = {row.cell: row for row in known}
         self.found: dict[Cost, Cost] = {}  # the rows of this survey, by cell
-        self.absent: list[str] = []  # who has no form of a workload, or cannot run here, and why
+        self.absent: dict[str, None] = {}  # who has no form of a workload, or cannot run here, and why, said once
         self.skipped: dict[tuple[str, Level, Pass], list[str]] = {}  # on which maps not timed, and why
         self.first_guess = measure.matmul_rate(getattr(torch, args.dtype), args.device)
         self.rates: dict[tuple[str, Level, Pass], float] = {}  # FLOPs per second at the size before
 
     def visit(self, workload: Workload, providers: Sequence[Provider]) -> None:
         """Adds a row a provider: counted, and timed together where each is predicted to fit."""
-        present = {p.name: p for p in providers if not self.is_absent(p, workload)}
+        obstacles = {provider: provider.obstacle(workload) for provider in providers}
+        self.absent |= {f"{provider.name} {obstacle}": None for provider, obstacle in obstacles.items() if obstacle}
+        present = {provider.name: provider for provider, obstacle in obstacles.items() if not obstacle}
         cells = {name: Cost.of(name, workload, self.args.device).cell for name in present}
         earlier = {name: self.known[cell] for name, cell in cells.items() if cell in self.known}
         counts = {
@@ -111,7 +113,7 @@ class Survey:
 
     def rows(self) -> list[Cost]:
         """What this survey found, and below it what the earlier rows say of other workloads."""
-        return list((self.found | {cell: row for cell, row in self.known.items() if cell not in self.found}).values())
+        return list((self.found | self.known | self.found).values())  # found first, and found wins
 
     def seconds(self, workload: Workload, providers: Sequence[Provider]) -> dict[str, float]:
         args, device = self.args, self.args.device
@@ -123,18 +125,12 @@ class Survey:
         seconds = measure.seconds(steps, rounds=args.rounds, budget=args.seconds_budget, device=device)
         return {name: round(time, 6) for name, time in seconds.items()}
 
-    def is_absent(self, provider: Provider, workload: Workload) -> bool:
-        """Whether the provider has no form of a workload; keeps the reason."""
-        if obstacle := provider.obstacle(workload):
-            self.remark(f"{provider.name} {obstacle}")
-        return obstacle is not None
-
     def fits(self, provider: Provider, workload: Workload, flops: int, peak: int) -> bool:
         """Whether a call runs here and fits in memory and time; keeps the reason where it does not."""
         panel = provider.name, workload.level, workload.pass_
         predicted = flops / self.rates.get(panel, self.first_guess)
         if not provider.runs_on(self.args.device):
-            self.remark(f"{provider.name} is counted only: it runs on {' and '.join(DEVICES)} devices")
+            self.absent[f"{provider.name} is counted only: it runs on {' and '.join(DEVICES)} devices"] = None
             return False
         if peak > self.args.memory_limit * 1e9:
             reason = f"would need {peak / 1e9:.1f} GB"
@@ -144,11 +140,6 @@ class Survey:
             return True
         self.skipped.setdefault(panel, []).append(f"{workload.height}x{workload.width}: {reason}")
         return False
-
-    def remark(self, sentence: str) -> None:
-        """Keeps what is true of a provider on many maps, once."""
-        if sentence not in self.absent:
-            self.absent.append(sentence)
 
     def remarks(self) -> list[str]:
         """What a reader of the rows will miss, and why: a line for what is not there, and for what was not timed."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -15,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import measure
-from bench.__main__ import main
+from bench.__main__ import COMMANDS, OF_KERNELS, main
 from bench.arguments import size
 from bench.compared import PROVIDERS
 from bench.cost import Cost
@@ -23,6 +25,7 @@ from bench.measure import Counter, count, seconds, step
 from bench.records import read, write
 from bench.workload import LEVELS, PASSES, Level, Pass, Workload, closed_form_flops
 
+ROOT = Path(__file__).parent.parent
 PAPER: dict[str, Any] = {"key_channels": 256, "value_channels": 512, "partition_size": (8, 8)}
 SMALL: dict[str, Any] = {"channels": 24, "key_channels": 8, "value_channels": 20, "partition_size": (2, 3)}
 # What runs on a CPU without a compiler; the others are counted only.
@@ -326,6 +329,44 @@ def test_partitions_writes_its_csv_and_a_plot(tmp_path: Path) -> None:
 def test_pictures_are_drawn(tmp_path: Path) -> None:
     main(["pictures", "--out", str(tmp_path)])
     assert {path.name for path in tmp_path.iterdir()} == {"partitions.png", "supports.png", "photo.png"}
+
+
+LOADED = """
+import sys
+from bench.__main__ import COMMANDS, OF_KERNELS, main
+try:
+    main(sys.argv[1:])
+except SystemExit as stopped:
+    print({"torch", "matplotlib", "rich", "triton"} & set(sys.modules), stopped.code)
+"""
+
+
+@pytest.mark.parametrize(("arguments", "code"), [(["--help"], 0), (["fly"], 2), ([], 2)])
+def test_help_and_a_wrong_command_load_neither_torch_nor_matplotlib(arguments: list[str], code: int) -> None:
+    words = [sys.executable, "-c", LOADED, *arguments]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines()[-1] == f"set() {code}", done.stderr
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_says_what_it_does(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main([command, "--help"])
+    assert stopped.value.code == 0
+    said = capsys.readouterr().out
+    assert said.startswith(f"usage: python -m bench {command} ")
+    assert "-m bench" in said.removeprefix("usage: python -m bench")  # its docstring too
+
+
+@pytest.mark.parametrize("command", OF_KERNELS)
+def test_a_command_that_looks_at_kernels_says_that_triton_is_missing(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(SystemExit) as stopped:
+        main([command])
+    assert stopped.value.code == 2
+    assert f"{command} looks at kernels and needs triton, which is not installed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("text", "expected"), [("64", (64, 64)), ("64x128", (64, 128)), ("7X5", (7, 5))])

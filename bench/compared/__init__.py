@@ -178,7 +178,7 @@ PROVIDERS = {
         Provider("aspp", module=lambda workload: modules.SingleMapASPP(workload.channels, workload.channels)),
         Provider(
             "timm",
-            attention=libraries.timm_attention,
+            attention=isa.in_stages(libraries.timm),
             module=libraries.TimmStages,
             package="timm",
             refuses=libraries.timm_refuses,

@@ -45,23 +45,15 @@ def divided_only(workload: Workload) -> str | None:
 # -- timm --------------------------------------------------------------------------------------------------------------
 
 
-def timm_attention(workload: Workload) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """MaxViT's grid attention on (q, k, v), then its block attention on (q, k, the first's context)."""
+def timm(q: Tensor, k: Tensor, v: Tensor, partition: Partition) -> Tensor:
+    """MaxViT's grid or block attention; q, k [B, H, W, 1, K], v [B, H, W, 1, V]."""
     from timm.models import maxxvit
 
-    grid, window = _grid(workload), list(workload.partition_size)
-    stages = (
-        (maxxvit.grid_partition, maxxvit.grid_reverse, grid),
-        (maxxvit.window_partition, maxxvit.window_reverse, window),
-    )
-
-    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        for partition, reverse, size in stages:
-            groups = (partition(x.squeeze(3), size).unsqueeze(3) for x in (q, k, v))  # [B groups, h, w, 1, width]
-            v = reverse(sdpa_attention(*groups).squeeze(3), size, list(q.shape[1:3])).unsqueeze(3)
-        return v
-
-    return attention
+    how = "window" if partition.h.token_stride == partition.w.token_stride == 1 else "grid"
+    split, join = getattr(maxxvit, f"{how}_partition"), getattr(maxxvit, f"{how}_reverse")
+    tokens = [partition.h.tokens, partition.w.tokens]
+    groups = (split(x.squeeze(3), tokens).unsqueeze(3) for x in (q, k, v))  # [B groups, h, w, 1, width]
+    return join(sdpa_attention(*groups).squeeze(3), tokens, list(partition.size)).unsqueeze(3)
 
 
 def timm_refuses(workload: Workload) -> str | None:
@@ -78,7 +70,9 @@ class TimmStages(nn.Module):
         from timm.models import maxxvit
 
         super().__init__()
-        self.grid, self.window = _grid(workload), list(workload.partition_size)
+        self.window = list(workload.partition_size)
+        # tokens of a long-range group on either axis: MaxViT fixes these, ISA the interval between them
+        self.grid = [side // p for side, p in zip(workload.size, workload.partition_size, strict=True)]
         self.long_range = maxxvit.Attention2d(workload.channels, dim_head=TIMM_HEAD)
         self.short_range = maxxvit.Attention2d(workload.channels, dim_head=TIMM_HEAD)
 
@@ -90,11 +84,6 @@ class TimmStages(nn.Module):
         x = maxxvit.grid_reverse_nchw(x, self.grid, size)
         x = self.short_range(maxxvit.window_partition_nchw(x, self.window))
         return maxxvit.window_reverse_nchw(x, self.window, size)
-
-
-def _grid(workload: Workload) -> list[int]:
-    """Tokens of a long-range group on either axis: MaxViT fixes these, ISA the interval between them."""
-    return [workload.height // workload.partition_size[0], workload.width // workload.partition_size[1]]
 
 
 # -- FlexAttention and NATTEN, behind operators ------------------------------------------------------------------------
