@@ -5,9 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from itertools import product
-from operator import attrgetter, methodcaller
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -243,29 +241,37 @@ def _draw_bars(panel: Any, rows: Sequence[Cost], quantity: Quantity) -> None:
 def sharding_costs(rows: Sequence[sharding.Row], rate: float, links: Sequence[float], path: Path) -> None:
     """Draw what was run above, and below what was simulated: peak bytes, bytes sent and predicted seconds."""
     run, simulated = ([row for row in rows if row.source == source] for source in ("run", "simulated"))
-    of_pass: Callable[[Any], str] = attrgetter("pass_")
+    strong, weak = ([row for row in run if row.scaling == scaling] for scaling in ("strong", "weak"))
+    sent = [row for row in simulated if row.devices > 1]
+    drawn: tuple[tuple[list[sharding.Row], str, str, float, str], ...] = (
+        (strong, "seconds", "ms", 1e-3, "strong scaling, run on this CPU with gloo"),
+        (weak, "seconds", "ms", 1e-3, "weak scaling, run on this CPU with gloo"),
+        (strong, "peak_bytes", "MiB", 2**20, "peak bytes of a device, run (strong)"),
+        (simulated, "peak_bytes", "GiB", 2**30, "peak bytes of a device, simulated (grey: 1/N)"),
+        (sent, "sent_bytes", "GiB", 2**30, "bytes a device sends, simulated (grey: 2 (N-1)/N local maps)"),
+    )
     with _saved(path, 2, 3, 110, figsize=(16, 9)) as (_, panels):
-        times, peaks, (peak, sent, predicted) = panels[0, :2], panels[0, 2], panels[1]
-        for panel, scaling in zip(times, ("strong", "weak"), strict=True):
-            scaled = [row for row in run if row.scaling == scaling]
-            title = f"{scaling} scaling, run on this CPU with gloo"
-            _over_devices(panel, scaled, title, "ms", lambda row: 1e3 * row.seconds, of_pass)
-        strong, title = [row for row in run if row.scaling == "strong"], "peak bytes of a device, run (strong)"
-        _over_devices(peaks, strong, title, "MiB", lambda row: row.peak_bytes / 2**20, of_pass, _falling)
-        title = "peak bytes of a device, simulated (grey: 1/N)"
-        _over_devices(peak, simulated, title, "GiB", lambda row: row.peak_bytes / 2**30, _of_map, _falling)
-        several = [row for row in simulated if row.devices > 1]
-        title = "bytes a device sends, simulated (grey: 2 (N-1)/N local maps)"
-        _over_devices(sent, several, title, "GiB", lambda row: row.sent_bytes / 2**30, _of_map, _bound)
+        for panel, (these, column, unit, scale, title) in zip(panels.flat, drawn, strict=False):
+            panel.set(title=title, ylabel=unit)
+            for label in dict.fromkeys(map(_of_line, these)):
+                line = [row for row in these if _of_line(row) == label]
+                devices, values = [row.devices for row in line], [getattr(row, column) / scale for row in line]
+                panel.plot(devices, values, "o-", label=label)
+                best = {"peak_bytes": [values[0] * devices[0] / N for N in devices],
+                        "sent_bytes": [row.bound_bytes / scale for row in line]}  # fmt: skip
+                if column in best:
+                    panel.plot(devices, best[column], color="0.8", linewidth=6, zorder=0)
         if simulated:
             largest, pass_ = max((row.size for row in simulated), key=math.prod), simulated[0].pass_
-            drawn = [row for row in simulated if row.size == largest and row.pass_ == pass_]
-            title = f"PREDICTED {pass_} of {format_size(largest)}, {rate:g} TFLOP/s assumed"
+            line = [row for row in simulated if row.size == largest and row.pass_ == pass_]
             for link in links:
-                time = methodcaller("predicted", rate, link)
-                _over_devices(predicted, drawn, title, "s", time, partial(_said, f"{link:g} GB/s"))
+                times = [row.predicted(rate, link) for row in line]
+                panels[1, 2].plot([row.devices for row in line], times, "o-", label=f"{link:g} GB/s")
+            title = f"PREDICTED {pass_} of {format_size(largest)}, {rate:g} TFLOP/s assumed"
+            panels[1, 2].set(title=title, ylabel="s")
         for panel in panels.flat:
             panel.set(xlabel="devices N")
+            panel.title.set_fontsize(11)
             if panel.lines:
                 panel.set_xscale("log", base=2)
                 panel.set_yscale("log")
@@ -274,42 +280,9 @@ def sharding_costs(rows: Sequence[sharding.Row], rate: float, links: Sequence[fl
                 panel.legend(frameon=False, fontsize=9)
 
 
-def _over_devices(
-    panel: Any,
-    rows: Sequence[sharding.Row],
-    title: str,
-    unit: str,
-    value: Callable[[Any], float],
-    label: Callable[[Any], str],
-    best: Callable[[Sequence[sharding.Row], float], list[float]] | None = None,
-) -> None:
-    """A line over N for every label, and in grey what it would be at best."""
-    panel.set_title(title, fontsize=11)
-    panel.set_ylabel(unit)
-    for name in dict.fromkeys(map(label, rows)):
-        line = [row for row in rows if label(row) == name]
-        devices, values = [row.devices for row in line], list(map(value, line))
-        panel.plot(devices, values, "o-", label=name)
-        if best:
-            panel.plot(devices, best(line, values[0]), color="0.8", linewidth=6, zorder=0)
-
-
-def _of_map(row: sharding.Row) -> str:
-    return f"{format_size(row.size)} {row.pass_}"
-
-
-def _said(label: str, row: sharding.Row) -> str:
-    return label
-
-
-def _falling(rows: Sequence[sharding.Row], first: float) -> list[float]:
-    """1/N of what the first row has."""
-    return [first * rows[0].devices / row.devices for row in rows]
-
-
-def _bound(rows: Sequence[sharding.Row], first: float) -> list[float]:
-    """GiB of the pixels that others have."""
-    return [row.bound_bytes / 2**30 for row in rows]
+def _of_line(row: sharding.Row) -> str:
+    """What rows of one line share: heights grow with N where a map is run."""
+    return row.pass_ if row.source == "run" else f"{format_size(row.size)} {row.pass_}"
 
 
 # -- errors ------------------------------------------------------------------------------------------------------------

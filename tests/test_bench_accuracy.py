@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from bench.commands.paper import parameters
 from torch import Generator, nn
 
 from bench import tasks
 from bench.__main__ import main
 from bench.commands import accuracy
 from bench.commands.accuracy import EXPERIMENTS, HEADS, QUESTIONS, Run, learn, share_reached
+from bench.commands.paper import parameters
 from bench.tasks import COLOURS, IGNORED, SIZE, TASKS, Drawn
 
 H, W = SIZE
