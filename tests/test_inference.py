@@ -232,9 +232,9 @@ def test_the_inference_command_writes_a_row_for_everyone(tmp_path: Path) -> None
     main(["inference", "--sizes", "9x13", *widths, "--models", "--rounds", "1", "--out", str(tmp_path)])
     with (tmp_path / "inference.csv").open(newline="") as file:
         rows = {row["provider"]: row for row in csv.DictReader(file)}
-    assert list(rows) == ["unfused", "isa", "isa-fused"]
+    assert list(rows) == ["unfused", "isa", "isa-folded"]
     padded = 12 * 15
-    saved = int(rows["isa"]["flops"]) - int(rows["isa-fused"]["flops"])
+    saved = int(rows["isa"]["flops"]) - int(rows["isa-folded"]["flops"])
     assert saved == 2 * 2 * padded * 32 * 32  # the output's projection in each stage
     assert all(0 < float(row["in_matmuls"]) < 1 for row in rows.values())
 

@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from isa_triton import ISAModule
+from isa_triton import ISAModule, SelfAttention2d
 from tests.cases import relative_error
 
 
@@ -16,7 +16,7 @@ def modules() -> tuple[nn.Module, nn.Module, Tensor]:
     plain = ISAModule(5, 4, 6, 7, partition_size=(3, 4), dropout=0).double().train()
     recomputing = copy.deepcopy(plain)
     for stage in recomputing.modules():
-        if hasattr(stage, "recompute"):
+        if isinstance(stage, SelfAttention2d):
             stage.recompute = True
     return plain, recomputing, torch.randn(2, 5, 7, 10, dtype=torch.float64, requires_grad=True)
 
