@@ -11,6 +11,7 @@ from torch.export import ExportedProgram
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from ._tracing import leaf_of_fx
 from .backend import plain
 from .backend.contract import Call
 from .maps import Conv1x1, ConvNormReLU, attend_maps, check_map, crop, make_partition, pad_to_multiple, pads
@@ -78,6 +79,7 @@ class FoldedAttention(nn.Module):
         self.in_channels = stages[0].value.in_channels
         self.stages = nn.ModuleList(map(FoldedStage, stages))
 
+    @leaf_of_fx
     def forward(self, x: Tensor) -> Tensor:
         check_map(x, self.in_channels)
         size = x.shape[2:]

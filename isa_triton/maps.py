@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ._tracing import leaf_of_fx
 from .functional import partitioned_attention
 from .partition import Partition, ceil_div
 
@@ -46,6 +47,7 @@ class Conv1x1(nn.Conv2d):
     def __init__(self, in_channels: int, out_channels: int, bias: bool = False) -> None:
         super().__init__(in_channels, out_channels, kernel_size=1, bias=bias)
 
+    @leaf_of_fx
     def forward(self, *inputs: Tensor) -> Tensor:
         size = inputs[0].shape[2:]
         weights = self.weight.flatten(1).split([x.shape[1] for x in inputs], dim=1)  # [out, C_i]

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ._tracing import leaf_of_fx
 from .backend import check_backend
 from .maps import (
     PATTERNS,
@@ -125,6 +126,7 @@ class SelfAttention2d(nn.Module):
         self.value = Conv1x1(in_channels, value_channels)
         self.output = project(value_channels, out_channels)
 
+    @leaf_of_fx
     def forward(self, x: Tensor) -> Tensor:
         check_map(x, self.value.in_channels)
         size = x.shape[2:]
@@ -197,6 +199,7 @@ class InterlacedSparseSelfAttention(nn.Module):
         stages = self.long_range, self.short_range
         return stages if self.order == "long-short" else stages[::-1]
 
+    @leaf_of_fx
     def forward(self, x: Tensor) -> Tensor:
         first, second = self.stages
         check_map(x, first.value.in_channels)

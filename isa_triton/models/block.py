@@ -9,6 +9,7 @@ from typing import Any, TypeVar, Unpack
 
 from torch import Tensor, nn
 
+from .._tracing import is_proxy
 from ..maps import Conv1x1, ConvNormReLU, PartitionSize, check_options, unit_options
 from ..modules import InterlacedSparseSelfAttention, ISAOptions
 
@@ -59,7 +60,7 @@ class ISABlock(nn.Module):
         nn.init.zeros_(scale)  # not the convolution: batch normalisation divides what is constant by almost nothing
 
     def forward(self, x: Tensor) -> Tensor:
-        if not isinstance(x, Tensor):
+        if not isinstance(x, Tensor) and not is_proxy(x):
             raise TypeError(f"x must be one feature map [B, C, H, W], got {type(x).__name__}: follow another module")
         return x + self.output(self.isa(x))
 

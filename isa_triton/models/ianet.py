@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import checkpoints
+from .._tracing import is_proxy
 from ..maps import Conv1x1, ConvNormReLU, NormLayer
 from ..modules import ISAHead
 from .resnet import resnet
@@ -49,7 +50,7 @@ class IANet(nn.Module):
         self.align_corners = align_corners
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        if x.dim() != 4 or 0 in x.shape:
+        if not is_proxy(x) and (x.dim() != 4 or 0 in x.shape):
             raise ValueError(f"x must be images [B, 3, H, W] of at least one pixel, got {tuple(x.shape)}")
         maps = feature_maps(self.backbone(x))
         logits = {"out": self.head(maps[-1])}
@@ -72,10 +73,10 @@ def feature_maps(output: Any) -> list[Tensor]:
     Raises:
         TypeError: no map, no mapping and no sequence of maps.
     """
-    if isinstance(output, Tensor):
+    if isinstance(output, Tensor) or is_proxy(output):
         return [output]
     maps = list(output.values()) if isinstance(output, Mapping) else output
-    if not isinstance(maps, (list, tuple)) or not maps or not all(isinstance(y, Tensor) for y in maps):
+    if not isinstance(maps, (list, tuple)) or not maps or not all(isinstance(y, Tensor) or is_proxy(y) for y in maps):
         raise TypeError(f"backbone must return feature maps, got {type(output).__name__}")
     return list(maps)
 
