@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from bench.workload import PASSES
+
 MOST, LONGEST = 2**20, 2**15  # of anything, and a side: the scores of all pairs of pixels still have a size in 64 bits
 
 
@@ -83,6 +85,11 @@ def folder(text: str) -> Path:
 def add_out(parser: argparse.ArgumentParser, what: str = "the results") -> None:
     """Where a command writes."""
     parser.add_argument("--out", type=folder, default="out", metavar="DIR", help=f"folder of {what} (default: out)")
+
+
+def add_passes(parser: argparse.ArgumentParser) -> None:
+    """Which passes are measured."""
+    parser.add_argument("--passes", nargs="+", choices=PASSES, default=list(PASSES), help="default: both")
 
 
 def add_widths(parser: argparse.ArgumentParser) -> None:

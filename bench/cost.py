@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from rich.table import Table
 
@@ -34,25 +35,15 @@ class Cost:
     partition_size: str  # "8x8", height first
 
     @classmethod
-    def of(
-        cls,
-        provider: str,
-        workload: Workload,
-        device: str,
-        counted: tuple[int, int] = (0, 0),
-        seconds: float | None = None,
-    ) -> Cost:
-        """The row of a provider on a workload, from what `measure.count` and `measure.seconds` found."""
-        return cls(
-            provider=provider,
-            level=workload.level,
-            device=device,
-            flops=counted[0],
-            peak_bytes=counted[1],
-            seconds=seconds,
-            source="counted" if seconds is None else "counted+measured",
-            **workload.columns(),
-        )
+    def of(cls, provider: str, workload: Workload, device: str) -> Cost:
+        """What is measured, before anything is found."""
+        found: dict[str, Any] = {"flops": 0, "peak_bytes": 0, "seconds": None, "source": ""}
+        return cls(provider=provider, level=workload.level, device=device, **workload.columns(), **found)
+
+    def found(self, counted: tuple[int, int], seconds: float | None) -> Cost:
+        """The row with what `measure.count` and `measure.seconds` found."""
+        source = "counted" if seconds is None else "counted+measured"
+        return replace(self, flops=counted[0], peak_bytes=counted[1], seconds=seconds, source=source)
 
     @property
     def cell(self) -> Cost:

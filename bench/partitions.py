@@ -18,7 +18,7 @@ from bench.arguments import add_out, check_partition_size, size
 from bench.compared import Provider
 from bench.compared.isa import in_stages
 from bench.records import console, format_size
-from bench.workload import BLOCK_LEVELS, PASSES, Workload
+from bench.workload import BLOCK_LEVELS, Workload
 from isa_triton import InterlacedSparseSelfAttention, ISAModule, SelfAttention2d, partitioned_attention
 
 WINDOWS = ((2, 2), (4, 4), (8, 8), (12, 12), (16, 16), (32, 32), (64, 64))
@@ -63,7 +63,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     default = f"{' '.join(map(format_size, WINDOWS))}, as far as the map has room"
     add("--partition-sizes", nargs="+", type=size, metavar="P", help=f"8 or 8x4, height first (default: {default})")
     add("--partition-size", type=size, default=(8, 8), metavar="P", help="of the ISA modules (default: 8)")
-    add("--passes", nargs="+", choices=PASSES, default=list(PASSES), help="default: both")
     survey.add_arguments(parser)
 
 

@@ -10,7 +10,7 @@ from bench.arguments import add_out, check_partition_size, size
 from bench.compared import DRAWN, PROVIDERS
 from bench.cost import QUANTITIES, summary
 from bench.records import console, format_size
-from bench.workload import BLOCK_LEVELS, LEVELS, PASSES
+from bench.workload import BLOCK_LEVELS, LEVELS
 
 SIZES = ((32, 32), (64, 64), (64, 128), (97, 97), (128, 128), (128, 256), (256, 256), (512, 512))
 
@@ -27,7 +27,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     maps = f"maps in pixels, 64 or 64x128, height first (default: {' '.join(map(format_size, SIZES))})"
     add("--sizes", nargs="+", type=size, default=list(SIZES), metavar="SIZE", help=maps)
-    add("--passes", nargs="+", choices=PASSES, default=list(PASSES), help="default: both")
     add("--level", nargs="+", choices=LEVELS, default=list(BLOCK_LEVELS), help="default: attention module")
     add("--partition-size", type=size, default=(8, 8), metavar="P", help="8 or 8x4, height first (default: 8)")
     survey.add_arguments(parser)

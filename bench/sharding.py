@@ -29,10 +29,10 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import figures, measure
-from bench.arguments import add_out, number, positive, size
+from bench.arguments import add_out, add_passes, number, positive, size
 from bench.compared import isa
 from bench.records import console, format_size, read, short, table, write
-from bench.workload import PASSES, Pass, Workload
+from bench.workload import Pass, Workload
 from isa_triton.sharding import MapParallel
 from isa_triton.sharding.layouts import even_cuts
 
@@ -149,7 +149,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--channels", type=positive, default=128, metavar="C", help="of the run, K = C / 2, V = C (default: 128)")
     add("--partition-size", type=size, default=(8, 8), metavar="P", help="of the run (default: 8)")
     add("--rounds", type=positive, default=5, help="timed calls of each (default: 5)")
-    add("--passes", nargs="+", choices=PASSES, default=list(PASSES), help="default: both")
+    add_passes(parser)
     devices, help_ = [1, 2, 4, 8, 16, 32, 64], "simulated; none: leave the simulation out (default: 1 2 4 8 16 32 64)"
     add("--devices", nargs="*", type=positive, default=devices, metavar="N", help=help_)
     add("--simulated-sizes", nargs="+", type=size, default=[(4096, 4096), (8192, 8192)], metavar="SIZE")

@@ -11,7 +11,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from bench import measure
-from bench.arguments import add_widths, amount, device, positive
+from bench.arguments import add_passes, add_widths, amount, device, positive
 from bench.compared import Provider
 from bench.cost import Cost
 from bench.records import console, read, write
@@ -23,6 +23,7 @@ DTYPES = ("float32", "float16", "bfloat16", "float64")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments that a survey and its workloads read."""
+    add_passes(parser)
     add_widths(parser)
     add = parser.add_argument
     add("--dtype", choices=DTYPES, default="float32", help="default: float32")
@@ -93,7 +94,7 @@ class Survey:
         obstacles = {provider: provider.obstacle(workload) for provider in providers}
         self.absent |= {f"{provider.name} {obstacle}": None for provider, obstacle in obstacles.items() if obstacle}
         present = {provider.name: provider for provider, obstacle in obstacles.items() if not obstacle}
-        cells = {name: Cost.of(name, workload, self.args.device).cell for name in present}
+        cells = {name: Cost.of(name, workload, self.args.device) for name in present}
         earlier = {name: self.known[cell] for name, cell in cells.items() if cell in self.known}
         counts = {
             name: (earlier[name].flops, earlier[name].peak_bytes)
@@ -107,7 +108,7 @@ class Survey:
         else:
             seconds = self.seconds(workload, [present[name] for name in fitting])
         for name, cell in cells.items():
-            self.found[cell] = Cost.of(name, workload, self.args.device, counts[name], seconds.get(name))
+            self.found[cell] = cell.found(counts[name], seconds.get(name))
             if name in seconds:
                 self.rates[name, workload.level, workload.pass_] = counts[name][0] / max(seconds[name], 1e-6)
 
