@@ -22,7 +22,6 @@ from reference import affinity, long_range_groups, short_range_groups
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # after the choice of a backend without a display
 
-HELP = "the partitions, their supports, and attention on a photograph: partitions.png, supports.png, photo.png"
 CHOSEN = "#0072B2"
 # Okabe and Ito's other colours: distinct without colour vision; the letters in the cells say the same in grey
 OTHERS = ("#E69F00", "#009E73", "#CC79A7", "#999999", "#D55E00", "#F0E442", "#56B4E9", "#7F5FA0")

@@ -33,7 +33,7 @@ def test_a_traced_network_is_the_network_for_any_size(name: str) -> None:
 
 
 def test_a_layer_alone_says_what_to_trace() -> None:
-    with pytest.raises(TypeError, match="SelfAttention2d is one node to torch.fx: trace a network that holds it"):
+    with pytest.raises(TypeError, match=r"SelfAttention2d is one node to torch\.fx: trace a network that holds it"):
         symbolic_trace(SelfAttention2d(5, 4, 6, pattern="dense"))
 
 

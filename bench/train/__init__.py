@@ -24,8 +24,6 @@ from bench.arguments import device, folder, from_zero, number, positive, size
 from bench.compared.heads import CONTEXTS
 from bench.train.recipe import RECIPES, InputError, Recipe
 
-HELP = "train a segmentation network by the authors' recipe and measure its mean IoU: checkpoint.pt, log.csv, iou.csv"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
