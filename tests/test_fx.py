@@ -42,7 +42,7 @@ def test_torchvisions_feature_extractor_reads_networks_with_our_blocks() -> None
     network = isa_resnet(10, name="resnet50", after=("layer3.4",), key_channels=8, value_channels=8).eval()
     extractor = create_feature_extractor(network, {"layer3.4": "block", "layer4": "last"})
     x = torch.randn(1, 3, 64, 96)
-    found = {}
+    found: dict[str, torch.Tensor] = {}
     network.get_submodule("layer3.4").register_forward_hook(lambda module, args, y: found.update(block=y))
     network.get_submodule("layer4").register_forward_hook(lambda module, args, y: found.update(last=y))
     network(x)
