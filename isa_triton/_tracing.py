@@ -67,7 +67,15 @@ def wants_torch_operators() -> bool:
 
 def is_recorded() -> bool:
     """Whether `make_fx` or its like records operators: loops, strides and the batch would become constants."""
+    if torch.compiler.is_dynamo_compiling():  # which knows sizes and strides as symbols
+        return False
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+
+
+def is_plain(module: torch.nn.Module, kind: type) -> bool:
+    """Whether a module is exactly of a class (parametrised ones are not) and has no hooks: its weight says it all."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return type(module) is kind and not any(hooks)
 
 
 def is_proxy(x: Any) -> bool:

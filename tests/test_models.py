@@ -285,7 +285,8 @@ def test_mask_rcnn_trains_with_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
         images.append(0.1 * torch.rand(3, 64, 90) + mask)
         boxes = torch.tensor([[left, top, right, bottom]], dtype=torch.float32)
         targets.append({"boxes": boxes, "labels": torch.tensor([1]), "masks": mask[None].to(torch.uint8)})
-    select, selected = model.roi_heads.select_training_samples, []
+    select = model.roi_heads.select_training_samples
+    selected: list[Any] = []
 
     def select_once(*args: Any) -> Any:
         if not selected:
@@ -308,7 +309,7 @@ def test_mask_rcnn_trains_with_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
     together = losses(model.parameters(), 5e-4)
     assert together == sorted(together, reverse=True)
     assert together[-1] < 0.8 * together[0]
-    assert all(parameter.grad.any() for parameter in block.parameters())
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in block.parameters())
     alone = losses(block.parameters(), 0.1)
     assert alone == sorted(alone, reverse=True)
     assert alone[-1] < alone[0] - 1e-4
