@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from types import ModuleType
 
-from bench import accuracy, train
-from bench.commands import inference, paper, partitions, photograph, pictures, scaling, sharding
+from bench import accuracy, pictures, train
+from bench.commands import inference, paper, partitions, photograph, scaling, sharding
 
 COMMANDS: dict[str, ModuleType] = {
     "scaling": scaling,
