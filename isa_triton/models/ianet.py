@@ -36,9 +36,10 @@ class IANet(nn.Module):
         TypeError: a backbone that returns something else.
         ValueError: images of another shape, or an auxiliary head where the backbone returns one map only.
 
-    >>> net = IANet(nn.Conv2d(3, 64, 3, stride=8, padding=1), ISAHead(64, 32, 19, key_channels=16))
-    >>> net(torch.randn(2, 3, 65, 97))["out"].shape
-    torch.Size([2, 19, 65, 97])
+    Examples:
+        >>> net = IANet(nn.Conv2d(3, 64, 3, stride=8, padding=1), ISAHead(64, 32, 19, key_channels=16))
+        >>> net(torch.randn(2, 3, 65, 97))["out"].shape
+        torch.Size([2, 19, 65, 97])
     """
 
     def __init__(
@@ -71,6 +72,10 @@ def feature_maps(output: Any) -> list[Tensor]:
 
     Raises:
         TypeError: no map, no mapping and no sequence of maps.
+
+    Examples:
+        >>> [tuple(x.shape) for x in feature_maps({"layer4": torch.zeros(1, 8, 4, 6)})]
+        [(1, 8, 4, 6)]
     """
     if isinstance(output, Tensor):
         return [output]
@@ -97,20 +102,25 @@ def ianet(
 
     Args:
         num_classes: width of the logits.
-        name, output_stride, deep_stem, weights: see `resnet_backbone`.
+        name: of the backbone, see `resnet_backbone`.
         head: takes 2048 channels in place of `ISAHead`.
         auxiliary: whether stage 3 has a head of its own in training.
+        output_stride: of the backbone, see `resnet_backbone`.
+        deep_stem: see `resnet_backbone`.
+        weights: of the backbone, see `resnet_backbone`.
         align_corners: see `IANet`.
         norm_layer: makes a normalisation from its channels, everywhere.
-        options: of `ISAHead`: key_channels, partition_size, dropout, padding and others.
+        **options: of `ISAHead`: key_channels, partition_size, dropout, padding and others.
 
     Raises:
         TypeError: options beside a head.
-        ImportError, ValueError: as `resnet_backbone` and `ISAHead`.
+        ImportError: torchvision is missing.
+        ValueError: what `resnet_backbone` or `ISAHead` refuses.
 
-    >>> net = ianet(19, partition_size=(8, 8)).eval()  # doctest: +SKIP
-    >>> net(torch.randn(1, 3, 513, 769))["out"].shape  # doctest: +SKIP
-    torch.Size([1, 19, 513, 769])
+    Examples:
+        >>> net = ianet(19, partition_size=(8, 8)).eval()  # doctest: +SKIP
+        >>> net(torch.randn(1, 3, 513, 769))["out"].shape  # doctest: +SKIP
+        torch.Size([1, 19, 513, 769])
     """
     backbone = resnet_backbone(
         name, output_stride=output_stride, deep_stem=deep_stem, weights=weights, norm_layer=norm_layer
@@ -147,8 +157,9 @@ def resnet_backbone(
         ImportError: torchvision is missing.
         ValueError: an unknown name or output stride, a network without bottlenecks, or weights for a deep stem.
 
-    >>> resnet_backbone("resnet101")(torch.randn(1, 3, 65, 97))["layer4"].shape  # doctest: +SKIP
-    torch.Size([1, 2048, 9, 13])
+    Examples:
+        >>> resnet_backbone("resnet101")(torch.randn(1, 3, 65, 97))["layer4"].shape  # doctest: +SKIP
+        torch.Size([1, 2048, 9, 13])
     """
     if output_stride not in _DILATED:
         raise ValueError(f"output_stride must be one of {', '.join(map(str, _DILATED))}, got {output_stride!r}")
@@ -187,8 +198,9 @@ def fcn_head(
 
     x [B, in_channels, H, W] -> logits [B, num_classes, H, W].
 
-    >>> fcn_head(64, 16, 19)(torch.randn(2, 64, 9, 13)).shape
-    torch.Size([2, 19, 9, 13])
+    Examples:
+        >>> fcn_head(64, 16, 19)(torch.randn(2, 64, 9, 13)).shape
+        torch.Size([2, 19, 9, 13])
     """
     reduce = ConvNormReLU(nn.Conv2d(in_channels, channels, 3, padding=1, bias=False), norm_layer)
     return nn.Sequential(reduce, nn.Dropout2d(dropout), Conv1x1(channels, num_classes, bias=True))
@@ -216,8 +228,9 @@ def from_mmseg(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
         TypeError: not a mapping.
         ValueError: not one ISA head called "decode_head.", or tensors of another network.
 
-    >>> weights = from_mmseg(torch.load("isanet_r50-d8.pth")["state_dict"])  # doctest: +SKIP
-    >>> ianet(19, deep_stem=True).load_state_dict(weights)  # doctest: +SKIP
+    Examples:
+        >>> weights = from_mmseg(torch.load("isanet_r50-d8.pth")["state_dict"])  # doctest: +SKIP
+        >>> ianet(19, deep_stem=True).load_state_dict(weights)  # doctest: +SKIP
     """
     weights = {f"head.{name}": x for name, x in checkpoints.from_mmseg(state_dict).items()}
     unexpected = []

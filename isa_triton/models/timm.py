@@ -49,9 +49,10 @@ def accelerate(model: Model, *, backend: str = "auto") -> Model:
         ValueError: no partition attention in it, or an unknown backend. In training, also a model with dropout of
             attention weights, which the kernels do not have.
 
-    >>> model = accelerate(timm.create_model("maxvit_tiny_tf_224"))  # doctest: +SKIP
-    >>> model(torch.randn(1, 3, 256, 320)).shape  # doctest: +SKIP
-    torch.Size([1, 1000])
+    Examples:
+        >>> model = accelerate(timm.create_model("maxvit_tiny_tf_224"))  # doctest: +SKIP
+        >>> model(torch.randn(1, 3, 256, 320)).shape  # doctest: +SKIP
+        torch.Size([1, 1000])
     """
     check_backend(backend)
     found = [(module, theirs) for module in model.modules() for theirs in _OURS if isinstance(module, theirs)]
@@ -68,8 +69,9 @@ def accelerate(model: Model, *, backend: str = "auto") -> Model:
 def restore(model: Model) -> Model:
     """Undo `accelerate`, in place; a model that is not accelerated stays as it is.
 
-    >>> restore(accelerate(model)) is model  # doctest: +SKIP
-    True
+    Examples:
+        >>> restore(accelerate(model)) is model  # doctest: +SKIP
+        True
     """
     for module in model.modules():
         for theirs, ours in _OURS.items():
