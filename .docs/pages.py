@@ -35,7 +35,9 @@ def on_config(config: Any) -> Any:
 def on_files(files: Files, config: Any) -> Files:
     sections = sources()
     for page in ("README.md", *sections["Guides"], *sections["Project"]):
-        files.append(File.generated(config, page, abs_src_path=str(ROOT / page)))
+        file = File.generated(config, page, abs_src_path=str(ROOT / page))
+        file.dest_uri = file.dest_uri.removeprefix(".github/")  # servers hide dot folders
+        files.append(file)
     for page in list(files.documentation_pages()):
         for link in LINK.finditer(page.content_string):
             target = _resolved(page.src_uri, link["target"])
