@@ -85,6 +85,9 @@ def from_openseg(state_dict: Mapping[str, Any], *, inplace_abn: bool = False) ->
 def from_mmseg(state_dict: Mapping[str, Any]) -> Tensors:
     """Weights of mmsegmentation's ISA head for `ISAHead`, from a whole network or from the head.
 
+    Args:
+        state_dict: of the network or of its head, with any prefix. Tensors or NumPy arrays.
+
     Returns:
         A state_dict that loads strictly; `ISAHead` calls their isa_channels key_channels. The values' bias becomes part
         of the normalisation behind it.
@@ -108,6 +111,13 @@ def from_paddleseg(state_dict: Mapping[str, Any]) -> Tensors:
     Args:
         state_dict: of the network or of its head, NumPy arrays (what ``paddle.load(path, return_numpy=True)`` returns)
             or tensors.
+
+    Returns:
+        A state_dict that loads strictly.
+
+    Raises:
+        TypeError: not a mapping.
+        ValueError: no or several ISA heads, or tensors missing or not expected.
 
     Examples:
         >>> ISAHead(2048, 512, 19).load_state_dict(from_paddleseg(arrays))  # doctest: +SKIP

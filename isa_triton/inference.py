@@ -168,6 +168,12 @@ def decompose(program: ExportedProgram) -> ExportedProgram:
 
     Every group's scores exist at once in it.
 
+    Args:
+        program: of `torch.export.export`, of any network that holds our layers.
+
+    Returns:
+        A program of the same signature.
+
     Examples:
         >>> layer = fuse(InterlacedSparseSelfAttention(64, 32, 64))
         >>> program = decompose(torch.export.export(layer, (torch.randn(1, 64, 13, 20),)))

@@ -32,6 +32,13 @@ def check_backend(backend: str) -> str:
 def choose(backend: str, q: Tensor) -> str:
     """The kernels where they can run, for "auto" on the devices they are made for; eager otherwise.
 
+    Args:
+        backend: one of `BACKENDS`.
+        q: whose dtype and device decide.
+
+    Returns:
+        "triton" or "eager".
+
     Raises:
         ValueError: the kernels were asked for and cannot take tensors like q.
 

@@ -100,6 +100,10 @@ def insert(model: Model, after: str, block: nn.Module) -> Model:
 def find(model: nn.Module, name: str) -> nn.Module:
     """A module inside a network by its name.
 
+    Args:
+        model: any network.
+        name: as in ``model.named_modules()``, not empty.
+
     Raises:
         ValueError: no such module; the message lists those beside which it was sought.
 

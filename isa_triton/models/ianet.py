@@ -196,6 +196,13 @@ def fcn_head(
 ) -> nn.Sequential:
     """The auxiliary head: conv3x3 + BN + ReLU, dropout of channels, classifier.
 
+    Args:
+        in_channels: width of the map.
+        channels: width between the convolutions.
+        num_classes: width of the logits.
+        norm_layer: makes a normalisation from its channels.
+        dropout: probability that a channel is dropped in training.
+
     x [B, in_channels, H, W] -> logits [B, num_classes, H, W].
 
     Examples:

@@ -128,6 +128,9 @@ def backward(target: str, key_width: int, value_width: int, dtype: str, tokens: 
 def file_for(target: str) -> Path:
     """The file of a target, of one with the same matrix instructions, or else of the most modest of its vendor.
 
+    Args:
+        target: the architecture, such as "sm_90" or "gfx942"; one without a file is served by another's.
+
     Examples:
         >>> file_for("sm_89").name, file_for("gfx1100").name
         ('sm_86.json', 'gfx942.json')
