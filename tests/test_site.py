@@ -52,7 +52,7 @@ def test_the_site_is_built_without_a_warning_and_shows_every_public_name_with_an
     assert done.returncode == 0, done.stderr
     assert "WARNING" not in done.stdout + done.stderr
 
-    shown = {}  # every name, and what stands between its heading and the next
+    shown: dict[str, str] = {}  # every name, and what stands between its heading and the next
     for page in (tmp_path / "api").glob("*.html"):
         _, *parts = re.split(r'<h\d id="(isa_triton[^"]*)" class="doc', page.read_text())
         shown |= dict(zip(parts[::2], parts[1::2], strict=True))
