@@ -62,10 +62,11 @@ def test_the_site_is_built_without_a_warning_and_shows_every_public_name_with_an
 
     places = {entry["location"] for entry in json.loads((tmp_path / "search/search_index.json").read_text())["docs"]}
     assert {name for name in public_names() if not any(place.endswith(f"#{name}") for place in places)} == set()
-    pages = [path for path in (ROOT / "README.md", *(ROOT / "isa_triton").rglob("README.md")) if path.exists()]
-    for page in pages:
-        html = tmp_path / page.relative_to(ROOT).with_name("index.html")
-        assert "<h1" in html.read_text()
+    beside = [path for folder in ("isa_triton", "bench") for path in (ROOT / folder).rglob("README.md")]
+    htmls = [tmp_path / path.relative_to(ROOT).with_name("index.html") for path in (ROOT / "README.md", *beside)]
+    for html in (*htmls, tmp_path / "CONTRIBUTING.html", tmp_path / "CHANGELOG.html"):
+        pictures_on_it = re.findall(r'<img [^>]*src="([^":]+)"', html.read_text())  # mkdocs checks Markdown's alone
+        assert [source for source in pictures_on_it if not (html.parent / source).is_file()] == []
 
 
 def test_the_picture_of_the_house_is_what_imports_are() -> None:
