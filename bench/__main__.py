@@ -13,7 +13,7 @@ COMMANDS = {  # modules of this folder, imported when they are chosen
     "paper": "FLOPs of the paper's heads under the authors' conventions and exactly: paper.csv",
     "partitions": "cost by partition size, order and parallel sizes: partitions.csv, partition_sizes_*.png",
     "inference": "folded inference against the authors' layout, timm's MaxViT and Swin: inference.csv",
-    "pictures": "partitions, their supports, and attention on a photograph: partitions.png, supports.png, photo.png",
+    "pictures": "partitions, constructors, supports, attention on a photograph: partitions.png, constructors.png, ...",
     "photograph": "IANet on a photograph, ISA's head beside the dense one, in seconds and bytes: photograph.csv",
     "sharding": "one map over several devices (torchrun -m bench sharding), run and simulated: sharding.csv, .png",
     "accuracy": "tasks that need long-range context, learned with every head: accuracy.csv, accuracy_*.png",

@@ -37,9 +37,10 @@ def fuse(module: nn.Module) -> nn.Module:
     Raises:
         ValueError: nothing to fold, or a normalisation that is not a batch normalisation with running statistics.
 
-    >>> folded = fuse(InterlacedSparseSelfAttention(64, 32, 64))
-    >>> folded(torch.randn(2, 64, 13, 20)).shape
-    torch.Size([2, 64, 13, 20])
+    Examples:
+        >>> folded = fuse(InterlacedSparseSelfAttention(64, 32, 64))
+        >>> folded(torch.randn(2, 64, 13, 20)).shape
+        torch.Size([2, 64, 13, 20])
     """
     # Tensors are copied by hand: fake ones have no deepcopy, and gradients stay behind.
     copies: dict[int, Any] = {id(x): nn.Parameter(x.clone(), requires_grad=False) for x in module.parameters()}
@@ -169,9 +170,16 @@ def decompose(program: ExportedProgram) -> ExportedProgram:
 
     Every group's scores exist at once in it.
 
-    >>> layer = fuse(InterlacedSparseSelfAttention(64, 32, 64))
-    >>> program = decompose(torch.export.export(layer, (torch.randn(1, 64, 13, 20),)))
-    >>> torch.onnx.export(program, f="layer.onnx")  # doctest: +SKIP
+    Args:
+        program: of `torch.export.export`, of any network that holds our layers.
+
+    Returns:
+        A program of the same signature.
+
+    Examples:
+        >>> layer = fuse(InterlacedSparseSelfAttention(64, 32, 64))
+        >>> program = decompose(torch.export.export(layer, (torch.randn(1, 64, 13, 20),)))
+        >>> torch.onnx.export(program, f="layer.onnx")  # doctest: +SKIP
     """
     table = torch.export.default_decompositions()
     table[torch.ops.isa_triton.forward.default] = _plain_forward

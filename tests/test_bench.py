@@ -328,7 +328,12 @@ def test_partitions_writes_its_csv_and_a_plot(tmp_path: Path) -> None:
 
 def test_pictures_are_drawn(tmp_path: Path) -> None:
     main(["pictures", "--out", str(tmp_path)])
-    assert {path.name for path in tmp_path.iterdir()} == {"partitions.png", "supports.png", "photo.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "partitions.png",
+        "constructors.png",
+        "supports.png",
+        "photo.png",
+    }
 
 
 LOADED = """

@@ -55,9 +55,10 @@ def accelerate(model: Model, *, backend: str = "auto") -> Model:
         ValueError: no partition attention in it, or an unknown backend. In training, also a model with dropout of
             attention weights, which the kernels do not have.
 
-    >>> model = accelerate(timm.create_model("maxvit_tiny_tf_224"))  # doctest: +SKIP
-    >>> model(torch.randn(1, 3, 256, 320)).shape  # doctest: +SKIP
-    torch.Size([1, 1000])
+    Examples:
+        >>> model = accelerate(timm.create_model("maxvit_tiny_tf_224"))  # doctest: +SKIP
+        >>> model(torch.randn(1, 3, 256, 320)).shape  # doctest: +SKIP
+        torch.Size([1, 1000])
     """
     check_backend(backend)
     blocks = [module for module in model.modules() if _ours(module, _BLOCKS) and _attentions(module)]
@@ -75,8 +76,9 @@ def accelerate(model: Model, *, backend: str = "auto") -> Model:
 def restore(model: Model) -> Model:
     """Undo `accelerate`, in place; a model that is not accelerated stays as it is.
 
-    >>> restore(accelerate(model)) is model  # doctest: +SKIP
-    True
+    Examples:
+        >>> restore(accelerate(model)) is model  # doctest: +SKIP
+        True
     """
     for module in model.modules():
         for theirs, ours in (_BLOCKS | _ATTENTIONS).items():
