@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._state_dict import find_prefix, plain_tensor, under
+
 Tensors = dict[str, Tensor]
 Names = dict[str, str]  # of a published layout's tensors -> ours
 
@@ -46,8 +48,8 @@ def from_openseg(state_dict: Mapping[str, Any], *, inplace_abn: bool = False) ->
         >>> weights = from_openseg(torch.load("isanet.pth")["state_dict"], inplace_abn=True)  # doctest: +SKIP
         >>> ISAHead(2048, 512, 19, activation=partial(nn.LeakyReLU, 0.01)).load_state_dict(weights)  # doctest: +SKIP
     """
-    prefix = _find(state_dict, "stages.0.long_range_sa.f_value.weight", "openseg.pytorch ISA_Module")
-    module = _under(state_dict, prefix)
+    prefix = find_prefix(state_dict, "stages.0.long_range_sa.f_value.weight", "openseg.pytorch ISA_Module")
+    module = under(state_dict, prefix)
     has_abn = "conv_bn.1.weight" in module
     if has_abn != inplace_abn:
         found, wanted = ("in-place ABN", True) if has_abn else ("batch normalisation and ReLU", False)
@@ -71,7 +73,7 @@ def from_openseg(state_dict: Mapping[str, Any], *, inplace_abn: bool = False) ->
     tensors = module
     root = prefix.removesuffix("isa_head.2.")
     if f"{root}isa_head.0.weight" in state_dict and f"{root}cls_head.weight" in state_dict:
-        tensors = {k: v for k, v in _under(state_dict, root).items() if k.startswith(("isa_head.", "cls_head."))}
+        tensors = {k: v for k, v in under(state_dict, root).items() if k.startswith(("isa_head.", "cls_head."))}
         names = {f"isa_head.2.{theirs}": f"isa.{ours}" for theirs, ours in names.items()}
         names |= _unit("isa_head.0", f"isa_head.1{norm}", "reduce")
         names |= {"cls_head.weight": "classifier.weight", "cls_head.bias": "classifier.bias"}
@@ -101,8 +103,8 @@ def from_mmseg(state_dict: Mapping[str, Any]) -> Tensors:
         >>> ISAHead(2048, 512, 19).load_state_dict(weights)  # doctest: +SKIP
     """
     names = _head_names("conv", "bn", _STATISTICS, classifier="conv_seg")
-    prefix = _find(state_dict, "global_relation.value_project.weight", "mmsegmentation ISAHead")
-    return _context_first(_renamed(_under(state_dict, prefix), names, "mmsegmentation"))
+    prefix = find_prefix(state_dict, "global_relation.value_project.weight", "mmsegmentation ISAHead")
+    return _context_first(_renamed(under(state_dict, prefix), names, "mmsegmentation"))
 
 
 def from_paddleseg(state_dict: Mapping[str, Any]) -> Tensors:
@@ -123,8 +125,8 @@ def from_paddleseg(state_dict: Mapping[str, Any]) -> Tensors:
         >>> ISAHead(2048, 512, 19).load_state_dict(from_paddleseg(arrays))  # doctest: +SKIP
     """
     names = _head_names("_conv", "_batch_norm", _PADDLE_STATISTICS, classifier="cls.1")
-    prefix = _find(state_dict, "global_relation.value_project.weight", "PaddleSeg ISANet")
-    tensors = {name: x for name, x in _under(state_dict, prefix).items() if not name.startswith("aux.")}
+    prefix = find_prefix(state_dict, "global_relation.value_project.weight", "PaddleSeg ISANet")
+    tensors = {name: x for name, x in under(state_dict, prefix).items() if not name.startswith("aux.")}
     return _context_first(_renamed(tensors, names, "PaddleSeg"))
 
 
@@ -151,24 +153,6 @@ def _unit(conv: str, norm: str, ours: str, statistics: Names = _STATISTICS) -> N
     return names | {f"{norm}.{theirs}": f"{ours}.norm.{part}" for theirs, part in statistics.items()}
 
 
-def _find(state_dict: Mapping[str, Any], landmark: str, what: str) -> str:
-    """The prefix of the one module of a layout, by the name of a tensor that no other layout has."""
-    if not isinstance(state_dict, Mapping):
-        raise TypeError(f"state_dict must be a mapping from names to tensors, got {type(state_dict).__name__}")
-    prefixes = [str(key).removesuffix(landmark) for key in state_dict if str(key).endswith(landmark)]
-    if not prefixes:
-        inner = next((key for key in ("state_dict", "model") if isinstance(state_dict.get(key), Mapping)), None)
-        hint = f"; it holds {inner!r}: pass that" if inner else ""
-        raise ValueError(f"state_dict holds no {what}: no name ends with {landmark!r}{hint}")
-    if len(prefixes) > 1:
-        raise ValueError(f"state_dict holds several of {what}, choose one: {', '.join(map(repr, prefixes))}")
-    return prefixes[0]
-
-
-def _under(state_dict: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    return {key.removeprefix(prefix): x for key, x in state_dict.items() if key.startswith(prefix)}
-
-
 def _renamed(tensors: Mapping[str, Any], names: Names, layout: str) -> Tensors:
     """Tensors under our names; every one is accounted for."""
     optional = {theirs for theirs, ours in names.items() if ours.endswith((".conv.bias", ".num_batches_tracked"))}
@@ -177,7 +161,7 @@ def _renamed(tensors: Mapping[str, Any], names: Names, layout: str) -> Tensors:
         found = (("missing", missing), ("unexpected", unexpected))
         said = "; ".join(f"{word}: {', '.join(sorted(names))}" for word, names in found if names)
         raise ValueError(f"not the layout of {layout}: {said}")
-    return {names[theirs]: torch.as_tensor(x) for theirs, x in tensors.items()}
+    return {names[theirs]: plain_tensor(x) for theirs, x in tensors.items()}
 
 
 def _context_first(weights: Tensors) -> Tensors:
@@ -197,5 +181,5 @@ def _absorbed(weights: Tensors) -> Tensors:
             bias = weights[f"{unit}.conv.weight"].flatten(1) @ bias
         weights[f"{unit}.norm.running_mean"] = weights[f"{unit}.norm.running_mean"] - bias
     for name in [name for name in weights if name.endswith("norm.running_mean")]:
-        weights.setdefault(name.removesuffix("running_mean") + "num_batches_tracked", torch.tensor(0))
+        weights.setdefault(name.removesuffix("running_mean") + "num_batches_tracked", torch.tensor(0, device="cpu"))
     return weights

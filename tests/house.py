@@ -35,7 +35,8 @@ ARROWS = {
     "isa_triton.functional": {"isa_triton.partition", "isa_triton.backend", "isa_triton.ops"},
     "isa_triton.maps": {"isa_triton._tracing", "isa_triton.partition", "isa_triton.functional"},
     "isa_triton.modules": {"isa_triton._tracing", "isa_triton.partition", "isa_triton.backend", "isa_triton.maps"},
-    "isa_triton.checkpoints": set(),
+    "isa_triton._state_dict": set(),
+    "isa_triton.checkpoints": {"isa_triton._state_dict"},
     "isa_triton.inference": {"isa_triton._tracing", "isa_triton.backend", "isa_triton.maps", "isa_triton.modules"},
     "isa_triton.sharding": {
         "isa_triton._tracing",
@@ -45,6 +46,7 @@ ARROWS = {
         "isa_triton.sharding",
     },
     "isa_triton.models": {
+        "isa_triton._state_dict",
         "isa_triton._tracing",
         "isa_triton.partition",
         "isa_triton.backend",

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import checkpoints
+from .._state_dict import find_prefix, plain_tensor, under
 from .._tracing import is_proxy
 from ..maps import Conv1x1, ConvNormReLU, NormLayer
 from ..modules import ISAHead
@@ -241,11 +242,13 @@ def from_mmseg(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
         >>> ianet(19, deep_stem=True).load_state_dict(weights)  # doctest: +SKIP
     """
     weights = {f"head.{name}": x for name, x in checkpoints.from_mmseg(state_dict).items()}
+    landmark = "decode_head.global_relation.value_project.weight"
+    root = find_prefix(state_dict, landmark, "network of mmsegmentation with an ISAHead")
     unexpected = []
-    for name, x in state_dict.items():
+    for name, x in under(state_dict, root).items():
         theirs = next((prefix for prefix in _MMSEG if name.startswith(prefix)), None)
         if theirs is not None:
-            weights[_MMSEG[theirs] + name.removeprefix(theirs)] = x
+            weights[_MMSEG[theirs] + name.removeprefix(theirs)] = plain_tensor(x)
         elif not name.startswith("decode_head."):
             unexpected.append(name)
     if unexpected:
