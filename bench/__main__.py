@@ -3,45 +3,45 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
+from importlib import import_module
 from importlib.util import find_spec
-from types import ModuleType
 
-from bench import accuracy, train
-from bench.commands import inference, paper, partitions, photograph, pictures, scaling, sharding
-
-COMMANDS: dict[str, ModuleType] = {
-    "scaling": scaling,
-    "paper": paper,
-    "partitions": partitions,
-    "inference": inference,
-    "pictures": pictures,
-    "photograph": photograph,
-    "sharding": sharding,
-    "accuracy": accuracy,
-    "train": train,
+COMMANDS = {  # modules of this folder, imported when they are chosen
+    "scaling": "FLOPs, memory and time across resolutions: scaling.csv, flops.png, memory.png, time.png",
+    "paper": "FLOPs of the paper's heads under the authors' conventions and exactly: paper.csv",
+    "partitions": "cost by partition size, order and parallel sizes: partitions.csv, partition_sizes_*.png",
+    "inference": "folded inference against the authors' layout, timm's MaxViT and Swin: inference.csv",
+    "pictures": "partitions, constructors, supports, attention on a photograph: partitions.png, constructors.png, ...",
+    "photograph": "IANet on a photograph, ISA's head beside the dense one, in seconds and bytes: photograph.csv",
+    "sharding": "one map over several devices (torchrun -m bench sharding), run and simulated: sharding.csv, .png",
+    "accuracy": "tasks that need long-range context, learned with every head: accuracy.csv, accuracy_*.png",
+    "train": "a segmentation network by the authors' recipe, and its mean IoU: checkpoint.pt, log.csv, iou.csv",
+    "check": "both backends against fp64, forward and backward: check.csv, with times on a GPU",
+    "overhead": "microseconds of host time a call, layer by layer: overhead.csv",
+    "tiles": "the workbench of the kernels: verify, report, search, plot and calibrate, without a GPU",
 }
-if find_spec("triton"):  # what looks at kernels has nothing to look at elsewhere
-    from bench import tiles
-    from bench.commands import check, overhead
-
-    COMMANDS |= {"check": check, "overhead": overhead, "tiles": tiles}
+OF_KERNELS = ("check", "overhead", "tiles")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(prog="python -m bench", description="Measure attention over partitions of a map.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, command in COMMANDS.items():
-        command.add_arguments(
-            commands.add_parser(
-                name,
-                help=getattr(command, "HELP", "the workbench of the kernels, without a GPU"),
-                description=command.__doc__,
-            )
-        )
+    parsers = {name: commands.add_parser(name, help=what) for name, what in COMMANDS.items()}
+    chosen = next(iter(argv), None)
+    if chosen not in COMMANDS:
+        parser.parse_args(argv)  # the help, or what is wrong
+        return
+    if chosen in OF_KERNELS and not find_spec("triton"):
+        parser.error(f"{chosen} looks at kernels and needs triton, which is not installed (pip install triton)")
+    command = import_module(f"bench.{chosen}")
+    parsers[chosen].description = command.__doc__
+    command.add_arguments(parsers[chosen])
     args = parser.parse_args(argv)
     try:
-        COMMANDS[args.command].run(args)
+        command.run(args)
     except argparse.ArgumentError as error:  # arguments that are wrong together
         parser.error(str(error))
     except OSError as error:  # a file that cannot be read or written

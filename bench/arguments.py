@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+
+from bench.workload import PASSES
 
 MOST, LONGEST = 2**20, 2**15  # of anything, and a side: the scores of all pairs of pixels still have a size in 64 bits
 
@@ -30,12 +33,21 @@ def from_zero(text: str) -> int:
 
 def number(text: str) -> float:
     """A finite number above 0."""
+    return _number(text, lambda value: 0 < value < math.inf, "a number above 0")
+
+
+def amount(text: str) -> float:
+    """A number from 0; "inf" is one."""
+    return _number(text, lambda value: value >= 0, "a number from 0")
+
+
+def _number(text: str, is_valid: Callable[[float], bool], wanted: str) -> float:
     try:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
+    if not is_valid(value):
+        raise argparse.ArgumentTypeError(f"must be {wanted}, got {text!r}")
     return value
 
 
@@ -61,17 +73,6 @@ def device(text: str) -> str:
     return text
 
 
-def amount(text: str) -> float:
-    """A number from 0; "inf" is one."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not value >= 0:
-        raise argparse.ArgumentTypeError(f"must be a number from 0, got {text!r}")
-    return value
-
-
 def folder(text: str) -> Path:
     """A folder to write to, whether it is there already or not."""
     path = Path(text)
@@ -79,6 +80,24 @@ def folder(text: str) -> Path:
     if not os.path.isdir(there) or not os.access(there, os.W_OK | os.X_OK):
         raise argparse.ArgumentTypeError(f"must be a folder to write to, got {text!r}: {there} is not one")
     return path
+
+
+def add_out(parser: argparse.ArgumentParser, what: str = "the results") -> None:
+    """Where a command writes."""
+    parser.add_argument("--out", type=folder, default="out", metavar="DIR", help=f"folder of {what} (default: out)")
+
+
+def add_passes(parser: argparse.ArgumentParser) -> None:
+    """Which passes are measured."""
+    parser.add_argument("--passes", nargs="+", choices=PASSES, default=list(PASSES), help="default: both")
+
+
+def add_widths(parser: argparse.ArgumentParser) -> None:
+    """C, K and V of a workload."""
+    add = parser.add_argument
+    add("--channels", type=positive, default=512, metavar="C", help="of a block, in and out (default: 512)")
+    add("--key-channels", type=positive, default=256, metavar="K", help="default: 256")
+    add("--value-channels", type=positive, default=512, metavar="V", help="default: 512")
 
 
 def check_partition_size(partition_size: tuple[int, int], size: tuple[int, int]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from bench.providers import Provider
+from bench.compared import Provider
 from bench.workload import Workload
 
 Step = Callable[[], tuple[Tensor, ...]]
@@ -46,19 +46,28 @@ def step(provider: Provider, workload: Workload, device: str = "cpu", inputs: tu
     inputs = workload.inputs(device) if inputs is None else inputs
     function = provider.build(workload, device)
     if not workload.training:
-        return torch.no_grad()(lambda: (function(*inputs),))
+        return forward(function, *inputs)
     parameters = function.parameters() if isinstance(function, nn.Module) else ()
-    leaves, upstream = (*inputs, *parameters), workload.upstream(device)
+    return training(lambda: function(*inputs), (*inputs, *parameters), workload.upstream(device))
 
-    def training() -> tuple[Tensor, ...]:
-        output = function(*inputs)
+
+def forward(function: Callable[..., Tensor], *inputs: Tensor) -> Step:
+    """Calls without autograd."""
+    return torch.no_grad()(lambda: (function(*inputs),))
+
+
+def training(call: Callable[[], Tensor], leaves: Sequence[Tensor], upstream: Tensor) -> Step:
+    """Calls forward and backward, which return the output and the gradients of the leaves."""
+
+    def step() -> tuple[Tensor, ...]:
+        output = call()
         output.backward(upstream)  # autograd.grad does not work under the FLOP counter
-        gradients = [leaf.grad for leaf in leaves]
+        gradients: Any = [leaf.grad for leaf in leaves]
         for leaf in leaves:
             leaf.grad = None
         return output, *gradients
 
-    return training
+    return step
 
 
 def count(make: Callable[[], Step]) -> tuple[int, int]:
@@ -72,7 +81,8 @@ class Counter(TorchDispatchMode):
     """Counts FLOPs and live bytes of everything that runs, and is created, inside the mode; real tensors do as well.
 
     `flops` is what torch's FlopCounterMode says, from its table of formulas: 2 to a multiply-add of matmuls,
-    convolutions and fused attention, nothing for the rest. (That mode takes twice as long over many small operators.)
+    convolutions and scaled_dot_product_attention, nothing for the rest. (That mode takes twice as long over many small
+    operators.)
 
     `peak_bytes` is the most bytes alive at once: inputs, outputs, parameters, gradients and everything in between. A
     storage counts once, however many views it has, until the last is gone. A kernel's own scratch space is not seen.

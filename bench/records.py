@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich import box
+from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -35,12 +36,6 @@ def write(path: Path, kind: type[Record], rows: Iterable[Record]) -> None:
     lines = csv.writer(text, lineterminator="\n")
     lines.writerow(columns(kind))
     lines.writerows([getattr(row, field.name) for field in fields(kind)] for row in rows)
-    write_text(path, text.getvalue())
-
-
-def write_whole(path: Path, header: Sequence[str], lines: Iterable[Sequence[object]]) -> None:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([header, *lines])
     write_text(path, text.getvalue())
 
 
@@ -96,6 +91,13 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text)
 
 
+def console(width: int = 90, quiet: bool = False) -> Console:
+    """The terminal, taken to be at least so wide: lines are rather wrapped by it than cut off."""
+    made = Console(highlight=False, quiet=quiet)
+    made.width = max(made.width, width)
+    return made
+
+
 def table(
     title: str,
     header: Sequence[str],
@@ -103,7 +105,7 @@ def table(
     words: int | Collection[str] = 1,
     styles: Iterable[str | None] = (),
 ) -> Table:
-    """A table for the terminal, where None is a dash.
+    """A table for the terminal, where None is a dash, and a row of nothing a line between sections.
 
     Args:
         words: the columns of words, by name or the first so many; the others are numbers.
@@ -114,7 +116,10 @@ def table(
     for name in header:
         made.add_column(name, justify="left" if name in of_words else "right", no_wrap=name not in of_words)
     for row, style in zip_longest(rows, styles):
-        made.add_row(*("-" if cell is None else str(cell) for cell in row), style=style)
+        if not row:
+            made.add_section()
+        else:
+            made.add_row(*("-" if cell is None else str(cell) for cell in row), style=style)
     return made
 
 

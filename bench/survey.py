@@ -8,14 +8,13 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from bench import measure
-from bench.arguments import amount, device, positive
-from bench.providers import Provider
-from bench.records import read, write
-from bench.results import Row
+from bench.arguments import add_passes, add_widths, amount, device, positive
+from bench.compared import Provider
+from bench.cost import Cost
+from bench.records import console, read, write
 from bench.workload import Level, Pass, Workload
 from isa_triton.backend.triton import DEVICES
 
@@ -24,10 +23,9 @@ DTYPES = ("float32", "float16", "bfloat16", "float64")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments that a survey and its workloads read."""
+    add_passes(parser)
+    add_widths(parser)
     add = parser.add_argument
-    add("--channels", type=positive, default=512, metavar="C", help="module level: channels in and out (default: 512)")
-    add("--key-channels", type=positive, default=256, metavar="K", help="default: 256")
-    add("--value-channels", type=positive, default=512, metavar="V", help="default: 512")
     add("--dtype", choices=DTYPES, default="float32", help="default: float32")
     add("--device", type=device, default="cpu", help="where seconds are measured (default: cpu); the rest is counted")
     add("--rounds", type=positive, default=5, help="at most so many timed calls of each, interleaved (default: 5)")
@@ -45,7 +43,7 @@ def workload(
     return Workload(level, pass_, *size, *widths, partition_size, getattr(torch, args.dtype))
 
 
-def conduct(args: argparse.Namespace, path: Path, plan: Sequence[tuple[Workload, Sequence[Provider]]]) -> list[Row]:
+def conduct(args: argparse.Namespace, path: Path, plan: Sequence[tuple[Workload, Sequence[Provider]]]) -> list[Cost]:
     """Visits workloads, the small ones first, under a progress bar; keeps the CSV at `path`; returns the plan's rows.
 
     The CSV is written after every workload, so that an interrupted run keeps what it has, and rows of other workloads
@@ -55,21 +53,21 @@ def conduct(args: argparse.Namespace, path: Path, plan: Sequence[tuple[Workload,
         argparse.ArgumentError: the file at `path` is something else.
     """
     try:
-        survey = Survey(args, () if args.fresh else read(path, Row))
+        survey = Survey(args, () if args.fresh else read(path, Cost))
     except ValueError as error:
         raise argparse.ArgumentError(None, f"{error}; --fresh writes it anew") from error
-    console, bar = Console(), (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*bar, console=console) as progress:
+    terminal, columns = console(), (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeElapsedColumn(), console=terminal) as progress:
         task = progress.add_task("", total=sum(len(providers) for _, providers in plan))
         for workload, providers in plan:
             where = f"{workload.level} {workload.pass_} {workload.height}x{workload.width}"
             progress.update(task, description=where)
             survey.visit(workload, providers)
-            write(path, Row, survey.rows())
+            write(path, Cost, survey.rows())
             progress.advance(task, len(providers))
     if remarks := survey.remarks():
-        console.print("Not there or not timed (-):", *remarks, sep="\n  ", highlight=False)
-    console.print(f"Wrote {path}", highlight=False)
+        terminal.print("Not there or not timed (-):", *remarks, sep="\n  ")
+    terminal.print(f"Wrote {path}")
     return list(survey.found.values())
 
 
@@ -82,19 +80,21 @@ class Survey:
             workload always come from one run, in which all providers were interleaved.
     """
 
-    def __init__(self, args: argparse.Namespace, known: Iterable[Row] = ()) -> None:
+    def __init__(self, args: argparse.Namespace, known: Iterable[Cost] = ()) -> None:
         self.args = args
         self.known = {row.cell: row for row in known}
-        self.found: dict[Row, Row] = {}  # the rows of this survey, by cell
-        self.absent: list[str] = []  # who has no form of a workload, or cannot run here, and why
+        self.found: dict[Cost, Cost] = {}  # the rows of this survey, by cell
+        self.absent: dict[str, None] = {}  # who has no form of a workload, or cannot run here, and why, said once
         self.skipped: dict[tuple[str, Level, Pass], list[str]] = {}  # on which maps not timed, and why
         self.first_guess = measure.matmul_rate(getattr(torch, args.dtype), args.device)
         self.rates: dict[tuple[str, Level, Pass], float] = {}  # FLOPs per second at the size before
 
     def visit(self, workload: Workload, providers: Sequence[Provider]) -> None:
         """Adds a row a provider: counted, and timed together where each is predicted to fit."""
-        present = {p.name: p for p in providers if not self.is_absent(p, workload)}
-        cells = {name: Row.of(name, workload, self.args.device).cell for name in present}
+        obstacles = {provider: provider.obstacle(workload) for provider in providers}
+        self.absent |= {f"{provider.name} {obstacle}": None for provider, obstacle in obstacles.items() if obstacle}
+        present = {provider.name: provider for provider, obstacle in obstacles.items() if not obstacle}
+        cells = {name: Cost.of(name, workload, self.args.device) for name in present}
         earlier = {name: self.known[cell] for name, cell in cells.items() if cell in self.known}
         counts = {
             name: (earlier[name].flops, earlier[name].peak_bytes)
@@ -108,13 +108,13 @@ class Survey:
         else:
             seconds = self.seconds(workload, [present[name] for name in fitting])
         for name, cell in cells.items():
-            self.found[cell] = Row.of(name, workload, self.args.device, counts[name], seconds.get(name))
+            self.found[cell] = cell.found(counts[name], seconds.get(name))
             if name in seconds:
                 self.rates[name, workload.level, workload.pass_] = counts[name][0] / max(seconds[name], 1e-6)
 
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[Cost]:
         """What this survey found, and below it what the earlier rows say of other workloads."""
-        return list((self.found | {cell: row for cell, row in self.known.items() if cell not in self.found}).values())
+        return list((self.found | self.known | self.found).values())  # found first, and found wins
 
     def seconds(self, workload: Workload, providers: Sequence[Provider]) -> dict[str, float]:
         args, device = self.args, self.args.device
@@ -126,18 +126,12 @@ class Survey:
         seconds = measure.seconds(steps, rounds=args.rounds, budget=args.seconds_budget, device=device)
         return {name: round(time, 6) for name, time in seconds.items()}
 
-    def is_absent(self, provider: Provider, workload: Workload) -> bool:
-        """Whether the provider has no form of a workload; keeps the reason."""
-        if obstacle := provider.obstacle(workload):
-            self.remark(f"{provider.name} {obstacle}")
-        return obstacle is not None
-
     def fits(self, provider: Provider, workload: Workload, flops: int, peak: int) -> bool:
         """Whether a call runs here and fits in memory and time; keeps the reason where it does not."""
         panel = provider.name, workload.level, workload.pass_
         predicted = flops / self.rates.get(panel, self.first_guess)
         if not provider.runs_on(self.args.device):
-            self.remark(f"{provider.name} is counted only: it runs on {' and '.join(DEVICES)} devices")
+            self.absent[f"{provider.name} is counted only: it runs on {' and '.join(DEVICES)} devices"] = None
             return False
         if peak > self.args.memory_limit * 1e9:
             reason = f"would need {peak / 1e9:.1f} GB"
@@ -147,11 +141,6 @@ class Survey:
             return True
         self.skipped.setdefault(panel, []).append(f"{workload.height}x{workload.width}: {reason}")
         return False
-
-    def remark(self, sentence: str) -> None:
-        """Keeps what is true of a provider on many maps, once."""
-        if sentence not in self.absent:
-            self.absent.append(sentence)
 
     def remarks(self) -> list[str]:
         """What a reader of the rows will miss, and why: a line for what is not there, and for what was not timed."""

@@ -8,6 +8,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from bench.records import format_size
+
 Level = Literal["attention", "module", "head"]
 Pass = Literal["forward", "training"]
 LEVELS: tuple[Level, ...] = get_args(Level)
@@ -37,8 +39,17 @@ class Workload:
     batch: int = 1
 
     @property
+    def size(self) -> tuple[int, int]:
+        return self.height, self.width
+
+    @property
     def pixels(self) -> int:
         return self.height * self.width
+
+    @property
+    def widths(self) -> tuple[int, int, int]:
+        """C, K and V."""
+        return self.channels, self.key_channels, self.value_channels
 
     @property
     def training(self) -> bool:
@@ -49,20 +60,28 @@ class Workload:
         """Width of a module's or a head's input."""
         return 4 * self.channels if self.level == "head" else self.channels
 
+    def columns(self) -> dict[str, Any]:
+        """What rows of results say of a workload, by field, whatever its level."""
+        names = ("pass_", "height", "width", "channels", "key_channels", "value_channels")
+        said = {"partition_size": format_size(self.partition_size), "dtype": str(self.dtype).removeprefix("torch.")}
+        return {name: getattr(self, name) for name in names} | said
+
     def inputs(self, device: str | torch.device = "cpu") -> tuple[Tensor, ...]:
         """Normal entries from a fixed seed: q, k [B, H, W, 1, K] and v [B, H, W, 1, V], or x [B, C or 4 C, H, W]."""
-        here = (self.batch, self.height, self.width, 1)
-        widths = (self.key_channels, self.key_channels, self.value_channels)
-        attention: list[tuple[int, ...]] = [(*here, width) for width in widths]
-        tensors = self._normal(
-            attention if self.level == "attention" else [self._map(self.in_channels)], device, seed=0
-        )
+        if self.level == "attention":
+            shapes = [self._pixels(width) for width in (self.key_channels, self.key_channels, self.value_channels)]
+        else:
+            shapes = [self._map(self.in_channels)]
+        tensors = self._normal(shapes, device, seed=0)
         return tuple(tensor.requires_grad_(self.training) for tensor in tensors)
 
     def upstream(self, device: str | torch.device = "cpu") -> Tensor:
         """The gradient that arrives at the output; a dense one, since that of sum() is expanded and too cheap."""
-        shape = (self.batch, self.height, self.width, 1, self.value_channels)
-        return self._normal([shape if self.level == "attention" else self._map(self.channels)], device, seed=1)[0]
+        shape = self._pixels(self.value_channels) if self.level == "attention" else self._map(self.channels)
+        return self._normal([shape], device, seed=1)[0]
+
+    def _pixels(self, width: int) -> tuple[int, ...]:
+        return self.batch, self.height, self.width, 1, width
 
     def _map(self, channels: int) -> tuple[int, ...]:
         return self.batch, channels, self.height, self.width

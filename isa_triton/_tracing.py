@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import wraps
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
@@ -17,6 +18,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.fx import Proxy
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -65,7 +67,36 @@ def wants_torch_operators() -> bool:
 
 def is_recorded() -> bool:
     """Whether `make_fx` or its like records operators: loops, strides and the batch would become constants."""
+    if torch.compiler.is_dynamo_compiling():  # which knows sizes and strides as symbols
+        return False
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+
+
+def is_plain(module: torch.nn.Module, kind: type) -> bool:
+    """Whether a module is exactly of a class (parametrised ones are not) and has no hooks: its weight says it all."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return type(module) is kind and not any(hooks)
+
+
+def is_proxy(x: Any) -> bool:
+    """Whether `torch.fx` traces, and x stands for a value to come."""
+    return isinstance(x, Proxy)
+
+
+def leaf_of_fx(forward: Function) -> Function:
+    """A module's forward that `torch.fx` does not look into: graphs hold a call of the module, as of `nn.Conv2d`."""
+
+    @wraps(forward)
+    def leaf(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        proxies = [x for x in args if is_proxy(x)]
+        if not proxies:
+            return forward(self, *args, **kwargs)
+        tracer = proxies[0].tracer
+        if not (name := tracer.path_of_module(self)):
+            raise TypeError(f"{type(self).__name__} is one node to torch.fx: trace a network that holds it")
+        return tracer.create_proxy("call_module", name, args, kwargs)
+
+    return leaf  # type: ignore[return-value]  # the same signature
 
 
 def constant_in_graphs(function: Function) -> Function:

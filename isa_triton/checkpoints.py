@@ -42,8 +42,9 @@ def from_openseg(state_dict: Mapping[str, Any], *, inplace_abn: bool = False) ->
         TypeError: not a mapping.
         ValueError: no or several ISA modules, tensors missing or not expected, or normalisation of the other kind.
 
-    >>> weights = from_openseg(torch.load("isanet.pth")["state_dict"], inplace_abn=True)  # doctest: +SKIP
-    >>> ISAHead(2048, 512, 19, activation=partial(nn.LeakyReLU, 0.01)).load_state_dict(weights)  # doctest: +SKIP
+    Examples:
+        >>> weights = from_openseg(torch.load("isanet.pth")["state_dict"], inplace_abn=True)  # doctest: +SKIP
+        >>> ISAHead(2048, 512, 19, activation=partial(nn.LeakyReLU, 0.01)).load_state_dict(weights)  # doctest: +SKIP
     """
     prefix = _find(state_dict, "stages.0.long_range_sa.f_value.weight", "openseg.pytorch ISA_Module")
     module = _under(state_dict, prefix)
@@ -84,6 +85,9 @@ def from_openseg(state_dict: Mapping[str, Any], *, inplace_abn: bool = False) ->
 def from_mmseg(state_dict: Mapping[str, Any]) -> Tensors:
     """Weights of mmsegmentation's ISA head for `ISAHead`, from a whole network or from the head.
 
+    Args:
+        state_dict: of the network or of its head, with any prefix. Tensors or NumPy arrays.
+
     Returns:
         A state_dict that loads strictly; `ISAHead` calls their isa_channels key_channels. The values' bias becomes part
         of the normalisation behind it.
@@ -92,8 +96,9 @@ def from_mmseg(state_dict: Mapping[str, Any]) -> Tensors:
         TypeError: not a mapping.
         ValueError: no or several ISA heads, or tensors missing or not expected.
 
-    >>> weights = from_mmseg(torch.load("isanet_r50-d8.pth")["state_dict"])  # doctest: +SKIP
-    >>> ISAHead(2048, 512, 19).load_state_dict(weights)  # doctest: +SKIP
+    Examples:
+        >>> weights = from_mmseg(torch.load("isanet_r50-d8.pth")["state_dict"])  # doctest: +SKIP
+        >>> ISAHead(2048, 512, 19).load_state_dict(weights)  # doctest: +SKIP
     """
     names = _head_names("conv", "bn", _STATISTICS, classifier="conv_seg")
     prefix = _find(state_dict, "global_relation.value_project.weight", "mmsegmentation ISAHead")
@@ -107,7 +112,15 @@ def from_paddleseg(state_dict: Mapping[str, Any]) -> Tensors:
         state_dict: of the network or of its head, NumPy arrays (what ``paddle.load(path, return_numpy=True)`` returns)
             or tensors.
 
-    >>> ISAHead(2048, 512, 19).load_state_dict(from_paddleseg(arrays))  # doctest: +SKIP
+    Returns:
+        A state_dict that loads strictly.
+
+    Raises:
+        TypeError: not a mapping.
+        ValueError: no or several ISA heads, or tensors missing or not expected.
+
+    Examples:
+        >>> ISAHead(2048, 512, 19).load_state_dict(from_paddleseg(arrays))  # doctest: +SKIP
     """
     names = _head_names("_conv", "_batch_norm", _PADDLE_STATISTICS, classifier="cls.1")
     prefix = _find(state_dict, "global_relation.value_project.weight", "PaddleSeg ISANet")

@@ -31,8 +31,9 @@ def partitioned_attention(
     permutations left out). Tokens of a group that lie outside the map do not exist: they are never attended.
 
     Args:
-        q, k: [B, H, W, heads, K], any strides; fp16, bf16, fp32 or fp64.
-        v: [B, H, W, heads, V], same dtype and device; V may differ from K.
+        q: [B, H, W, heads, K], any strides; fp16, bf16, fp32 or fp64.
+        k: [B, H, W, heads, K], dtype and device of q.
+        v: [B, H, W, heads, V], dtype and device of q; V may differ from K.
         partition: which pixels attend which, for maps of H x W.
         bias: [heads, tokens, tokens], added to the scores; tokens outside the map have their rows and columns too.
         scale: factor of the scores; default K**-0.5.
@@ -46,9 +47,10 @@ def partitioned_attention(
         TypeError: an argument of the wrong kind or dtype.
         ValueError: shapes or devices that do not fit together, or an unknown backend.
 
-    >>> q = k = v = torch.randn(1, 16, 24, 1, 32)
-    >>> partitioned_attention(q, k, v, Partition.interlaced((16, 24), stride=(8, 8))).shape
-    torch.Size([1, 16, 24, 1, 32])
+    Examples:
+        >>> q = k = v = torch.randn(1, 16, 24, 1, 32)
+        >>> partitioned_attention(q, k, v, Partition.interlaced((16, 24), stride=(8, 8))).shape
+        torch.Size([1, 16, 24, 1, 32])
     """
     return _attention(q, k, v, partition, bias, scale, backend, with_lse=False)[0]
 
@@ -65,13 +67,27 @@ def partitioned_attention_with_lse(
 ) -> tuple[Tensor, Tensor]:
     """As `partitioned_attention`, with the log-sum-exp of every pixel's scores.
 
+    Args:
+        q: [B, H, W, heads, K], any strides; fp16, bf16, fp32 or fp64.
+        k: [B, H, W, heads, K], dtype and device of q.
+        v: [B, H, W, heads, V], dtype and device of q.
+        partition: which pixels attend which, for maps of H x W.
+        bias: [heads, tokens, tokens], added to the scores.
+        scale: factor of the scores; default K**-0.5.
+        backend: "triton", "eager" or "auto".
+
     Returns:
         out as above, and lse [B, H, W, heads], natural logarithm, fp32 (fp64 for fp64 inputs), differentiable too.
-        Attention over two disjoint sets of keys merges by it: weights ``softmax([lse_1, lse_2])``.
+        Attention over two disjoint sets of keys merges by it, with the weights ``softmax([lse_1, lse_2])``.
 
-    >>> q = k = v = torch.randn(1, 16, 24, 1, 32)
-    >>> partitioned_attention_with_lse(q, k, v, Partition.local((16, 24), window=(8, 8)))[1].shape
-    torch.Size([1, 16, 24, 1])
+    Raises:
+        TypeError: an argument of the wrong kind or dtype.
+        ValueError: shapes or devices that do not fit together, or an unknown backend.
+
+    Examples:
+        >>> q = k = v = torch.randn(1, 16, 24, 1, 32)
+        >>> partitioned_attention_with_lse(q, k, v, Partition.local((16, 24), window=(8, 8)))[1].shape
+        torch.Size([1, 16, 24, 1])
     """
     return _attention(q, k, v, partition, bias, scale, backend, with_lse=True)
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
+import logging
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from ._tracing import is_plain, leaf_of_fx
 from .backend import plain
 from .backend.contract import Call
 from .maps import Conv1x1, ConvNormReLU, attend_maps, check_map, crop, make_partition, pad_to_multiple, pads
@@ -19,7 +20,7 @@ from .modules import InterlacedSparseSelfAttention, SelfAttention2d
 
 @torch.no_grad()
 def fuse(module: nn.Module) -> nn.Module:
-    """A copy of a network for inference, in which every layer of this library is folded; equal to rounding.
+    """A copy of a network for inference, in which the layers of this library are folded; equal to rounding.
 
     Batch normalisation becomes part of the convolution before it. The first layers of key, query and value become one
     GEMM. Nothing stands between the values and the output's convolution but attention, which is linear in its values,
@@ -28,45 +29,105 @@ def fuse(module: nn.Module) -> nn.Module:
 
     Args:
         module: `SelfAttention2d`, `InterlacedSparseSelfAttention`, `ISAModule`, `ISAHead`, or any network that holds
-            some of them, of any dtype; it stays as it is. Subclasses stay as they are, too.
+            some of them, of any dtype; it stays as it is. So do, in the copy, layers that are not exactly ours: of
+            another normalisation than batch normalisation with running statistics, subclasses, adapted, hooked or
+            parametrised ones. The logger "isa_triton.inference" names them, at INFO.
 
     Returns:
-        The copy, in evaluation mode, whose parameters require no gradients.
+        The copy, in evaluation mode, whose parameters require no gradients. Folding it again changes nothing.
 
     Raises:
-        ValueError: nothing to fold, or a normalisation that is not a batch normalisation with running statistics.
+        ValueError: a network without a layer of this library.
 
-    >>> folded = fuse(InterlacedSparseSelfAttention(64, 32, 64))
-    >>> folded(torch.randn(2, 64, 13, 20)).shape
-    torch.Size([2, 64, 13, 20])
+    Examples:
+        >>> folded = fuse(InterlacedSparseSelfAttention(64, 32, 64))
+        >>> folded(torch.randn(2, 64, 13, 20)).shape
+        torch.Size([2, 64, 13, 20])
     """
     # Tensors are copied by hand: fake ones have no deepcopy, and gradients stay behind.
     copies: dict[int, Any] = {id(x): nn.Parameter(x.clone(), requires_grad=False) for x in module.parameters()}
     copies |= {id(x): x.clone() for x in module.buffers()}
-    folded = _fold(copy.deepcopy(module, copies), {}).eval().requires_grad_(False)
-    if not any(isinstance(layer, (FoldedAttention, ConvNormReLU)) for layer in folded.modules()):
+    ours = (SelfAttention2d, InterlacedSparseSelfAttention, ConvNormReLU, FoldedAttention)
+    if not any(isinstance(layer, ours) for layer in module.modules()):
         raise ValueError(f"module must hold a layer of isa_triton, got {type(module).__name__} without one")
+    folding = _Folding()
+    folded = folding.fold(copy.deepcopy(module, copies), "").eval().requires_grad_(False)
+    if folding.left:
+        _logger.info("left as they are: %s", "; ".join(f"{name or 'itself'} ({why})" for name, why in folding.left))
     return folded
 
 
-def _fold(module: nn.Module, folded: dict[nn.Module, nn.Module]) -> nn.Module:
-    """The folded form of a module, which is written over; what stands in several places is folded once."""
-    if module in folded:
-        return folded[module]
-    folded[module] = module
-    if type(module) is SelfAttention2d:
-        folded[module] = FoldedAttention(module)
-    elif type(module) is InterlacedSparseSelfAttention:
-        folded[module] = FoldedAttention(*module.stages)
-    elif type(module) is ConvNormReLU:
-        weight, bias = (x.to(module.conv.weight) for x in _conv_and_norm(module))
-        module.conv.weight, module.conv.bias = nn.Parameter(weight), nn.Parameter(bias)
-        module.norm = nn.Identity()
-    else:
-        for name, child in list(module._modules.items()):
+_logger = logging.getLogger(__name__)
+
+
+class _Folding:
+    """One pass over a network that is written over; what stands in several places is folded once."""
+
+    def __init__(self) -> None:
+        self.folded: dict[nn.Module, nn.Module] = {}
+        self.left: list[tuple[str, str]] = []  # what stays as it is, by name, and why
+
+    def fold(self, module: nn.Module, name: str, whole_stages: bool = True) -> nn.Module:
+        """The folded form of a module; without `whole_stages`, whoever holds stages looks into them."""
+        if module in self.folded:
+            return self.folded[module]
+        self.folded[module] = module
+        if isinstance(module, (SelfAttention2d, InterlacedSparseSelfAttention)):
+            stages = module.stages if isinstance(module, InterlacedSparseSelfAttention) else (module,)
+            obstacles = (_obstacle_to_stage(stage) for stage in stages)
+            obstacle = _obstacle_to_call(module) or next(filter(None, obstacles), None)
+            if obstacle is None and whole_stages:
+                self.folded[module] = FoldedAttention(*stages)
+                return self.folded[module]
+            if obstacle is not None and whole_stages:
+                self.left.append((name, obstacle))
+            whole_stages = False
+        elif isinstance(module, ConvNormReLU):
+            if isinstance(module.norm, nn.Identity):
+                return module
+            if obstacle := _obstacle_to_unit(module):
+                self.left.append((name, obstacle))
+                return module
+            weight, bias = (x.to(module.conv.weight) for x in _conv_and_norm(module))
+            module.conv.weight, module.conv.bias = nn.Parameter(weight), nn.Parameter(bias)
+            module.norm = nn.Identity()
+            return module
+        for part, child in list(module._modules.items()):
             if child is not None:
-                setattr(module, name, _fold(child, folded))
-    return folded[module]
+                setattr(module, part, self.fold(child, f"{name}.{part}".removeprefix("."), whole_stages))
+        return module
+
+
+_OURS = (SelfAttention2d, InterlacedSparseSelfAttention, ConvNormReLU, Conv1x1)
+
+
+def _obstacle_to_call(module: nn.Module) -> str | None:
+    """Why a module is not exactly what its class says."""
+    kind = next((kind for kind in (*_OURS, nn.Sequential, nn.Conv2d) if type(module) is kind), None)
+    if kind is None:
+        return f"a {type(module).__name__} in place of a layer of ours"
+    return None if is_plain(module, kind) else f"hooks of a {type(module).__name__}"
+
+
+def _obstacle_to_unit(unit: nn.Module) -> str | None:
+    """Why a convolution and the normalisation behind it are not one convolution; None where they are."""
+    if obstacle := _obstacle_to_call(unit):
+        return obstacle
+    assert isinstance(unit, ConvNormReLU)
+    norm = unit.norm
+    of_batches = (
+        any(is_plain(norm, kind) for kind in (nn.BatchNorm2d, nn.SyncBatchNorm)) and norm.running_mean is not None
+    )
+    if not of_batches and not isinstance(norm, nn.Identity):
+        return f"{type(norm).__name__} is no plain batch normalisation with running statistics"
+    return _obstacle_to_call(unit.conv)
+
+
+def _obstacle_to_stage(stage: SelfAttention2d) -> str | None:
+    """Why a stage cannot be folded as a whole; None where it can."""
+    units = (*stage.query.children(), *stage.key.children(), stage.output)
+    plain = (_obstacle_to_call(part) for part in (stage, stage.query, stage.key, stage.value))
+    return next(filter(None, (*plain, *map(_obstacle_to_unit, units))), None)
 
 
 class FoldedAttention(nn.Module):
@@ -78,6 +139,7 @@ class FoldedAttention(nn.Module):
         self.in_channels = stages[0].value.in_channels
         self.stages = nn.ModuleList(map(FoldedStage, stages))
 
+    @leaf_of_fx
     def forward(self, x: Tensor) -> Tensor:
         check_map(x, self.in_channels)
         size = x.shape[2:]
@@ -141,8 +203,9 @@ def _conv_and_norm(unit: nn.Module) -> tuple[Tensor, Tensor]:
     """Weight and bias, in fp64 on the CPU, of a convolution that does what a convolution and its norm do."""
     assert isinstance(unit, ConvNormReLU)
     conv, norm = unit.conv, unit.norm
-    if not isinstance(norm, _BatchNorm) or norm.running_mean is None:
-        raise ValueError(f"only batch normalisation with running statistics folds into a convolution, got {norm}")
+    if isinstance(norm, nn.Identity):
+        bias = conv.weight.new_zeros(conv.out_channels) if conv.bias is None else conv.bias
+        return conv.weight.to("cpu", torch.float64), bias.to("cpu", torch.float64)
     tensors = (conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.weight, norm.bias)
     exact: Any = (None if x is None else x.to("cpu", torch.float64) for x in tensors)
     weight, bias, mean, variance, scale, shift = exact
@@ -167,9 +230,16 @@ def decompose(program: ExportedProgram) -> ExportedProgram:
 
     Every group's scores exist at once in it.
 
-    >>> layer = fuse(InterlacedSparseSelfAttention(64, 32, 64))
-    >>> program = decompose(torch.export.export(layer, (torch.randn(1, 64, 13, 20),)))
-    >>> torch.onnx.export(program, f="layer.onnx")  # doctest: +SKIP
+    Args:
+        program: of `torch.export.export`, of any network that holds our layers.
+
+    Returns:
+        A program of the same signature.
+
+    Examples:
+        >>> layer = fuse(InterlacedSparseSelfAttention(64, 32, 64))
+        >>> program = decompose(torch.export.export(layer, (torch.randn(1, 64, 13, 20),)))
+        >>> torch.onnx.export(program, f="layer.onnx")  # doctest: +SKIP
     """
     table = torch.export.default_decompositions()
     table[torch.ops.isa_triton.forward.default] = _plain_forward

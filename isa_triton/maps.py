@@ -6,8 +6,8 @@ channels_last, so that the attention's [B, H, W, heads, width] tensors are views
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ._tracing import leaf_of_fx
 from .functional import partitioned_attention
 from .partition import Partition, ceil_div
 
@@ -46,6 +47,7 @@ class Conv1x1(nn.Conv2d):
     def __init__(self, in_channels: int, out_channels: int, bias: bool = False) -> None:
         super().__init__(in_channels, out_channels, kernel_size=1, bias=bias)
 
+    @leaf_of_fx
     def forward(self, *inputs: Tensor) -> Tensor:
         size = inputs[0].shape[2:]
         weights = self.weight.flatten(1).split([x.shape[1] for x in inputs], dim=1)  # [out, C_i]
@@ -126,19 +128,26 @@ def crop(x: Tensor, size: Sequence[int]) -> Tensor:
 
 def recomputed(layers: nn.Module, x: Tensor) -> Tensor:
     """layers(x), of which backward keeps x alone and computes the rest again."""
-    return checkpoint(layers, x, use_reentrant=False, context_fn=lambda: (nullcontext(), _buffers_copied(layers)))
+    return checkpoint(layers, x, use_reentrant=False, context_fn=lambda: (nullcontext(), _BuffersCopied(layers)))
 
 
-@contextmanager
-def _buffers_copied(layers: nn.Module) -> Iterator[None]:
-    """Layers work on copies of their buffers: running statistics do not count a batch a second time."""
-    kept = [(layer, dict(layer._buffers)) for layer in layers.modules()]
-    for layer, buffers in kept:
-        layer._buffers.update({name: None if x is None else x.clone() for name, x in buffers.items()})
-    try:
-        yield
-    finally:
-        for layer, buffers in kept:
+class _BuffersCopied:
+    """Within, layers work on copies of their buffers: running statistics do not count a batch a second time.
+
+    It is entered as often as somebody asks for derivatives.
+    """
+
+    def __init__(self, layers: nn.Module) -> None:
+        self.layers = layers
+        self.buffers: list[tuple[nn.Module, dict[str, Tensor | None]]] = []
+
+    def __enter__(self) -> None:
+        self.buffers = [(layer, dict(layer._buffers)) for layer in self.layers.modules()]
+        for layer, buffers in self.buffers:
+            layer._buffers.update({name: None if x is None else x.clone() for name, x in buffers.items()})
+
+    def __exit__(self, *_: object) -> None:
+        for layer, buffers in self.buffers:
             layer._buffers.update(buffers)
 
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ._tracing import leaf_of_fx
 from .backend import check_backend
 from .maps import (
     PATTERNS,
@@ -64,7 +65,9 @@ class SelfAttention2d(nn.Module):
     output is conv1x1 + BN + ReLU. The paper, and every published checkpoint, has one head.
 
     Args:
-        in_channels, key_channels, value_channels: widths, of all heads together.
+        in_channels: C, of the map.
+        key_channels: K, width of the queries and keys of all heads together.
+        value_channels: V, width of the values of all heads together.
         out_channels: width of the result; default in_channels.
         pattern: "interlaced" (long range), "local" (short range), "rows", "columns" or "dense".
         partition_size: (P_h, P_w), or P for both: the interval of interlaced groups or the size of local windows.
@@ -84,9 +87,10 @@ class SelfAttention2d(nn.Module):
         ValueError: an unknown pattern, padding or backend; a width or partition size below 1; heads that do not divide
             the widths; x of another shape.
 
-    >>> layer = SelfAttention2d(64, 32, 64, pattern="interlaced", partition_size=(4, 4))
-    >>> layer(torch.randn(2, 64, 12, 20)).shape
-    torch.Size([2, 64, 12, 20])
+    Examples:
+        >>> layer = SelfAttention2d(64, 32, 64, pattern="interlaced", partition_size=(4, 4))
+        >>> layer(torch.randn(2, 64, 12, 20)).shape
+        torch.Size([2, 64, 12, 20])
     """
 
     def __init__(
@@ -125,6 +129,7 @@ class SelfAttention2d(nn.Module):
         self.value = Conv1x1(in_channels, value_channels)
         self.output = project(value_channels, out_channels)
 
+    @leaf_of_fx
     def forward(self, x: Tensor) -> Tensor:
         check_map(x, self.value.in_channels)
         size = x.shape[2:]
@@ -153,18 +158,25 @@ class InterlacedSparseSelfAttention(nn.Module):
     of O((HW)^2) (arXiv 1907.12273, section 3.2).
 
     Args:
-        in_channels, key_channels, value_channels: widths; both stages have their own weights.
+        in_channels: C, of the map.
+        key_channels: K, width of the queries and keys of either stage; each has its own weights.
+        value_channels: V, width of the values of either stage.
         out_channels: width of both stages' results; default in_channels.
         partition_size: (P_h, P_w), or P for both axes, of both stages.
         order: "long-short", as published, or "short-long".
-        options: num_heads, padding, backend, norm_layer, activation and recompute of `SelfAttention2d`. The map is
+        **options: num_heads, padding, backend, norm_layer, activation and recompute of `SelfAttention2d`. The map is
             padded once, before both stages.
 
-    x [B, in_channels, H, W] -> [B, out_channels, H, W], channels_last. Raises as `SelfAttention2d`.
+    x [B, in_channels, H, W] -> [B, out_channels, H, W], channels_last.
 
-    >>> layer = InterlacedSparseSelfAttention(64, 32, 64, partition_size=(4, 4))
-    >>> layer(torch.randn(2, 64, 13, 20)).shape
-    torch.Size([2, 64, 13, 20])
+    Raises:
+        ValueError: as `SelfAttention2d`.
+        TypeError: an unknown option.
+
+    Examples:
+        >>> layer = InterlacedSparseSelfAttention(64, 32, 64, partition_size=(4, 4))
+        >>> layer(torch.randn(2, 64, 13, 20)).shape
+        torch.Size([2, 64, 13, 20])
     """
 
     def __init__(
@@ -197,6 +209,7 @@ class InterlacedSparseSelfAttention(nn.Module):
         stages = self.long_range, self.short_range
         return stages if self.order == "long-short" else stages[::-1]
 
+    @leaf_of_fx
     def forward(self, x: Tensor) -> Tensor:
         first, second = self.stages
         check_map(x, first.value.in_channels)
@@ -214,16 +227,24 @@ class ISAModule(nn.Module):
     """The block the paper inserts into a network: ISA beside its input, fused by conv1x1 + BN + ReLU + dropout.
 
     Args:
-        in_channels, key_channels, value_channels, out_channels: widths.
+        in_channels: C, of the map.
+        key_channels: K, width of queries and keys.
+        value_channels: V, width of values.
+        out_channels: width of the result.
         partition_size: (P_h, P_w), P for both axes, or several pairs for parallel branches; then x is expanded to as
             many times out_channels by a conv1x1 + BN + ReLU before it is fused with the branches.
         dropout: probability that a channel of the result is dropped in training.
-        options: order and all options of `InterlacedSparseSelfAttention`.
+        **options: order and all options of `InterlacedSparseSelfAttention`.
 
-    x [B, in_channels, H, W] -> [B, out_channels, H, W], channels_last. Raises as `SelfAttention2d`.
+    x [B, in_channels, H, W] -> [B, out_channels, H, W], channels_last.
 
-    >>> ISAModule(64, 32, 64, 48, partition_size=((4, 4), (8, 8)))(torch.randn(2, 64, 16, 24)).shape
-    torch.Size([2, 48, 16, 24])
+    Raises:
+        ValueError: as `SelfAttention2d`.
+        TypeError: an unknown option.
+
+    Examples:
+        >>> ISAModule(64, 32, 64, 48, partition_size=((4, 4), (8, 8)))(torch.randn(2, 64, 16, 24)).shape
+        torch.Size([2, 48, 16, 24])
     """
 
     def __init__(
@@ -265,16 +286,21 @@ class ISAHead(nn.Module):
         in_channels: width of the backbone's map (2048 for the ResNets of the paper).
         channels: width of the head, and of the values (512).
         num_classes: width of the result.
-        key_channels, dropout: of the ISA module.
+        key_channels: K, width of queries and keys.
         partition_size: (P_h, P_w), P for both axes, or several pairs for parallel branches.
+        dropout: probability that a channel of the ISA module's result is dropped in training.
         align_corners: of the upsampling; True for heads trained on sizes like 769x769.
-        options: order and all options of `InterlacedSparseSelfAttention`.
+        **options: order and all options of `InterlacedSparseSelfAttention`.
 
     x [B, in_channels, H, W] -> logits [B, num_classes, H, W], or of the `size` given to forward, upsampled.
-    Raises as `SelfAttention2d`.
 
-    >>> ISAHead(128, 64, 19, key_channels=32)(torch.randn(2, 128, 16, 24), size=(128, 192)).shape
-    torch.Size([2, 19, 128, 192])
+    Raises:
+        ValueError: as `SelfAttention2d`.
+        TypeError: an unknown option.
+
+    Examples:
+        >>> ISAHead(128, 64, 19, key_channels=32)(torch.randn(2, 128, 16, 24), size=(128, 192)).shape
+        torch.Size([2, 19, 128, 192])
     """
 
     def __init__(

@@ -50,10 +50,19 @@ class Run(NamedTuple):
 class Axis(NamedTuple):
     """How an image axis of `size` pixels falls into groups: ``origin + group * group_stride + token * token_stride``.
 
-    >>> Axis.interlaced(10, stride=4)  # groups {0, 4, 8}, {1, 5, 9}, {2, 6, -}, {3, 7, -}
-    Axis(size=10, groups=4, tokens=3, group_stride=1, token_stride=4, origin=0)
-    >>> Axis.local(10, window=4, shift=3)  # groups {-, 0, 1, 2}, {3, 4, 5, 6}, {7, 8, 9, -}
-    Axis(size=10, groups=3, tokens=4, group_stride=4, token_stride=1, origin=-1)
+    Attributes:
+        size: pixels of the axis.
+        groups: how many.
+        tokens: of a group, those outside the map counted.
+        group_stride: from a group's token to the next group's.
+        token_stride: from a group's token to its next.
+        origin: the pixel of token 0 of group 0, on the map's edge or before it.
+
+    Examples:
+        >>> Axis.interlaced(10, stride=4)  # groups {0, 4, 8}, {1, 5, 9}, {2, 6, -}, {3, 7, -}
+        Axis(size=10, groups=4, tokens=3, group_stride=1, token_stride=4, origin=0)
+        >>> Axis.local(10, window=4, shift=3)  # groups {-, 0, 1, 2}, {3, 4, 5, 6}, {7, 8, 9, -}
+        Axis(size=10, groups=3, tokens=4, group_stride=4, token_stride=1, origin=-1)
     """
 
     size: int
@@ -61,7 +70,7 @@ class Axis(NamedTuple):
     tokens: int
     group_stride: int
     token_stride: int
-    origin: int = 0  # the pixel of token 0 of group 0: on the map's edge or before it
+    origin: int = 0
 
     @classmethod
     def interlaced(cls, size: int, stride: int) -> Axis:
@@ -107,8 +116,13 @@ class Partition(NamedTuple):
 
     Groups and tokens are numbered row by row: ``group = group_h * w.groups + group_w``, tokens likewise.
 
-    >>> Partition.local((4, 6), window=(2, 3)).coordinates(group=1, token=4)
-    (1, 4, True)
+    Attributes:
+        h: how the rows fall into groups.
+        w: how the columns do.
+
+    Examples:
+        >>> Partition.local((4, 6), window=(2, 3)).coordinates(group=1, token=4)
+        (1, 4, True)
     """
 
     h: Axis
@@ -135,8 +149,9 @@ class Partition(NamedTuple):
             TypeError: a size that is not a pair of integers, or not exactly one of `stride` and `grid`.
             ValueError: a size below 1 or larger than its axis.
 
-        >>> Partition.interlaced((16, 24), stride=(8, 8)).tokens
-        6
+        Examples:
+            >>> Partition.interlaced((16, 24), stride=(8, 8)).tokens
+            6
         """
         if (stride is None) == (grid is None):
             raise TypeError(f"give exactly one of stride=(P_h, P_w) and grid=(G_h, G_w), got {stride=} and {grid=}")
@@ -157,10 +172,11 @@ class Partition(NamedTuple):
             TypeError: a size that is not a pair of integers.
             ValueError: a window below 1 or larger than its axis, a shift below 0 or not smaller than its window.
 
-        >>> Partition.local((16, 24), window=(8, 8)).groups
-        6
-        >>> Partition.local((16, 24), window=(8, 8), shift=(4, 4)).groups
-        12
+        Examples:
+            >>> Partition.local((16, 24), window=(8, 8)).groups
+            6
+            >>> Partition.local((16, 24), window=(8, 8), shift=(4, 4)).groups
+            12
         """
         (height, width), (part_h, part_w) = _checked(size, "window", window)
         shift_h, shift_w = _pair("shift", shift)
@@ -170,30 +186,54 @@ class Partition(NamedTuple):
 
     @classmethod
     def rows(cls, size: tuple[int, int]) -> Partition:
-        """Every row is a group (axial attention along the width). Raises as `local`.
+        """Every row is a group (axial attention along the width).
 
-        >>> Partition.rows((2, 3)).groups, Partition.rows((2, 3)).tokens
-        (2, 3)
+        Args:
+            size: the map, (H, W) pixels.
+
+        Raises:
+            TypeError: a size that is not a pair of integers.
+            ValueError: a size below 1.
+
+        Examples:
+            >>> Partition.rows((2, 3)).groups, Partition.rows((2, 3)).tokens
+            (2, 3)
         """
         height, width = _pair("size", size)
         return cls.local((height, width), (1, width))
 
     @classmethod
     def columns(cls, size: tuple[int, int]) -> Partition:
-        """Every column is a group (axial attention along the height). Raises as `local`.
+        """Every column is a group (axial attention along the height).
 
-        >>> Partition.columns((2, 3)).groups, Partition.columns((2, 3)).tokens
-        (3, 2)
+        Args:
+            size: the map, (H, W) pixels.
+
+        Raises:
+            TypeError: a size that is not a pair of integers.
+            ValueError: a size below 1.
+
+        Examples:
+            >>> Partition.columns((2, 3)).groups, Partition.columns((2, 3)).tokens
+            (3, 2)
         """
         height, width = _pair("size", size)
         return cls.local((height, width), (height, 1))
 
     @classmethod
     def dense(cls, size: tuple[int, int]) -> Partition:
-        """The whole map is one group (non-local attention). Raises as `local`.
+        """The whole map is one group (non-local attention).
 
-        >>> Partition.dense((2, 3)).groups, Partition.dense((2, 3)).tokens
-        (1, 6)
+        Args:
+            size: the map, (H, W) pixels.
+
+        Raises:
+            TypeError: a size that is not a pair of integers.
+            ValueError: a size below 1.
+
+        Examples:
+            >>> Partition.dense((2, 3)).groups, Partition.dense((2, 3)).tokens
+            (1, 6)
         """
         return cls.local(size, size)
 
@@ -221,8 +261,9 @@ class Partition(NamedTuple):
     def pairs(self) -> int:
         """How many (query, key) pairs of pixels attend: attention's FLOPs are twice the widths times this.
 
-        >>> Partition.local((4, 6), window=(2, 3)).pairs  # 4 groups of 6 x 6
-        144
+        Examples:
+            >>> Partition.local((4, 6), window=(2, 3)).pairs  # 4 groups of 6 x 6
+            144
         """
         return sum(h.groups * w.groups * (h.tokens * w.tokens) ** 2 for h, w in self.pieces())
 
@@ -233,8 +274,9 @@ class Partition(NamedTuple):
     def seat(self, y: Any, x: Any) -> tuple[Any, Any]:
         """The (group, token) of the pixel in row y and column x: the inverse of `coordinates`.
 
-        >>> Partition.interlaced((4, 6), stride=(2, 3)).seat(3, 5)
-        (5, 3)
+        Examples:
+            >>> Partition.interlaced((4, 6), stride=(2, 3)).seat(3, 5)
+            (5, 3)
         """
         h, w = self
         y, x = y - h.origin, x - w.origin

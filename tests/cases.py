@@ -49,8 +49,9 @@ def with_random_statistics(module: nn.Module) -> nn.Module:
         if isinstance(norm, nn.BatchNorm2d):
             nn.init.uniform_(norm.weight, 0.5, 1.5)
             nn.init.normal_(norm.bias)
-            nn.init.normal_(norm.running_mean)
-            nn.init.uniform_(norm.running_var, 0.5, 1.5)
+            if norm.running_mean is not None:
+                nn.init.normal_(norm.running_mean)
+                nn.init.uniform_(norm.running_var, 0.5, 1.5)
     return module.double()
 
 

@@ -33,10 +33,10 @@ ARROWS = {
     "isa_triton.backend": {"isa_triton.backend"},
     "isa_triton.ops": {"isa_triton._tracing", "isa_triton.backend"},
     "isa_triton.functional": {"isa_triton.partition", "isa_triton.backend", "isa_triton.ops"},
-    "isa_triton.maps": {"isa_triton.partition", "isa_triton.functional"},
-    "isa_triton.modules": {"isa_triton.partition", "isa_triton.backend", "isa_triton.maps"},
+    "isa_triton.maps": {"isa_triton._tracing", "isa_triton.partition", "isa_triton.functional"},
+    "isa_triton.modules": {"isa_triton._tracing", "isa_triton.partition", "isa_triton.backend", "isa_triton.maps"},
     "isa_triton.checkpoints": set(),
-    "isa_triton.inference": {"isa_triton.backend", "isa_triton.maps", "isa_triton.modules"},
+    "isa_triton.inference": {"isa_triton._tracing", "isa_triton.backend", "isa_triton.maps", "isa_triton.modules"},
     "isa_triton.sharding": {
         "isa_triton._tracing",
         "isa_triton.partition",

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from bench import results
+from bench import sharding
 from bench.__main__ import main
-from bench.commands import sharding
+from bench.cost import Cost
 from bench.records import columns as columns_of
 from isa_triton import (
     InterlacedSparseSelfAttention,
@@ -224,7 +224,7 @@ def test_bad_commands_exit_with_2(arguments: list[str], words: str, capsys: pyte
 def test_broken_results_are_named(
     command: str, content: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    columns = {"scaling": columns_of(results.Row), "sharding": columns_of(sharding.Row)}[command]
+    columns = {"scaling": columns_of(Cost), "sharding": columns_of(sharding.Row)}[command]
     text = content.format(columns=",".join(columns), words=",".join("word" for _ in columns))
     file = tmp_path / f"{command}.csv"
     file.write_text(text, errors="surrogateescape")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -15,14 +17,15 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import measure
-from bench.__main__ import main
+from bench.__main__ import COMMANDS, OF_KERNELS, main
 from bench.arguments import size
+from bench.compared import PROVIDERS
+from bench.cost import Cost
 from bench.measure import Counter, count, seconds, step
-from bench.providers import PROVIDERS
 from bench.records import read, write
-from bench.results import Row
 from bench.workload import LEVELS, PASSES, Level, Pass, Workload, closed_form_flops
 
+ROOT = Path(__file__).parent.parent
 PAPER: dict[str, Any] = {"key_channels": 256, "value_channels": 512, "partition_size": (8, 8)}
 SMALL: dict[str, Any] = {"channels": 24, "key_channels": 8, "value_channels": 20, "partition_size": (2, 3)}
 # What runs on a CPU without a compiler; the others are counted only.
@@ -121,7 +124,7 @@ def test_peak_bytes_are_those_really_allocated(name: str, level: Level, pass_: P
     for _, change in sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"):
         live += change
         peak = max(peak, live)
-    # what kernels of torch allocate for themselves: fused attention, 3x3 convolutions, a convolution's gradient
+    # what kernels of torch allocate for themselves: sdpa, 3x3 convolutions, a convolution's gradient
     scratch = (
         3 << 20
         if name in ("dense-sdpa", "timm", "ppm", "aspp") or level == "head" or (level, pass_) == ("module", "training")
@@ -204,37 +207,37 @@ def test_a_provider_without_a_form_says_why() -> None:
 # -- files and the command line ----------------------------------------------------------------------------------------
 
 
-ROW = Row(
+ROW = Cost(
     "isa", "module", "training", 97, 98, 512, 256, 512, "float32", "cpu", 10**12, 2**33, 0.25, "counted+measured", "8x4"
 )
 
 
 def test_the_csv_has_its_columns_and_reads_back(tmp_path: Path) -> None:
     rows = [ROW, replace(ROW, seconds=None, source="counted")]
-    write(tmp_path / "new" / "scaling.csv", Row, rows)
+    write(tmp_path / "new" / "scaling.csv", Cost, rows)
     assert (tmp_path / "new" / "scaling.csv").read_text().splitlines()[0] == (
         "provider,level,pass,height,width,channels,key_channels,value_channels,"
         "dtype,device,flops,peak_bytes,seconds,source,partition_size"
     )
-    assert read(tmp_path / "new" / "scaling.csv", Row) == rows
+    assert read(tmp_path / "new" / "scaling.csv", Cost) == rows
 
 
 def test_the_csv_is_whole_or_as_it_was(tmp_path: Path) -> None:
-    def broken() -> Iterator[Row]:
+    def broken() -> Iterator[Cost]:
         yield ROW
         raise KeyboardInterrupt
 
-    write(tmp_path / "scaling.csv", Row, [ROW])
+    write(tmp_path / "scaling.csv", Cost, [ROW])
     with pytest.raises(KeyboardInterrupt):
-        write(tmp_path / "scaling.csv", Row, broken())
-    assert read(tmp_path / "scaling.csv", Row) == [ROW]
+        write(tmp_path / "scaling.csv", Cost, broken())
+    assert read(tmp_path / "scaling.csv", Cost) == [ROW]
     assert [path.name for path in tmp_path.iterdir()] == ["scaling.csv"]
 
 
 def test_a_csv_with_other_columns_is_refused(tmp_path: Path) -> None:
     (tmp_path / "other.csv").write_text("provider,flops\nisa,1\n")
     with pytest.raises(ValueError, match="must have the columns provider,level,pass"):
-        read(tmp_path / "other.csv", Row)
+        read(tmp_path / "other.csv", Cost)
 
 
 TINY = ["--channels=8", "--key-channels=4", "--value-channels=6", "--rounds=1"]
@@ -244,7 +247,7 @@ SCALING = ["scaling", "--partition-size=2x3", *TINY]
 def test_scaling_writes_its_csv_and_plots(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names = [name for name in PROVIDERS if not PROVIDERS[name].compiles]
     main([*SCALING, "--out", str(tmp_path), "--sizes", "7x11", "12x9", "--providers", *names])
-    rows = read(tmp_path / "scaling.csv", Row)
+    rows = read(tmp_path / "scaling.csv", Cost)
     assert {row.map for row in rows} == {(7, 11), (12, 9)}
     assert {row.partition_size for row in rows} == {"2x3"}
     everywhere = [row.provider for row in rows if (row.level, row.pass_, row.map) == ("module", "training", (7, 11))]
@@ -261,7 +264,7 @@ def test_scaling_writes_its_csv_and_plots(tmp_path: Path, capsys: pytest.Capture
 def test_scaling_does_not_run_what_does_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     only = ["--providers", "dense", "isa", "--level", "attention", "--passes", "forward", "--sizes", "64", "128"]
     main([*SCALING, "--out", str(tmp_path), *only, "--memory-limit", "0.0005"])
-    dense, isa = read(tmp_path / "scaling.csv", Row)[2:]
+    dense, isa = read(tmp_path / "scaling.csv", Cost)[2:]
     assert (dense.seconds, dense.source) == (None, "counted")
     assert dense.peak_bytes > 2 * 4 * 128**4  # two copies of the scores, which no one ever made
     assert (isa.seconds, isa.source) == (None, "counted")
@@ -270,9 +273,9 @@ def test_scaling_does_not_run_what_does_not_fit(tmp_path: Path, capsys: pytest.C
 
 def test_scaling_measures_only_what_its_csv_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     only = ["--out", str(tmp_path), "--level", "attention", "--passes", "forward", "--providers"]
-    monkeypatch.setattr("bench.commands.scaling.plot", lambda *_: None)  # drawn elsewhere
+    monkeypatch.setattr("bench.figures.scaling", lambda *_: None)  # drawn elsewhere
     main([*SCALING, *only, "unfused", "isa", "--sizes", "6", "7x11"])
-    first = read(tmp_path / "scaling.csv", Row)
+    first = read(tmp_path / "scaling.csv", Cost)
     timed: list[set[str]] = []
 
     def timing(steps: dict[str, Any], **_: Any) -> dict[str, float]:
@@ -283,17 +286,17 @@ def test_scaling_measures_only_what_its_csv_lacks(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(measure, "matmul_rate", lambda *_: 1e9)
     main([*SCALING, *only, "isa", "--sizes", "7x11"])
     assert timed == []
-    assert sorted(read(tmp_path / "scaling.csv", Row), key=str) == sorted(first, key=str)
+    assert sorted(read(tmp_path / "scaling.csv", Cost), key=str) == sorted(first, key=str)
     main([*SCALING, *only, "isa", "dense", "--sizes", "6"])
     assert timed == [{"isa", "dense"}]  # times of one map come from one run
-    rows = {(row.provider, row.map): row.seconds for row in read(tmp_path / "scaling.csv", Row)}
+    rows = {(row.provider, row.map): row.seconds for row in read(tmp_path / "scaling.csv", Cost)}
     assert rows[("isa", (6, 6))] == rows[("dense", (6, 6))] == 1.0
     assert rows[("isa", (7, 11))] == first[3].seconds
     main([*SCALING, *only, "isa", "--sizes", "6", "--partition-size", "3x2"])
     assert timed[1:] == [{"isa"}]
-    assert len(read(tmp_path / "scaling.csv", Row)) == 6
+    assert len(read(tmp_path / "scaling.csv", Cost)) == 6
     main([*SCALING, *only, "isa", "--sizes", "6", "--fresh"])
-    assert len(read(tmp_path / "scaling.csv", Row)) == 1
+    assert len(read(tmp_path / "scaling.csv", Cost)) == 1
 
 
 def test_scaling_of_nobody_says_so_and_draws_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -314,7 +317,7 @@ def test_partitions_writes_its_csv_and_a_plot(tmp_path: Path) -> None:
     sizes = ["--size", "8x12", "--partition-sizes", "1x2", "4", "--partition-size", "2x3", "--passes", "forward"]
     main(["partitions", *TINY, "--out", str(tmp_path), *sizes])
     assert {path.name for path in tmp_path.iterdir()} == {"partitions.csv", "partition_sizes_forward.png"}
-    rows = read(tmp_path / "partitions.csv", Row)
+    rows = read(tmp_path / "partitions.csv", Cost)
     flops = {(row.provider, row.partition_size): row.flops for row in rows if row.level == "attention"}
     for window, area in (("1x2", 2), ("2x3", 6), ("4x4", 16)):
         long, short = 2 * (4 + 6) * 96 * 96 // area, 2 * (4 + 6) * 96 * area
@@ -325,7 +328,50 @@ def test_partitions_writes_its_csv_and_a_plot(tmp_path: Path) -> None:
 
 def test_pictures_are_drawn(tmp_path: Path) -> None:
     main(["pictures", "--out", str(tmp_path)])
-    assert {path.name for path in tmp_path.iterdir()} == {"partitions.png", "supports.png", "photo.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "partitions.png",
+        "constructors.png",
+        "supports.png",
+        "photo.png",
+    }
+
+
+LOADED = """
+import sys
+from bench.__main__ import COMMANDS, OF_KERNELS, main
+try:
+    main(sys.argv[1:])
+except SystemExit as stopped:
+    print({"torch", "matplotlib", "rich", "triton"} & set(sys.modules), stopped.code)
+"""
+
+
+@pytest.mark.parametrize(("arguments", "code"), [(["--help"], 0), (["fly"], 2), ([], 2)])
+def test_help_and_a_wrong_command_load_neither_torch_nor_matplotlib(arguments: list[str], code: int) -> None:
+    words = [sys.executable, "-c", LOADED, *arguments]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines()[-1] == f"set() {code}", done.stderr
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_says_what_it_does(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main([command, "--help"])
+    assert stopped.value.code == 0
+    said = capsys.readouterr().out
+    assert said.startswith(f"usage: python -m bench {command} ")
+    assert "-m bench" in said.removeprefix("usage: python -m bench")  # its docstring too
+
+
+@pytest.mark.parametrize("command", OF_KERNELS)
+def test_a_command_that_looks_at_kernels_says_that_triton_is_missing(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(SystemExit) as stopped:
+        main([command])
+    assert stopped.value.code == 2
+    assert f"{command} looks at kernels and needs triton, which is not installed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("text", "expected"), [("64", (64, 64)), ("64x128", (64, 128)), ("7X5", (7, 5))])

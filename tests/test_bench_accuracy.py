@@ -14,7 +14,7 @@ from bench.__main__ import main
 from bench.accuracy import Run, learn, tasks
 from bench.accuracy.experiments import EXPERIMENTS, HEADS, QUESTIONS, share_reached
 from bench.accuracy.tasks import COLOURS, IGNORED, KEYS, MOSAICS, SIZE, Drawn
-from bench.commands.paper import parameters
+from bench.paper import parameters
 
 H, W = SIZE
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench import check
 from bench.__main__ import main
 from bench.cases import Case
-from bench.commands import check
-from bench.commands.check import named_cases
+from bench.check import named_cases
 from isa_triton.backend.kernels import launch
 from reference.budget import allowed_error
 

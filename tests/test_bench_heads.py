@@ -1,4 +1,4 @@
-"""`bench.heads`: every head of the paper by its name, trainable, and of the published widths."""
+"""`bench.compared.heads`: every head of the paper by its name, trainable, and of the published widths."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from bench import heads
-from bench.heads import CONTEXTS, head
+from bench.compared import heads
+from bench.compared.heads import CONTEXTS, Widths, head
 from isa_triton import ISAHead
 from isa_triton.models.ianet import fcn_head
 
@@ -48,7 +48,7 @@ def test_isa_is_the_librarys_head_and_none_is_the_fcn() -> None:
     ISAHead(32, 16, CLASSES, key_channels=8, partition_size=(2, 3)).load_state_dict(isa.state_dict())
     fcn = fcn_head(32, 16, CLASSES)
     assert [p.shape for p in none.parameters()] == [p.shape for p in fcn.parameters()]
-    assert heads.isa(32, 16)(torch.randn(1, 32, 3, 4)).shape == (1, 16, 3, 4)
+    assert heads.isa(Widths(32, 16))(torch.randn(1, 32, 3, 4)).shape == (1, 16, 3, 4)
 
 
 def test_examples_in_docstrings() -> None:

@@ -12,7 +12,8 @@ from torch import nn
 
 import reference
 from bench import measure
-from bench.commands.paper import (
+from bench.compared import PROVIDERS
+from bench.paper import (
     AUTHORS,
     CHANNELS,
     HEADS,
@@ -22,7 +23,6 @@ from bench.commands.paper import (
     parameters,
     run,
 )
-from bench.providers import PROVIDERS
 from bench.workload import Workload
 from tests.cases import relative_error
 

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 
 from bench import measure
 from bench.__main__ import main
-from bench.commands.photograph import WIDTHS, photograph, step, unfused
-from bench.heads import head
+from bench.compared.heads import head
+from bench.photograph import WIDTHS, dense_as_published, photograph, step
 from bench.workload import closed_form_score_bytes
 
 
@@ -39,7 +39,7 @@ def test_bytes_of_a_head_are_those_of_its_scores_only_where_they_are_kept() -> N
     shape = (1, WIDTHS[0], height, width)
     peaks = [
         measure.count(partial(step, make, shape))[1]
-        for make in (partial(head, "ISA", *WIDTHS), partial(head, "SA", *WIDTHS), unfused)
+        for make in (partial(head, "ISA", *WIDTHS), partial(head, "SA", *WIDTHS), dense_as_published)
     ]
     assert peaks[0] < peaks[1] < scores < peaks[2]
 

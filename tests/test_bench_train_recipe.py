@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench import opponents
+from bench.compared import modules
 from bench.train.data import batches
 from bench.train.recipe import IGNORED, InputError
 from bench.train.trainer import Process, Trainer, build
@@ -51,7 +51,7 @@ def test_a_step_teaches_every_part_of_the_network() -> None:
     still = {name for name, x in state.network.named_parameters() if torch.equal(x, before[name])}
     assert still == {f"head.0.attention.{part}" for part in still if "attention" in part}
     assert "head.0.attention.gamma" not in still
-    assert any(isinstance(module, opponents.FusedRCCAHead) for module in state.network.modules())
+    assert any(isinstance(module, modules.PartitionedRCCAHead) for module in state.network.modules())
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])

@@ -71,10 +71,10 @@ def attended(attention: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor) 
 def assert_same(
     ours: nn.Module, convert: Callable[[Weights], Weights], theirs: Theirs, net: Published, x: Tensor
 ) -> None:
-    """Equal to 1e-11 in fp64 and to 1e-5 in fp32.
+    """Equal to 1e-11 in fp64; in fp32 to 1e-5 of the fp64 result, or to twice what theirs in fp32 misses it by.
 
     Training amplifies rounding, a channel's by its mean over its deviation and scores' by their size, theirs as ours:
-    widths and weights are such that neither loses as much.
+    on maps of 97x97 theirs misses by up to 5e-5. Over 60 seeds (20 on 97x97) ours took at most 0.7 of the allowance.
     """
 
     def both(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -82,9 +82,10 @@ def assert_same(
         ours.to(dtype).load_state_dict(convert(weights))
         return ours.train(net.training)(x.to(dtype)), theirs(replace(net, weights=weights), x.to(dtype))
 
-    (actual, expected), (actual_64, expected_64) = both(torch.float32), both(torch.float64)
-    assert relative_error(actual_64, expected_64) < 1e-11
-    assert relative_error(actual, expected) < 1e-5
+    (actual, rounded), (actual_64, exact) = both(torch.float32), both(torch.float64)
+    assert relative_error(actual_64, exact) < 1e-11
+    allowed = min(max(1e-5, 2 * relative_error(rounded.double(), exact)), 1e-4)
+    assert relative_error(actual.double(), exact) < allowed
 
 
 # -- the authors' layout -----------------------------------------------------------------------------------------------

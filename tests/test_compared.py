@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import reference
-from bench import opponents
+from bench.compared import modules
 from isa_triton import Partition
 from tests.cases import assert_same, outputs_and_gradients, qkv, relative_error
 
@@ -238,11 +238,11 @@ def without_dropout(head: Any) -> nn.Module:
 @pytest.mark.parametrize(
     ("by_our_attention", "plain"),
     [
-        (lambda: opponents.FusedNonLocal(6), lambda: reference.NonLocal(6)),
-        (lambda: opponents.FusedRCCA(16), lambda: reference.RCCA(16)),
-        (lambda: opponents.FusedSA(16, 4, 6, 8, dropout=0.0), lambda: reference.SA(16, 4, 6, 8, dropout=0.0)),
+        (lambda: modules.PartitionedNonLocal(6), lambda: reference.NonLocal(6)),
+        (lambda: modules.PartitionedRCCA(16), lambda: reference.RCCA(16)),
+        (lambda: modules.SdpaSA(16, 4, 6, 8, dropout=0.0), lambda: reference.SA(16, 4, 6, 8, dropout=0.0)),
         (
-            lambda: without_dropout(opponents.FusedRCCAHead(16, 8)),
+            lambda: without_dropout(modules.PartitionedRCCAHead(16, 8)),
             lambda: without_dropout(reference.RCCAHead(16, 8)),
         ),
     ],
@@ -265,22 +265,22 @@ def test_merging_rows_and_columns_is_safe_for_any_scores(logits: float, own: boo
     q, k, v = qkv(Partition.dense(SIZE))
     k = logits * (q if own else k)
     exact = reference.criss_cross_attention(q, k, v)
-    assert relative_error(opponents.criss_cross_attention(q, k, v), exact) < 1e-12 * max(1, logits)
+    assert relative_error(modules.criss_cross_attention(q, k, v), exact) < 1e-12 * max(1, logits)
     single = [x.float() for x in (q, k, v)]
-    plain, ours = (f(*single).double() for f in (reference.criss_cross_attention, opponents.criss_cross_attention))
+    plain, ours = (f(*single).double() for f in (reference.criss_cross_attention, modules.criss_cross_attention))
     assert relative_error(ours, exact) <= 2 * relative_error(plain, exact) + 8e-7 * max(1.0, logits)
 
 
 def test_the_kernels_serve_the_compared_modules_too() -> None:
     q, k, v = (x.float() for x in qkv(Partition.dense((3, 5)), batch=1, heads=1))
     criss_cross, dense = (
-        f(q, k, v, backend="triton") for f in (opponents.criss_cross_attention, opponents.dense_partition_attention)
+        f(q, k, v, backend="triton") for f in (modules.criss_cross_attention, modules.dense_partition_attention)
     )
     assert relative_error(criss_cross, reference.criss_cross_attention(q, k, v)) < 1e-5
     assert relative_error(dense, reference.dense_attention(q, k, v)) < 1e-5
 
 
-@pytest.mark.parametrize("block", [opponents.SingleMapPPM, opponents.SingleMapASPP])
+@pytest.mark.parametrize("block", [modules.SingleMapPPM, modules.SingleMapASPP])
 def test_pooled_branches_train_on_one_map_by_their_running_statistics(block: type[nn.Module]) -> None:
     module = block(8, 4).train()
     module(torch.randn(1, 8, *SIZE)).sum().backward()

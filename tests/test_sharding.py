@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,9 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import parallelize_module
 
+from bench import sharding as bench
 from bench.__main__ import main
-from bench.commands import sharding as bench
-from bench.records import read, write_whole
+from bench.records import read, write
 from bench.workload import Workload
 from isa_triton import InterlacedSparseSelfAttention
 from isa_triton.sharding import MapParallel
@@ -96,11 +97,7 @@ def test_the_command_runs_counts_and_keeps_other_runs(tmp_path: Path, capsys: py
     printed = capsys.readouterr().out
     assert "1 processes of one thread on" in printed
     assert "PREDICTED seconds" in printed
-    write_whole(
-        tmp_path / "sharding.csv",
-        bench.COLUMNS,
-        ([value if name != "devices" else 2 for name, value in vars(row).items()] for row in rows[:1]),
-    )
+    write(tmp_path / "sharding.csv", bench.Row, [replace(row, devices=2) for row in rows[:1]])
     main([*words, "--devices"])
     assert {(row.source, row.devices) for row in read(tmp_path / "sharding.csv", bench.Row)} == {
         ("run", 1),

@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import parallelize_module
 
-from bench.commands.sharding import Wire
+from bench.sharding import Wire
 from isa_triton import InterlacedSparseSelfAttention, SelfAttention2d
 from isa_triton.sharding import MapParallel
 from tests.processes import fake_devices, processes

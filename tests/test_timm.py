@@ -12,7 +12,7 @@ import torch
 from timm.models.maxxvit import PartitionAttentionCl
 from torch import Tensor, nn
 
-from isa_triton.models.timm import AcceleratedAttentionCl, AcceleratedSwinBlock, accelerate, restore
+from isa_triton.models.timm import AcceleratedBlockCl, AcceleratedSwinBlock, accelerate, restore
 from tests.cases import assert_same, outputs_and_gradients, relative_error
 
 MAXVIT: dict[str, Any] = {"depths": (1, 1, 1, 1), "embed_dim": (32, 32, 64, 64), "stem_width": 16}
@@ -100,7 +100,7 @@ def test_accelerating_is_reversible_and_touches_no_weight() -> None:
     network, x = tiny(), torch.randn(1, 3, 128, 128)
     before, state = network(x), copy.deepcopy(network.state_dict())
     assert accelerate(network) is network
-    assert any(type(m) is AcceleratedAttentionCl for m in network.modules())
+    assert any(type(m) is AcceleratedBlockCl for m in network.modules())
     assert all(torch.equal(a, b) for a, b in zip(network.state_dict().values(), state.values(), strict=True))
     assert network.state_dict().keys() == state.keys()
     assert restore(network) is network
@@ -118,7 +118,7 @@ def test_accelerated_models_are_modules_like_others() -> None:
     for other in (copy.deepcopy(network), pickle.loads(pickle.dumps(network))):
         assert torch.equal(other(x), expected)
     assert error(accelerate(network, backend="eager")(x), expected) < 1e-5
-    block = next(m for m in network.modules() if isinstance(m, AcceleratedAttentionCl))
+    block = next(m for m in network.modules() if isinstance(m, AcceleratedBlockCl))
     y = torch.randn(1, 9, 13, 32)
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
     assert error(compiled(y), block(y)) < 1e-5

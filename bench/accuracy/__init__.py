@@ -38,8 +38,6 @@ from bench.accuracy.tasks import IGNORED, MOSAICS, Drawn
 from bench.arguments import folder, positive
 from bench.records import table, write
 
-HELP = "tasks that need long-range context, learned with every head: accuracy.csv, accuracy_*.png"
-
 
 @dataclass(frozen=True)
 class Run:

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import reference
-from bench import opponents
 from bench.accuracy.tasks import IGNORED, KEYS, MOSAICS, SIZE, Task
+from bench.compared import modules
 from isa_triton import ISAModule, SelfAttention2d
 from isa_triton.models.block import ISABlock
 from reference.attention import Groups
@@ -91,9 +91,9 @@ class Head:
 
 HEADS = {
     "none": Head(nn.Identity, ()),
-    "NL": Head(partial(opponents.FusedNonLocal, CHANNELS), (dense,)),
-    "SA": Head(partial(opponents.FusedSA, CHANNELS, KEY_CHANNELS, CHANNELS, CHANNELS, dropout=0.0), (dense,)),
-    "RCCA": Head(partial(opponents.FusedRCCA, CHANNELS), (criss_cross, criss_cross)),
+    "NL": Head(partial(modules.PartitionedNonLocal, CHANNELS), (dense,)),
+    "SA": Head(partial(modules.SdpaSA, CHANNELS, KEY_CHANNELS, CHANNELS, CHANNELS, dropout=0.0), (dense,)),
+    "RCCA": Head(partial(modules.PartitionedRCCA, CHANNELS), (criss_cross, criss_cross)),
     "CGNL": Head(partial(reference.CGNL, CHANNELS), (dense,)),
     "dense": Head(partial(AttentionModule, "dense"), (dense,)),
     "ISA": Head(partial(isa, 8), (long_range(8), short_range(8))),

@@ -21,10 +21,8 @@ import torch
 from rich.console import Console
 
 from bench.arguments import device, folder, from_zero, number, positive, size
-from bench.heads import CONTEXTS
+from bench.compared.heads import CONTEXTS
 from bench.train.recipe import RECIPES, InputError, Recipe
-
-HELP = "train a segmentation network by the authors' recipe and measure its mean IoU: checkpoint.pt, log.csv, iou.csv"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

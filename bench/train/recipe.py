@@ -43,7 +43,7 @@ class Recipe:
     """
 
     data_set: str
-    head: str  # a segmentation head by its name in `bench.heads`
+    head: str  # a segmentation head by its name in `bench.compared.heads`
     backbone: str
     channels: int  # of the head
     partition_size: tuple[int, int]

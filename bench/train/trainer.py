@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
-from bench import heads
+from bench.compared import heads
 from bench.records import replacing
 from bench.train.data import DATA_SETS
 from bench.train.recipe import InputError, Recipe, Stream, seed_of

@@ -15,7 +15,15 @@ BACKENDS = ("auto", "triton", "eager")  # what callers may ask for
 
 
 def check_backend(backend: str) -> str:
-    """The name of a backend as it was given. Raises ValueError where it is none."""
+    """The name of a backend as it was given.
+
+    Raises:
+        ValueError: the name of none.
+
+    Examples:
+        >>> check_backend("eager")
+        'eager'
+    """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
     return backend
@@ -24,8 +32,19 @@ def check_backend(backend: str) -> str:
 def choose(backend: str, q: Tensor) -> str:
     """The kernels where they can run, for "auto" on the devices they are made for; eager otherwise.
 
+    Args:
+        backend: one of `BACKENDS`.
+        q: whose dtype and device decide.
+
+    Returns:
+        "triton" or "eager".
+
     Raises:
         ValueError: the kernels were asked for and cannot take tensors like q.
+
+    Examples:
+        >>> choose("auto", torch.zeros(1, 4, 6, 1, 16))
+        'eager'
     """
     if backend == "eager" or (backend == "auto" and q.device.type not in triton.DEVICES):
         return "eager"

@@ -9,6 +9,7 @@ from typing import Any, TypeVar, Unpack
 
 from torch import Tensor, nn
 
+from .._tracing import is_proxy
 from ..maps import Conv1x1, ConvNormReLU, PartitionSize, check_options, unit_options
 from ..modules import InterlacedSparseSelfAttention, ISAOptions
 
@@ -22,9 +23,10 @@ class ISABlock(nn.Module):
 
     Args:
         channels: C, of the map.
-        key_channels, value_channels: widths of attention; 256 and 512 as published.
+        key_channels: K, width of queries and keys.
+        value_channels: V, width of values; 256 and 512 are as published.
         partition_size: (P_h, P_w) of both stages.
-        options: order and all options of `InterlacedSparseSelfAttention`; norm_layer must make normalisations that
+        **options: order and all options of `InterlacedSparseSelfAttention`; norm_layer must make normalisations that
             learn their scale.
 
     x [B, C, H, W] -> [B, C, H, W].
@@ -33,9 +35,10 @@ class ISABlock(nn.Module):
         ValueError: a normalisation without a learned scale; else as `InterlacedSparseSelfAttention`.
         TypeError: x is not one feature map.
 
-    >>> block, x = ISABlock(64, 32, 64), torch.randn(2, 64, 13, 20)
-    >>> torch.equal(block(x), x)
-    True
+    Examples:
+        >>> block, x = ISABlock(64, 32, 64), torch.randn(2, 64, 13, 20)
+        >>> torch.equal(block(x), x)
+        True
     """
 
     def __init__(
@@ -59,7 +62,7 @@ class ISABlock(nn.Module):
         nn.init.zeros_(scale)  # not the convolution: batch normalisation divides what is constant by almost nothing
 
     def forward(self, x: Tensor) -> Tensor:
-        if not isinstance(x, Tensor):
+        if not isinstance(x, Tensor) and not is_proxy(x):
             raise TypeError(f"x must be one feature map [B, C, H, W], got {type(x).__name__}: follow another module")
         return x + self.output(self.isa(x))
 
@@ -83,8 +86,9 @@ def insert(model: Model, after: str, block: nn.Module) -> Model:
         TypeError: a block that is no module.
         ValueError: no module of that name.
 
-    >>> model = torchvision.models.detection.maskrcnn_resnet50_fpn()  # doctest: +SKIP
-    >>> insert(model, after="backbone.body.layer3.4", block=ISABlock(1024))  # doctest: +SKIP
+    Examples:
+        >>> model = torchvision.models.detection.maskrcnn_resnet50_fpn()  # doctest: +SKIP
+        >>> insert(model, after="backbone.body.layer3.4", block=ISABlock(1024))  # doctest: +SKIP
     """
     if not isinstance(block, nn.Module):
         raise TypeError(f"block must be a torch.nn.Module, got {type(block).__name__}")
@@ -97,8 +101,16 @@ def insert(model: Model, after: str, block: nn.Module) -> Model:
 def find(model: nn.Module, name: str) -> nn.Module:
     """A module inside a network by its name.
 
+    Args:
+        model: any network.
+        name: as in ``model.named_modules()``, not empty.
+
     Raises:
         ValueError: no such module; the message lists those beside which it was sought.
+
+    Examples:
+        >>> find(nn.Sequential(nn.Sequential(nn.ReLU())), "0.0")
+        ReLU()
     """
     module, found = model, ""
     for part in name.split("."):

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import checkpoints
+from .._tracing import is_proxy
 from ..maps import Conv1x1, ConvNormReLU, NormLayer
 from ..modules import ISAHead
 from .resnet import resnet
@@ -36,9 +37,10 @@ class IANet(nn.Module):
         TypeError: a backbone that returns something else.
         ValueError: images of another shape, or an auxiliary head where the backbone returns one map only.
 
-    >>> net = IANet(nn.Conv2d(3, 64, 3, stride=8, padding=1), ISAHead(64, 32, 19, key_channels=16))
-    >>> net(torch.randn(2, 3, 65, 97))["out"].shape
-    torch.Size([2, 19, 65, 97])
+    Examples:
+        >>> net = IANet(nn.Conv2d(3, 64, 3, stride=8, padding=1), ISAHead(64, 32, 19, key_channels=16))
+        >>> net(torch.randn(2, 3, 65, 97))["out"].shape
+        torch.Size([2, 19, 65, 97])
     """
 
     def __init__(
@@ -49,7 +51,7 @@ class IANet(nn.Module):
         self.align_corners = align_corners
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        if x.dim() != 4 or 0 in x.shape:
+        if not is_proxy(x) and (x.dim() != 4 or 0 in x.shape):
             raise ValueError(f"x must be images [B, 3, H, W] of at least one pixel, got {tuple(x.shape)}")
         maps = feature_maps(self.backbone(x))
         logits = {"out": self.head(maps[-1])}
@@ -71,11 +73,15 @@ def feature_maps(output: Any) -> list[Tensor]:
 
     Raises:
         TypeError: no map, no mapping and no sequence of maps.
+
+    Examples:
+        >>> [tuple(x.shape) for x in feature_maps({"layer4": torch.zeros(1, 8, 4, 6)})]
+        [(1, 8, 4, 6)]
     """
-    if isinstance(output, Tensor):
+    if isinstance(output, Tensor) or is_proxy(output):
         return [output]
     maps = list(output.values()) if isinstance(output, Mapping) else output
-    if not isinstance(maps, (list, tuple)) or not maps or not all(isinstance(y, Tensor) for y in maps):
+    if not isinstance(maps, (list, tuple)) or not maps or not all(isinstance(y, Tensor) or is_proxy(y) for y in maps):
         raise TypeError(f"backbone must return feature maps, got {type(output).__name__}")
     return list(maps)
 
@@ -97,20 +103,25 @@ def ianet(
 
     Args:
         num_classes: width of the logits.
-        name, output_stride, deep_stem, weights: see `resnet_backbone`.
+        name: of the backbone, see `resnet_backbone`.
         head: takes 2048 channels in place of `ISAHead`.
         auxiliary: whether stage 3 has a head of its own in training.
+        output_stride: of the backbone, see `resnet_backbone`.
+        deep_stem: see `resnet_backbone`.
+        weights: of the backbone, see `resnet_backbone`.
         align_corners: see `IANet`.
         norm_layer: makes a normalisation from its channels, everywhere.
-        options: of `ISAHead`: key_channels, partition_size, dropout, padding and others.
+        **options: of `ISAHead`: key_channels, partition_size, dropout, padding and others.
 
     Raises:
         TypeError: options beside a head.
-        ImportError, ValueError: as `resnet_backbone` and `ISAHead`.
+        ImportError: torchvision is missing.
+        ValueError: what `resnet_backbone` or `ISAHead` refuses.
 
-    >>> net = ianet(19, partition_size=(8, 8)).eval()  # doctest: +SKIP
-    >>> net(torch.randn(1, 3, 513, 769))["out"].shape  # doctest: +SKIP
-    torch.Size([1, 19, 513, 769])
+    Examples:
+        >>> net = ianet(19, partition_size=(8, 8)).eval()  # doctest: +SKIP
+        >>> net(torch.randn(1, 3, 513, 769))["out"].shape  # doctest: +SKIP
+        torch.Size([1, 19, 513, 769])
     """
     backbone = resnet_backbone(
         name, output_stride=output_stride, deep_stem=deep_stem, weights=weights, norm_layer=norm_layer
@@ -147,8 +158,9 @@ def resnet_backbone(
         ImportError: torchvision is missing.
         ValueError: an unknown name or output stride, a network without bottlenecks, or weights for a deep stem.
 
-    >>> resnet_backbone("resnet101")(torch.randn(1, 3, 65, 97))["layer4"].shape  # doctest: +SKIP
-    torch.Size([1, 2048, 9, 13])
+    Examples:
+        >>> resnet_backbone("resnet101")(torch.randn(1, 3, 65, 97))["layer4"].shape  # doctest: +SKIP
+        torch.Size([1, 2048, 9, 13])
     """
     if output_stride not in _DILATED:
         raise ValueError(f"output_stride must be one of {', '.join(map(str, _DILATED))}, got {output_stride!r}")
@@ -185,10 +197,18 @@ def fcn_head(
 ) -> nn.Sequential:
     """The auxiliary head: conv3x3 + BN + ReLU, dropout of channels, classifier.
 
+    Args:
+        in_channels: width of the map.
+        channels: width between the convolutions.
+        num_classes: width of the logits.
+        norm_layer: makes a normalisation from its channels.
+        dropout: probability that a channel is dropped in training.
+
     x [B, in_channels, H, W] -> logits [B, num_classes, H, W].
 
-    >>> fcn_head(64, 16, 19)(torch.randn(2, 64, 9, 13)).shape
-    torch.Size([2, 19, 9, 13])
+    Examples:
+        >>> fcn_head(64, 16, 19)(torch.randn(2, 64, 9, 13)).shape
+        torch.Size([2, 19, 9, 13])
     """
     reduce = ConvNormReLU(nn.Conv2d(in_channels, channels, 3, padding=1, bias=False), norm_layer)
     return nn.Sequential(reduce, nn.Dropout2d(dropout), Conv1x1(channels, num_classes, bias=True))
@@ -216,8 +236,9 @@ def from_mmseg(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
         TypeError: not a mapping.
         ValueError: not one ISA head called "decode_head.", or tensors of another network.
 
-    >>> weights = from_mmseg(torch.load("isanet_r50-d8.pth")["state_dict"])  # doctest: +SKIP
-    >>> ianet(19, deep_stem=True).load_state_dict(weights)  # doctest: +SKIP
+    Examples:
+        >>> weights = from_mmseg(torch.load("isanet_r50-d8.pth")["state_dict"])  # doctest: +SKIP
+        >>> ianet(19, deep_stem=True).load_state_dict(weights)  # doctest: +SKIP
     """
     weights = {f"head.{name}": x for name, x in checkpoints.from_mmseg(state_dict).items()}
     unexpected = []

@@ -32,7 +32,10 @@ def isa_resnet(
             stage 3, and what follows it is the last one, before which the non-local paper puts its block; () is the
             plain network.
         weights: see `resnet`.
-        key_channels, value_channels, partition_size, options: of `ISABlock`; norm_layer is the whole network's.
+        key_channels: of `ISABlock`.
+        value_channels: of `ISABlock`.
+        partition_size: of `ISABlock`.
+        **options: of `ISABlock`; norm_layer is the whole network's.
 
     Images [B, 3, H, W] -> logits [B, num_classes].
 
@@ -40,9 +43,10 @@ def isa_resnet(
         ImportError: torchvision is missing.
         ValueError: an unknown name, or what `ISABlock` refuses.
 
-    >>> model = isa_resnet(200, after=("layer2.2", "layer3.2", "layer3.4"))  # doctest: +SKIP
-    >>> model(torch.randn(1, 3, 448, 448)).shape  # doctest: +SKIP
-    torch.Size([1, 200])
+    Examples:
+        >>> model = isa_resnet(200, after=("layer2.2", "layer3.2", "layer3.4"))  # doctest: +SKIP
+        >>> model(torch.randn(1, 3, 448, 448)).shape  # doctest: +SKIP
+        torch.Size([1, 200])
     """
     if isinstance(after, str):
         raise ValueError(f"after must be a sequence of names, got the name {after!r}: write ({after!r},)")
@@ -60,6 +64,10 @@ def out_channels(module: nn.Module, name: str) -> int:
 
     Raises:
         ValueError: a module without convolutions; `name` says which.
+
+    Examples:
+        >>> out_channels(nn.Sequential(nn.Conv2d(3, 16, 1), nn.Conv2d(16, 64, 1)), "layer1")
+        64
     """
     widths = [m.out_channels for m in module.modules() if isinstance(m, nn.Conv2d)]
     if not widths:
@@ -74,14 +82,15 @@ def resnet(name: str = "resnet50", *, weights: Any = None, **options: Any) -> An
         name: "resnet50", "resnet101", or any other that ``torchvision.models.resnet`` has.
         weights: None for random ones, or torchvision's, as "IMAGENET1K_V2": they are read from the folder of
             ``torch.hub``, and downloaded where they are not there.
-        options: of ``torchvision.models.ResNet``.
+        **options: of ``torchvision.models.ResNet``.
 
     Raises:
         ImportError: torchvision is missing.
         ValueError: no such network.
 
-    >>> resnet("resnet50").fc.in_features  # doctest: +SKIP
-    2048
+    Examples:
+        >>> resnet("resnet50").fc.in_features  # doctest: +SKIP
+        2048
     """
     try:
         from torchvision import models

@@ -10,17 +10,23 @@ Nothing is copied, but in inference on a CPU: PyTorch's attention there wants th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
-from timm.models.maxxvit import Attention2d, ParallelPartitionAttention, PartitionAttention2d, PartitionAttentionCl
-from timm.models.swin_transformer import SwinTransformerBlock
+from timm.models.maxxvit import (
+    Attention2d,
+    AttentionCl,
+    ParallelPartitionAttention,
+    PartitionAttention2d,
+    PartitionAttentionCl,
+)
+from timm.models.swin_transformer import SwinTransformerBlock, WindowAttention
 from torch import Tensor, nn
 
-from .._tracing import is_inference, is_recorded, wants_torch_operators
+from .._tracing import is_inference, is_plain, is_recorded, wants_torch_operators
 from ..backend import check_backend
 from ..functional import partitioned_attention
 from ..partition import Partition
@@ -49,63 +55,101 @@ def accelerate(model: Model, *, backend: str = "auto") -> Model:
         ValueError: no partition attention in it, or an unknown backend. In training, also a model with dropout of
             attention weights, which the kernels do not have.
 
-    >>> model = accelerate(timm.create_model("maxvit_tiny_tf_224"))  # doctest: +SKIP
-    >>> model(torch.randn(1, 3, 256, 320)).shape  # doctest: +SKIP
-    torch.Size([1, 1000])
+    Examples:
+        >>> model = accelerate(timm.create_model("maxvit_tiny_tf_224"))  # doctest: +SKIP
+        >>> model(torch.randn(1, 3, 256, 320)).shape  # doctest: +SKIP
+        torch.Size([1, 1000])
     """
     check_backend(backend)
-    found = [(module, theirs) for module in model.modules() for theirs in _OURS if isinstance(module, theirs)]
-    if not found:
+    blocks = [module for module in model.modules() if _ours(module, _BLOCKS) and _attentions(module)]
+    if not blocks:
         raise ValueError(
             f"model must hold partition attention of timm's MaxViT or Swin, got {type(model).__name__} without any"
         )
-    for module, theirs in found:
-        module.__class__ = _OURS[theirs]
-        module.backend = backend  # type: ignore[assignment]
+    for block in blocks:
+        for module in (block, *_attentions(block)):
+            module.__class__ = _ours(module, _BLOCKS | _ATTENTIONS) or type(module)
+        block.backend = backend  # type: ignore[assignment]
     return model
 
 
 def restore(model: Model) -> Model:
     """Undo `accelerate`, in place; a model that is not accelerated stays as it is.
 
-    >>> restore(accelerate(model)) is model  # doctest: +SKIP
-    True
+    Examples:
+        >>> restore(accelerate(model)) is model  # doctest: +SKIP
+        True
     """
     for module in model.modules():
-        for theirs, ours in _OURS.items():
+        for theirs, ours in (_BLOCKS | _ATTENTIONS).items():
             if type(module) is ours:
                 module.__class__ = theirs
-                del module.backend
+                module.__dict__.pop("backend", None)
     return model
 
 
-class AcceleratedAttentionCl(PartitionAttentionCl):
+class _OnMaps:
+    """An attention module of timm that takes whole maps, where it is given a partition; else it is what it was."""
+
+    rel_pos: Any
+
+    def forward(self, x: Tensor, *args: Any, partition: Partition | None = None, backend: str = "auto") -> Tensor:
+        if partition is None:
+            return super().forward(x, *args)  # type: ignore[misc]
+        return _attention(self, x, partition, self.position_bias(partition), backend)
+
+    def position_bias(self, partition: Partition) -> Tensor | None:
+        """[heads, tokens, tokens], or None."""
+        if self.rel_pos is None:
+            return None
+        bias = _cached_bias(self.rel_pos, list(self.rel_pos.parameters()), self.rel_pos.get_bias).flatten(0, -3)
+        return _cropped(bias, self.rel_pos.window_size, (partition.h.tokens, partition.w.tokens))
+
+
+class MapAttentionCl(_OnMaps, AttentionCl):
+    """`AttentionCl` of maps [B, H, W, C]."""
+
+
+class MapAttention2d(_OnMaps, Attention2d):
+    """`Attention2d` of maps [B, C, H, W]."""
+
+
+class MapWindowAttention(_OnMaps, WindowAttention):
+    """Swin's `WindowAttention` of maps [B, H, W, C]."""
+
+    def position_bias(self, partition: Partition) -> Tensor:
+        return _cached_bias(self, [self.relative_position_bias_table], self._get_rel_pos_bias)[0]
+
+
+class AcceleratedBlockCl(PartitionAttentionCl):
     """`PartitionAttentionCl`: windows or a grid of maps [B, H, W, C]."""
 
     backend: str
 
     def _partition_attn(self, x: Tensor) -> Tensor:
-        return _block_or_grid(self.attn, x, self.partition_size, self.partition_block, self.backend)
+        partition = _block_or_grid(x.shape[1:3], self.partition_size, self.partition_block)
+        return self.attn(x, partition=partition, backend=self.backend)
 
 
-class AcceleratedAttention2d(PartitionAttention2d):
+class AcceleratedBlock2d(PartitionAttention2d):
     """`PartitionAttention2d`: windows or a grid of maps [B, C, H, W]."""
 
     backend: str
 
     def _partition_attn(self, x: Tensor) -> Tensor:
-        return _block_or_grid(self.attn, x, self.partition_size, self.partition_block, self.backend)
+        partition = _block_or_grid(x.shape[2:], self.partition_size, self.partition_block)
+        return self.attn(x, partition=partition, backend=self.backend)
 
 
-class AcceleratedParallelAttention(ParallelPartitionAttention):
+class AcceleratedParallelBlock(ParallelPartitionAttention):
     """`ParallelPartitionAttention`: windows beside a grid, of maps [B, H, W, C]."""
 
     backend: str
 
     def _partition_attn(self, x: Tensor) -> Tensor:
-        sides = ((self.attn_block, True), (self.attn_grid, False))
-        attended = [_block_or_grid(attn, x, self.partition_size, block, self.backend) for attn, block in sides]
-        return torch.cat(attended, -1)
+        block, grid = (_block_or_grid(x.shape[1:3], self.partition_size, block) for block in (True, False))
+        attended = self.attn_block(x, partition=block, backend=self.backend)
+        return torch.cat([attended, self.attn_grid(x, partition=grid, backend=self.backend)], -1)
 
 
 class AcceleratedSwinBlock(SwinTransformerBlock):
@@ -120,32 +164,43 @@ class AcceleratedSwinBlock(SwinTransformerBlock):
             x = F.pad(_roll(x, shift, -1), (0, 0, 0, right, 0, bottom))
             x = _roll(x, shift, 1)
         partition = Partition.local((height + bottom, width + right), window, shift)
-        bias = _cached_bias(self.attn, [self.attn.relative_position_bias_table], self.attn._get_rel_pos_bias)[0]
-        x = _attention(self.attn, x, partition, bias, self.backend)
+        x = self.attn(x, partition=partition, backend=self.backend)
         if bottom or right:
             x = _roll(_roll(x, shift, -1)[:, :height, :width], shift, 1)
         return x
 
 
-_OURS: dict[type[nn.Module], type[nn.Module]] = {
-    PartitionAttentionCl: AcceleratedAttentionCl,
-    PartitionAttention2d: AcceleratedAttention2d,
-    ParallelPartitionAttention: AcceleratedParallelAttention,
+Classes = dict[type[nn.Module], type[nn.Module]]
+_BLOCKS: Classes = {
+    PartitionAttentionCl: AcceleratedBlockCl,
+    PartitionAttention2d: AcceleratedBlock2d,
+    ParallelPartitionAttention: AcceleratedParallelBlock,
     SwinTransformerBlock: AcceleratedSwinBlock,
+}
+_ATTENTIONS: Classes = {
+    AttentionCl: MapAttentionCl,
+    Attention2d: MapAttention2d,
+    WindowAttention: MapWindowAttention,
 }
 
 
-def _block_or_grid(attn: Any, x: Tensor, partition_size: tuple[int, int], block: bool, backend: str) -> Tensor:
-    """MaxViT's attention inside the windows or the grid of a map."""
-    height, width = x.shape[2:] if isinstance(attn, Attention2d) else x.shape[1:3]
-    tokens = min(partition_size[0], height), min(partition_size[1], width)  # a small map is one window
-    size = height, width
-    partition = Partition.local(size, tokens) if block else Partition.interlaced(size, grid=tokens)
-    bias = None
-    if (rel_pos := attn.rel_pos) is not None:
-        bias = _cached_bias(rel_pos, list(rel_pos.parameters()), rel_pos.get_bias).flatten(0, -3)
-        bias = _cropped(bias, partition_size, tokens)
-    return _attention(attn, x, partition, bias, backend)
+def _ours(module: nn.Module, classes: Classes) -> type[nn.Module] | None:
+    """Our class for a module of timm's, or of ours; None for all others, subclasses too: they may do something else."""
+    return next((ours for theirs, ours in classes.items() if type(module) in (theirs, ours)), None)
+
+
+def _attentions(block: nn.Module) -> list[nn.Module]:
+    """The attention modules of a block; none where one of them was replaced: then the block stays as it is."""
+    names = [name for name in ("attn", "attn_block", "attn_grid") if hasattr(block, name)]
+    modules = [block.get_submodule(name) for name in names]
+    return modules if all(_ours(module, _ATTENTIONS) for module in modules) else []
+
+
+def _block_or_grid(size: Sequence[int], partition_size: tuple[int, int], block: bool) -> Partition:
+    """MaxViT's windows or grid on a map of (H, W) pixels; a small map is one window."""
+    height, width = size
+    tokens = min(partition_size[0], height), min(partition_size[1], width)
+    return Partition.local((height, width), tokens) if block else Partition.interlaced((height, width), grid=tokens)
 
 
 def _attention(attn: Any, x: Tensor, partition: Partition, bias: Tensor | None, backend: str) -> Tensor:
@@ -155,7 +210,10 @@ def _attention(attn: Any, x: Tensor, partition: Partition, bias: Tensor | None, 
             f"dropout of attention weights is not supported: train with attn_drop 0, not {attn.attn_drop.p}"
         )
     gathers = backend == "auto" and x.is_cpu and partition.divides and not torch.is_grad_enabled()
-    gathers = gathers and not (wants_torch_operators() or is_recorded())  # views by strides, which may change
+    if wants_torch_operators() or is_recorded():  # views by strides, which may be others when the graph runs
+        gathers = False
+    if isinstance(attn, Attention2d) and not (is_plain(attn.qkv, nn.Conv2d) and is_plain(attn.proj, nn.Conv2d)):
+        gathers = False  # what stands there takes maps
     attend = _attend_gathered if gathers else _attend_in_place
     if isinstance(attn, Attention2d):
         return attn.proj_drop(attend(attn, x.permute(0, 2, 3, 1), partition, bias, backend).permute(0, 3, 1, 2))
@@ -184,8 +242,14 @@ def _attend_tokens(attn: Any, tokens: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _linear(layer: Any, x: Tensor) -> Tensor:
-    """A linear layer or a 1x1 convolution of x [..., C]."""
-    return layer(x) if isinstance(layer, nn.Linear) else F.linear(x, layer.weight.flatten(1), layer.bias)
+    """A linear layer, a 1x1 convolution, or what was put in its place, of x [..., C].
+
+    Adapters, hooks and parametrisations are called; a weight is read of a convolution that has none of them.
+    """
+    if is_plain(layer, nn.Conv2d):
+        return F.linear(x, layer.weight.flatten(1), layer.bias)
+    takes_maps = isinstance(layer, nn.Conv2d) or any(isinstance(part, nn.Conv2d) for part in layer.modules())
+    return layer(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1) if takes_maps else layer(x)
 
 
 def _heads(attn: Any, qkv: Tensor) -> tuple[Tensor, ...]:

@@ -18,6 +18,12 @@ class ShardedBatchNorm2d(nn.BatchNorm2d):
     """`BatchNorm2d` on local pixels with the statistics of all pixels on the mesh.
 
     torch's SyncBatchNorm refuses CPU tensors; elsewhere, too, this one keeps nothing but its input for backward.
+    `MapParallel` makes one of every batch normalisation of a layer that it shards.
+
+    Examples:
+        >>> layer = parallelize_module(InterlacedSparseSelfAttention(64, 32, 64), mesh, MapParallel())  # doctest: +SKIP
+        >>> any(isinstance(part, ShardedBatchNorm2d) for part in layer.modules())  # doctest: +SKIP
+        True
     """
 
     mesh: DeviceMesh

@@ -48,9 +48,10 @@ class MapParallel(ParallelStyle):
         RuntimeError: (of `torch.distributed`, in forward or backward) another device died, raised, or took longer than
             the timeout of the process group.
 
-    >>> mesh = init_device_mesh("cuda", (8,))  # doctest: +SKIP
-    >>> layer = parallelize_module(InterlacedSparseSelfAttention(64, 32, 64), mesh, MapParallel())  # doctest: +SKIP
-    >>> y = layer(distribute_tensor(x, mesh, [Shard(2)]))  # doctest: +SKIP
+    Examples:
+        >>> mesh = init_device_mesh("cuda", (8,))  # doctest: +SKIP
+        >>> layer = parallelize_module(InterlacedSparseSelfAttention(64, 32, 64), mesh, MapParallel())  # doctest: +SKIP
+        >>> y = layer(distribute_tensor(x, mesh, [Shard(2)]))  # doctest: +SKIP
     """
 
     def __init__(self, rows: int | str = 0) -> None:

@@ -27,24 +27,48 @@ class Tile(NamedTuple):
     """What one program of a kernel takes at a time, and how many warps and pipeline stages it does it with.
 
     Blocks are powers of two of at least 16; chunks of the widths likewise, and need not divide them.
+
+    Attributes:
+        block_m: queries.
+        block_n: keys.
+        block_k: channels of q and k.
+        block_v: channels of v and do.
+        num_warps: of one program.
+        num_stages: of the pipeline that loads the next block while one is computed.
+
+    Examples:
+        >>> lookup("sm_90", "forward", 256, 512, "bfloat16", tokens=64)._replace(num_warps=8).num_warps
+        8
     """
 
-    block_m: int  # queries
-    block_n: int  # keys
-    block_k: int  # channels of q and k
-    block_v: int  # channels of v and do
+    block_m: int
+    block_n: int
+    block_k: int
+    block_v: int
     num_warps: int = 4
     num_stages: int = 2
 
 
 class BackwardTiles(NamedTuple):
-    """The tiles of the backward kernels; `group` serves groups of up to `group.block_m` tokens, the others the rest."""
+    """The tiles of the backward kernels; `group` serves groups of up to `group.block_m` tokens, the others the rest.
 
-    group: Tile | None  # every gradient at once
-    queries: Tile  # dq
-    keys: Tile  # dk and dv, or dk alone where `values` has a tile
-    values: Tile | None  # dv
-    pairs: Tile  # dbias
+    Attributes:
+        group: of the kernel that computes every gradient at once; None where it does not serve.
+        queries: of dq.
+        keys: of dk and dv, or of dk alone where `values` has a tile.
+        values: of dv, or None.
+        pairs: of dbias.
+
+    Examples:
+        >>> backward("sm_90", 256, 512, "bfloat16", tokens=4096).group is None
+        True
+    """
+
+    group: Tile | None
+    queries: Tile
+    keys: Tile
+    values: Tile | None
+    pairs: Tile
 
 
 def lookup(target: str, step: str, key_width: int, value_width: int, dtype: str, tokens: int) -> Tile:
@@ -62,8 +86,9 @@ def lookup(target: str, step: str, key_width: int, value_width: int, dtype: str,
         ValueError: an unknown step or dtype.
         LookupError: the step does not serve such groups; of "group" and "values" only.
 
-    >>> lookup("sm_90", "forward", 256, 512, "bfloat16", tokens=64).block_m
-    64
+    Examples:
+        >>> lookup("sm_90", "forward", 256, 512, "bfloat16", tokens=64).block_m
+        64
     """
     if step not in STEPS:
         raise ValueError(f"step must be one of {STEPS}, got {step!r}")
@@ -73,10 +98,21 @@ def lookup(target: str, step: str, key_width: int, value_width: int, dtype: str,
 
 
 def backward(target: str, key_width: int, value_width: int, dtype: str, tokens: int) -> BackwardTiles:
-    """The tiles of all backward kernels. Arguments and errors as of `lookup`.
+    """The tiles of all backward kernels.
 
-    >>> backward("sm_90", 256, 512, "bfloat16", tokens=64).group is not None
-    True
+    Args:
+        target: as of `lookup`.
+        key_width: channels of q and k.
+        value_width: channels of v.
+        dtype: as of `lookup`.
+        tokens: of a group, those outside the map counted.
+
+    Raises:
+        ValueError: an unknown dtype.
+
+    Examples:
+        >>> backward("sm_90", 256, 512, "bfloat16", tokens=64).group is not None
+        True
     """
 
     def find(step: str) -> Tile | None:
@@ -92,8 +128,12 @@ def backward(target: str, key_width: int, value_width: int, dtype: str, tokens: 
 def file_for(target: str) -> Path:
     """The file of a target, of one with the same matrix instructions, or else of the most modest of its vendor.
 
-    >>> file_for("sm_89").name, file_for("gfx1100").name
-    ('sm_86.json', 'gfx942.json')
+    Args:
+        target: the architecture, such as "sm_90" or "gfx942"; one without a file is served by another's.
+
+    Examples:
+        >>> file_for("sm_89").name, file_for("gfx1100").name
+        ('sm_86.json', 'gfx942.json')
     """
     file = FOLDER / f"{RELATIVES.get(target, target)}.json"
     return file if file.exists() else FOLDER / ("gfx942.json" if target.startswith("gfx") else "sm_86.json")

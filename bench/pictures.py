@@ -22,7 +22,6 @@ from reference import affinity, long_range_groups, short_range_groups
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # after the choice of a backend without a display
 
-HELP = "the partitions, their supports, and attention on a photograph: partitions.png, supports.png, photo.png"
 CHOSEN = "#0072B2"
 # Okabe and Ito's other colours: distinct without colour vision; the letters in the cells say the same in grey
 OTHERS = ("#E69F00", "#009E73", "#CC79A7", "#999999", "#D55E00", "#F0E442", "#56B4E9", "#7F5FA0")
@@ -34,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
-    for name, draw in (("partitions", draw_partitions), ("supports", draw_supports), ("photo", draw_photo)):
+    for name, draw in PICTURES.items():
         figure = draw()
         figure.savefig(args.out / f"{name}.png", dpi=130)
         plt.close(figure)
@@ -114,6 +113,45 @@ def _draw_extent(axes: Any, columns: tuple[float, float], rows: tuple[float, flo
 
 def _count(partition: Partition) -> str:
     return f"{partition.groups} group{'s' * (partition.groups > 1)} of {partition.tokens} tokens"
+
+
+def draw_constructors() -> Any:
+    """Each constructor's parameter on one map: pixels of a colour attend each other, one group is outlined."""
+    calls = (
+        "interlaced((6, 8), stride=(2, 4))",
+        "interlaced((6, 8), grid=(2, 4))",
+        "rows((6, 8))",
+        "local((6, 8), window=(3, 4))",
+        "local((6, 8), window=(3, 4), shift=(1, 2))",
+        "columns((6, 8))",
+    )
+    figure, panels = plt.subplots(2, 3, figsize=(12, 6.8), layout="constrained")
+    figure.get_layout_engine().set(h_pad=0.12, w_pad=0.1)
+    for axes, call in zip(panels.flat, calls, strict=True):
+        partition = eval(f"Partition.{call}", {"Partition": Partition})  # what the title says, and nothing else
+        _draw_groups(axes, partition, (2, 4))
+        axes.set_title(f"Partition.{call}", fontsize=9.5, family="monospace")
+        axes.text(4, 6.2, _count(partition), fontsize=11, ha="center", va="top")
+    return figure
+
+
+def _draw_groups(axes: Any, partition: Partition, query: tuple[int, int]) -> None:
+    """The map coloured by group; the group of the pixel `query` (row, column) is outlined."""
+    height, width = partition.size
+    groups = partition.seat(*np.indices(partition.size))[0]  # [H, W]
+    chosen = groups == groups[query]
+    others = np.array([to_rgba(colour, 0.45) for colour in OTHERS])
+    colours = np.where(chosen[..., None], to_rgba(CHOSEN), others[groups - (groups > groups[query])])  # [H, W, 4]
+    axes.imshow(colours, extent=(0, width, height, 0))
+    axes.hlines(range(height + 1), 0, width, color="white", linewidth=1)
+    axes.vlines(range(width + 1), 0, height, color="white", linewidth=1)
+    around = np.pad(chosen, 1)
+    for y, x in np.argwhere(around[1:, 1:-1] != around[:-1, 1:-1]):
+        axes.hlines(y, x, x + 1, color="black", linewidth=3, capstyle="projecting")
+    for y, x in np.argwhere(around[1:-1, 1:] != around[1:-1, :-1]):
+        axes.vlines(x, y, y + 1, color="black", linewidth=3, capstyle="projecting")
+    axes.set(xlim=(-0.1, width + 0.1), ylim=(height + 0.1, -0.1))
+    axes.axis("off")
 
 
 def draw_supports() -> Any:
@@ -218,3 +256,11 @@ def _features(photo: Tensor, colour: float = 0.15, position: float = 0.4) -> tup
     norm = -features.square().sum(-1, keepdim=True) / 2
     q, k = torch.cat([features, torch.ones_like(norm)], -1), torch.cat([features, norm], -1)
     return q[None, :, :, None], k[None, :, :, None]
+
+
+PICTURES = {
+    "partitions": draw_partitions,
+    "constructors": draw_constructors,
+    "supports": draw_supports,
+    "photo": draw_photo,
+}

@@ -1,4 +1,7 @@
-"""The compared modules at their strongest: the same functions by fused attention, with memory linear in the pixels."""
+"""The compared modules at their strongest: the same functions with memory linear in the pixels.
+
+By torch's scaled_dot_product_attention (sdpa), or by ours over another partition.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,10 @@ import reference
 from isa_triton import Partition, partitioned_attention, partitioned_attention_with_lse
 
 
-def fused_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Dense attention through torch's fused one, whose memory is linear in the pixels.
+def sdpa_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Dense attention through torch's own, whose memory is linear in the pixels.
 
-    The fused kernels want unit strides and values as wide as keys; else torch falls back to materialised scores. So the
+    Its kernels want unit strides and values as wide as keys; else torch falls back to materialised scores. So the
     value goes through in chunks of the key width; the scores are computed once a chunk, and the FLOP count says so.
     """
     size, width, wanted = q.shape[1:3], q.shape[-1], v.shape[-1]
@@ -26,18 +29,18 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return context.transpose(1, 2).unflatten(1, size)
 
 
-class FusedSelfAttention(reference.SelfAttention):
-    """The dense stage with torch's fused attention inside."""
+class SdpaSelfAttention(reference.SelfAttention):
+    """The dense stage by sdpa."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return fused_attention(q, k, v)
+        return sdpa_attention(q, k, v)
 
 
-class FusedSA(reference.SA):
-    """The ISA authors' dense baseline with torch's fused attention inside."""
+class SdpaSA(reference.SA):
+    """The ISA authors' dense baseline by sdpa."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return fused_attention(q, k, v)
+        return sdpa_attention(q, k, v)
 
 
 def dense_partition_attention(q: Tensor, k: Tensor, v: Tensor, backend: str = "auto") -> Tensor:
@@ -45,7 +48,7 @@ def dense_partition_attention(q: Tensor, k: Tensor, v: Tensor, backend: str = "a
     return partitioned_attention(q, k, v, Partition.dense((q.shape[1], q.shape[2])), backend=backend)
 
 
-class FusedNonLocal(reference.NonLocal):
+class PartitionedNonLocal(reference.NonLocal):
     """The non-local block by our attention over the dense partition."""
 
     def __init__(self, channels: int, backend: str = "auto") -> None:
@@ -73,7 +76,7 @@ def criss_cross_attention(q: Tensor, k: Tensor, v: Tensor, scale: float = 1.0, b
     return row_part * row + column_part * column - own_part * v
 
 
-class FusedRCCA(reference.RCCA):
+class PartitionedRCCA(reference.RCCA):
     """Recurrent criss-cross attention by our attention over rows and columns."""
 
     def __init__(self, channels: int, backend: str = "auto") -> None:
@@ -84,12 +87,12 @@ class FusedRCCA(reference.RCCA):
         return criss_cross_attention(q, k, v, backend=self.backend)
 
 
-class FusedRCCAHead(reference.RCCAHead):
+class PartitionedRCCAHead(reference.RCCAHead):
     """CCNet's head with our attention over rows and columns inside."""
 
     def __init__(self, in_channels: int, channels: int) -> None:
         super().__init__(in_channels, channels)
-        self.attention = FusedRCCA(channels)
+        self.attention = PartitionedRCCA(channels)
 
 
 class SingleMap(nn.Module):

@@ -6,36 +6,42 @@ Every layer is called with the arguments that the layer above would pass it, and
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from triton.runtime.jit import KernelInterface
 
-from bench.arguments import device, folder, positive
-from bench.records import write_text
+from bench.arguments import add_out, device, positive
+from bench.records import console, table, write
 from isa_triton import Partition, ops, partitioned_attention, tiles
 from isa_triton.backend import triton as triton_backend
 from isa_triton.backend.contract import Call
 from isa_triton.backend.kernels import launch
 
-HELP = "microseconds of host time a call, layer by layer: overhead.csv"
 KERNELS = tuple(name for name, value in vars(launch).items() if isinstance(value, KernelInterface))
 Layers = dict[str, Callable[[], Any]]
 
 
+@dataclass(frozen=True)
+class Row:
+    """A line of the CSV: a call of a layer and all below it."""
+
+    pass_: str
+    layer: str
+    microseconds: float
+    above_bare: float  # than a Python function that does nothing
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--out", type=folder, default="out", metavar="DIR", help="folder of overhead.csv (default: out)")
+    add_out(parser, "overhead.csv")
     add("--rounds", type=positive, default=100, help="medians are taken over so many (default: 100)")
     add("--calls", type=positive, default=100, help="calls of a layer in a round (default: 100)")
     add("--device", type=device, default="cpu", help="of the tensors (default: cpu)")
@@ -45,20 +51,18 @@ def run(args: argparse.Namespace) -> None:
     with _stubbed(args.device):
         passes = {name: layers(args.device) for name, layers in (("forward", forward), ("training", training))}
         medians = {name: microseconds(layers, args.rounds, args.calls) for name, layers in passes.items()}
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(("pass", "layer", "microseconds", "above_bare"))
-    for name, times in medians.items():
-        bare = times["bare Python call"]
-        table = Table(title=f"{name}, {args.device}, medians of {args.rounds}", title_justify="left")
-        for column in ("layer", "us", "above a bare call"):
-            table.add_column(column, justify="left" if column == "layer" else "right")
-        for layer, us in times.items():
-            writer.writerow((name, layer, f"{us:.3f}", f"{us - bare:.3f}"))
-            table.add_row(layer, f"{us:.2f}", f"{us - bare:.2f}")
-        Console().print(table)
-    write_text(args.out / "overhead.csv", text.getvalue())
-    Console().print(f"Wrote {args.out / 'overhead.csv'}", highlight=False)
+    terminal, path = console(), args.out / "overhead.csv"
+    rows = [
+        Row(name, layer, round(us, 3), round(us - times["bare Python call"], 3))
+        for name, times in medians.items()
+        for layer, us in times.items()
+    ]
+    for name in medians:
+        lines = [(r.layer, f"{r.microseconds:.2f}", f"{r.above_bare:.2f}") for r in rows if r.pass_ == name]
+        title = f"{name}, {args.device}, medians of {args.rounds}"
+        terminal.print(table(title, ("layer", "us", "above a bare call"), lines))
+    write(path, Row, rows)
+    terminal.print(f"Wrote {path}")
 
 
 def forward(device: str) -> Layers:

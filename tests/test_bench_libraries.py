@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import create_mask
 
-from bench import peers
+from bench.compared import PROVIDERS, libraries
+from bench.compared.isa import in_stages
 from bench.measure import count, step
-from bench.providers import PROVIDERS
 from bench.workload import Workload
 from isa_triton import Partition
 
@@ -23,18 +23,20 @@ MAPS = {
 
 @pytest.mark.parametrize("partition", MAPS.values(), ids=MAPS)
 def test_flex_masks_exactly_the_pairs_of_a_group(partition: Partition) -> None:
-    block = peers._block_mask(partition, torch.device("cpu"))
+    block = libraries._block_mask(partition, torch.device("cpu"))
     pixels = partition.size[0] * partition.size[1]
     group = torch.tensor([partition.seat(i // partition.size[1], i % partition.size[1])[0] for i in range(pixels)])
     together = group[:, None] == group
     mask = create_mask(block.mask_mod, 1, 1, pixels, pixels, device="cpu")[0, 0]
     assert torch.equal(mask, together)
     assert int(together.sum()) == partition.pairs
-    tiles = -(-pixels // peers.TILE)
+    tiles = -(-pixels // libraries.TILE)
     meet = torch.zeros(tiles, tiles, dtype=torch.bool)
     for i in range(tiles):
         for j in range(tiles):
-            meet[i, j] = together[i * peers.TILE : (i + 1) * peers.TILE, j * peers.TILE : (j + 1) * peers.TILE].any()
+            meet[i, j] = together[
+                i * libraries.TILE : (i + 1) * libraries.TILE, j * libraries.TILE : (j + 1) * libraries.TILE
+            ].any()
     assert torch.equal(block.to_dense()[0, 0].bool(), meet)
 
 
@@ -57,11 +59,11 @@ def test_natten_is_asked_for_the_groups_of_a_partition() -> None:
 
 def test_natten_counts_its_neighbourhoods() -> None:
     workload = Workload("attention", "forward", 64, 128)
-    attention = peers.in_two_stages(peers.natten)(workload)
+    attention = in_stages(libraries.natten)(workload)
     with torch.device("meta"):
         q, k, v = (torch.empty(1, 64, 128, 1, width) for width in (256, 256, 512))
     assert attention(q, k, v).shape == v.shape
-    assert peers.natten_refuses(workload) is None
-    assert "wide as keys" in str(peers.natten_refuses(Workload("attention", "forward", 64, 128, 512, 256, 300)))
-    flops = peers._natten_flops(q.shape, k.shape, v.shape, *Partition.local((64, 128), window=(8, 8)))
+    assert libraries.natten_refuses(workload) is None
+    assert "wide as keys" in str(libraries.natten_refuses(Workload("attention", "forward", 64, 128, 512, 256, 300)))
+    flops = libraries._natten_flops(q.shape, k.shape, v.shape, *Partition.local((64, 128), window=(8, 8)))
     assert flops == 2 * (512 + 2 * 256) * 64 * 128 * 64  # the scores once for each half of the values

@@ -15,21 +15,16 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from rich import box
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bench import measure
-from bench.arguments import folder
-from bench.heads import CONTEXTS
-from bench.records import format_size, write_whole
+from bench.arguments import add_out
+from bench.compared.heads import CONTEXTS, Widths
+from bench.records import console, format_size, table, write
 
-HELP = "FLOPs of the paper's heads under the authors' conventions and exactly: paper.csv"
 CHANNELS = 2048
 MAPS = ((64, 128), (97, 97), (128, 128), (128, 256), (256, 256))
-COLUMNS = ("module", "height", "width", "authors_gflops", "script_gflops", "exact_gflops", "parameters")
 # GFLOPs for each of MAPS that segmentor/tools/cost_helper.py of openseg-group/openseg.pytorch prints.
 AUTHORS = {
     "ISA": (191.4, 221.0, 386.1, 785.0, 1621.6),
@@ -39,11 +34,24 @@ AUTHORS = {
     "ASPP": (245.9, 282.4, 491.8, 983.6, 1967.2),
 }
 # The heads before their classifiers.
-HEADS: dict[str, Callable[[], nn.Module]] = {name: partial(CONTEXTS[name], CHANNELS, 512) for name in AUTHORS}
+HEADS: dict[str, Callable[[], nn.Module]] = {name: partial(CONTEXTS[name], Widths(CHANNELS, 512)) for name in AUTHORS}
 # What exact counting has and the script has not: the second convolutions of key and query, convolutions of padded
 # pixels, and (less) biases.
 BEYOND = ("second", "padding", "biases")
 SECOND = re.compile(r"\b(key|query)\.1\.")  # names of those second convolutions
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the CSV: a whole head on a map."""
+
+    module: str
+    height: int
+    width: int
+    authors_gflops: float
+    script_gflops: float  # ours by the script's conventions
+    exact_gflops: float
+    parameters: int
 
 
 @dataclass(frozen=True)
@@ -88,38 +96,27 @@ def parameters(module: nn.Module) -> int:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--out", type=folder, default="out", metavar="DIR", help="folder of paper.csv (default: out)")
+    add_out(parser, "paper.csv")
 
 
 def run(args: argparse.Namespace) -> None:
-    console = Console()
-    console.width = max(console.width, 90)  # rather wrapped by the terminal than cut off
-    counts = {(name, map_): count(make, *map_) for map_ in MAPS for name, make in HEADS.items()}
+    terminal, path = console(), args.out / "paper.csv"
+    rows, lines = [], []
+    for i, map_ in enumerate(MAPS):
+        for name, make in HEADS.items():
+            counted, authors = count(make, *map_), AUTHORS[name][i]
+            script, exact = counted.script / 1e9, counted.exact / 1e9
+            rows.append(Row(name, *map_, authors, round(script, 3), round(exact, 3), counted.parameters))
+            where, off = format_size(map_) if name == next(iter(HEADS)) else "", f"{100 * (script / authors - 1):+.2f}%"
+            beyond = [f"{flops / 1e9:.2f}" if flops else "" for flops in counted.beyond.values()]
+            lines.append([where, name, f"{authors:.1f}", f"{script:.1f}", off, *beyond, f"{exact:.1f}"])
+        lines.append([])
     title = f"GFLOPs of whole heads on {CHANNELS} x height x width: script + {' + '.join(BEYOND)} = exact"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    for column in ("map", "head", "authors", "script", "off by", *BEYOND, "exact"):
-        table.add_column(column, justify="left" if column in ("map", "head") else "right", no_wrap=True)
-    lines: list[tuple[object, ...]] = []
-    for (name, map_), counted in counts.items():
-        authors, script, exact = AUTHORS[name][MAPS.index(map_)], counted.script / 1e9, counted.exact / 1e9
-        lines.append((name, *map_, authors, f"{script:.3f}", f"{exact:.3f}", counted.parameters))
-        table.add_row(
-            format_size(map_) if name == next(iter(HEADS)) else "",
-            name,
-            f"{authors:.1f}",
-            f"{script:.1f}",
-            f"{100 * (script / authors - 1):+.2f}%",
-            *(f"{flops / 1e9:.2f}" if flops else "" for flops in counted.beyond.values()),
-            f"{exact:.1f}",
-            end_section=name == list(HEADS)[-1],
-        )
-    console.print(table)
-    console.print("Parameters:", highlight=False)
-    for name in HEADS:
-        console.print(f"  {name} {counts[name, MAPS[0]].parameters:,}", highlight=False)
+    terminal.print(table(title, ("map", "head", "authors", "script", "off by", *BEYOND, "exact"), lines, words=2))
+    learned = [f"{row.module} {row.parameters:,}" for row in rows[: len(HEADS)]]
     for name in ("ISA", "SA"):
         _, block = HEADS[name]().children()
-        console.print(f"  {name} without its 3x3 convolution {parameters(block):,}", highlight=False)
-    write_whole(args.out / "paper.csv", COLUMNS, lines)
-    console.print(f"Wrote {args.out / 'paper.csv'}", highlight=False)
+        learned.append(f"{name} without its 3x3 convolution {parameters(block):,}")
+    terminal.print("Parameters:", *learned, sep="\n  ")
+    write(path, Row, rows)
+    terminal.print(f"Wrote {path}")

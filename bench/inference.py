@@ -1,4 +1,4 @@
-"""``python -m bench inference``: fused ISA against the authors' layout, and timm's MaxViT and Swin with our attention.
+"""``python -m bench inference``: folded ISA against the authors' layout, and timm's MaxViT and Swin with our attention.
 
 What is compared is timed in one interleaved run, a matmul that says how fast the machine is among it.
 """
@@ -6,30 +6,25 @@ What is compared is timed in one interleaved run, a matmul that says how fast th
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
-from typing import NamedTuple
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import flop_registry
 
 from bench import measure
-from bench.arguments import check_partition_size, device, folder, positive, size
+from bench.arguments import add_out, add_widths, check_partition_size, device, positive, size
+from bench.compared import PROVIDERS, Provider, isa
 from bench.measure import Step
-from bench.providers import PROVIDERS, Provider, isa_module
-from bench.records import format_size, short
+from bench.records import console, format_size, short, table, write
 from bench.workload import Workload
 from isa_triton.inference import fuse
 
-HELP = "fused inference against the authors' layout, timm's MaxViT and Swin: inference.csv"
 SIZES = ((64, 64), (97, 97), (128, 128))
 MODELS = {  # and sides of images
     "maxvit_tiny_tf_224": 224,
@@ -40,12 +35,14 @@ MODELS = {  # and sides of images
 BLOCKS: tuple[Provider, ...] = (
     PROVIDERS["unfused"],
     PROVIDERS["isa"],
-    replace(PROVIDERS["isa"], name="isa-fused", module=lambda workload: fuse(isa_module(workload).eval())),
+    replace(PROVIDERS["isa"], name="isa-folded", module=lambda workload: fuse(isa.module(workload).eval())),
 )
 BLOCK = "ISA block"
+HEADER = ("", "map", " ", "ms", "times", "GFLOPs", "MiB", "in matmuls", "GFLOP/s", "matmul's")
 
 
-class Row(NamedTuple):
+@dataclass(frozen=True)
+class Row:
     """A line of the CSV."""
 
     what: str  # the block or a model
@@ -59,18 +56,21 @@ class Row(NamedTuple):
     in_matmuls: float  # part of the time in operators that have FLOPs
     matmul_rate: float  # FLOPs per second of a matmul of 1024 x 1024 in the same run
 
+    def cells(self) -> list[str]:
+        figures = (1e3 * self.seconds, self.times, self.flops / 1e9, self.peak_bytes / 2**20)
+        rates = (self.flops / self.seconds / 1e9, self.matmul_rate / 1e9)
+        where = self.what, format_size((self.height, self.width)), self.provider
+        return [*where, *map(short, figures), f"{self.in_matmuls:.0%}", *map(short, rates)]
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--out", type=folder, default="out", metavar="DIR", help="folder of inference.csv (default: out)")
+    add_out(parser, "inference.csv")
     default = " ".join(map(format_size, SIZES))
     add("--sizes", nargs="*", type=size, default=list(SIZES), metavar="SIZE", help=f"maps (default: {default})")
-    add(
-        "--models", nargs="*", choices=MODELS, default=list(MODELS), help="of timm; none: leave them out (default: all)"
-    )
-    add("--channels", type=positive, default=512, metavar="C", help="of the block (default: 512)")
-    add("--key-channels", type=positive, default=256, metavar="K", help="of the block (default: 256)")
-    add("--value-channels", type=positive, default=512, metavar="V", help="of the block (default: 512)")
+    models = "of timm; none: leave them out (default: all)"
+    add("--models", nargs="*", choices=MODELS, default=list(MODELS), help=models)
+    add_widths(parser)
     add("--partition-size", type=size, default=(8, 8), metavar="P", help="8 or 8x4, height first (default: 8)")
     add("--rounds", type=positive, default=9, help="timed calls of each, interleaved (default: 9)")
     add("--device", type=device, default="cpu", help="default: cpu")
@@ -79,24 +79,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     for map_ in args.sizes:
         check_partition_size(args.partition_size, map_)
-    console = Console()
-    console.width = max(console.width, 120)  # rather wrapped by the terminal than cut off
-    rows: list[Row] = []
-    for map_ in args.sizes:
-        rows += block(args, map_)
+    terminal, path = console(120), args.out / "inference.csv"
+    rows = [row for map_ in args.sizes for row in block(args, map_)]
     if args.models and not find_spec("timm"):
-        console.print("timm is not installed (pip install timm): its models are left out")
+        terminal.print("timm is not installed (pip install timm): its models are left out")
         args.models = []
-    for name in args.models:
-        rows += model(args, name)
-    for table in tables(rows):
-        console.print(table)
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerows([Row._fields, *rows])
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "inference.csv").write_text(text.getvalue())
-    console.print(f"Wrote {args.out / 'inference.csv'}", highlight=False)
+    rows += [row for name in args.models for row in model(args, name)]
+    for result in tables(rows):
+        terminal.print(result)
+    write(path, Row, rows)
+    terminal.print(f"Wrote {path}")
 
 
 def block(args: argparse.Namespace, map_: tuple[int, int]) -> list[Row]:
@@ -122,7 +114,7 @@ def model(args: argparse.Namespace, name: str) -> list[Row]:
         with torch.device(args.device):
             network, x = timm.create_model(name).eval(), torch.randn(1, 3, side, side)
         network = accelerate(network) if ours else network
-        return torch.no_grad()(lambda: (network(x),))
+        return measure.forward(network, x)
 
     # twice as it is: what those two differ by is noise
     makes = {"timm": partial(step, False), "timm again": partial(step, False), "accelerated": partial(step, True)}
@@ -143,19 +135,11 @@ def _rows(
     timed = steps | {"matmul": lambda: (square @ square,)}
     seconds = measure.seconds(timed, rounds=args.rounds, budget=float("inf"), device=args.device)
     rate, first = 2 * 1024**3 / seconds["matmul"], seconds[next(iter(steps))]
-    return [
-        Row(
-            what,
-            name,
-            *map_,
-            seconds[name],
-            first / seconds[name],
-            *counts[name],
-            matmul_share(step, args.device),
-            rate,
-        )
-        for name, step in steps.items()
-    ]
+    rows = []
+    for name, step in steps.items():
+        times, share = first / seconds[name], matmul_share(step, args.device)
+        rows.append(Row(what, name, *map_, seconds[name], times, *counts[name], share, rate))
+    return rows
 
 
 def count(make: Callable[[], Step]) -> tuple[int, int]:
@@ -180,19 +164,6 @@ def matmul_share(step: Step, device: str) -> float:
 
 def tables(rows: Sequence[Row]) -> list[Table]:
     """One for the block and one for the models."""
-    found = []
-    for title, members in (
-        ("ISA block, times unfused", [row for row in rows if row.what == BLOCK]),
-        ("timm's models, times timm", [row for row in rows if row.what != BLOCK]),
-    ):
-        table = Table(title=title, title_justify="left")
-        for column in ("", "map", "", "ms", "times", "GFLOPs", "MiB", "in matmuls", "GFLOP/s", "matmul's"):
-            table.add_column(column, justify="right", no_wrap=True)
-        for row in members:
-            figures = (1e3 * row.seconds, row.times, row.flops / 1e9, row.peak_bytes / 2**20)
-            rates = (row.flops / row.seconds / 1e9, row.matmul_rate / 1e9)
-            cells = [*map(short, figures), f"{row.in_matmuls:.0%}", *map(short, rates)]
-            table.add_row(row.what, format_size((row.height, row.width)), row.provider, *cells)
-        if members:
-            found.append(table)
-    return found
+    blocks, models = ([row.cells() for row in rows if (row.what == BLOCK) == of_block] for of_block in (True, False))
+    titled = {"ISA block, times unfused": blocks, "timm's models, times timm": models}
+    return [table(title, HEADER, cells, words=3) for title, cells in titled.items() if cells]

@@ -2,41 +2,38 @@
 
 The whole network, a ResNet with output stride 8 and random weights, runs on matplotlib's photograph scaled to each
 size. Then the heads are timed, interleaved, on the map that the backbone has left. Bytes and FLOPs are counted on fake
-tensors: the head's parameters, input, output and everything in between. Dense attention is timed as torch fuses it; as
-published, with its scores in memory, it is counted only.
+tensors: the head's parameters, input, output and everything in between. Dense attention is timed by torch's
+scaled_dot_product_attention; as published, with its scores in memory, it is counted only.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from matplotlib import pyplot as plt
 from matplotlib.cbook import get_sample_data
-from rich import box
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
-import reference
-from bench import measure
-from bench.arguments import device, folder, positive, size
-from bench.heads import CONTEXTS, head
-from bench.records import format_size, short, write_whole
+from bench import measure, records
+from bench.arguments import add_out, device, positive, size
+from bench.compared.heads import CONTEXTS, DENSE_AS_PUBLISHED, Widths, classified, head
+from bench.records import format_size, short
 from isa_triton.models.ianet import ianet
 
-HELP = "IANet on a photograph, ISA's head beside the dense one, in seconds and bytes: photograph.csv"
 SIZES = ((513, 769), (1024, 2048))
 WIDTHS = (2048, 512, 19)  # of the backbone's map, of the heads, of the logits
-UNFUSED = "SA, scores in memory"
+AS_PUBLISHED = "SA, scores in memory"
 
 
-class Row(NamedTuple):
+@dataclass(frozen=True)
+class Row:
     """A line of the CSV: one head on one image."""
 
     head: str
@@ -57,7 +54,7 @@ class Row(NamedTuple):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--out", type=folder, default="out", metavar="DIR", help="folder of photograph.csv (default: out)")
+    add_out(parser, "photograph.csv")
     default = " ".join(map(format_size, SIZES))
     add("--sizes", nargs="+", type=size, default=list(SIZES), metavar="SIZE", help=f"of images (default: {default})")
     add("--heads", nargs="+", choices=CONTEXTS, default=["ISA", "SA"], help="beside each other (default: ISA SA)")
@@ -68,8 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    console = Console()
-    console.width = max(console.width, 90)  # rather wrapped by the terminal than cut off
+    terminal, path = records.console(), args.out / "photograph.csv"
     try:
         network = ianet(WIDTHS[2], name=args.backbone, head=head("ISA", *WIDTHS), auxiliary=False)
     except (ImportError, ValueError) as error:
@@ -78,11 +74,12 @@ def run(args: argparse.Namespace) -> None:
     rows: list[Row] = []
     for image in args.sizes:
         rows += compare(network, image, args)
-        whole = f"the whole network, once, {rows[-1].network_seconds:.1f} s"
-        console.print(f"{rows[-1].image}: {whole}", highlight=False)
-    console.print(table(rows, args.backbone))
-    write_whole(args.out / "photograph.csv", Row._fields, rows)
-    console.print(f"Wrote {args.out / 'photograph.csv'}", highlight=False)
+        terminal.print(f"{rows[-1].image}: the whole network, once, {rows[-1].network_seconds:.1f} s")
+    title = f"Heads behind {args.backbone}, {rows[0].device}, {torch.get_num_threads()} threads"
+    header = ("image", "map", "head", "s", "times", "GFLOPs", "MiB", "times")
+    terminal.print(records.table(title, header, lines(rows), words=3))
+    records.write(path, Row, rows)
+    terminal.print(f"Wrote {path}")
 
 
 def photograph(image: tuple[int, int]) -> Tensor:
@@ -104,44 +101,32 @@ def compare(network: Any, image: tuple[int, int], args: argparse.Namespace) -> l
     hook.remove()
     (map_,) = maps
     heads: dict[str, Callable[[], nn.Module]] = {name: partial(head, name, *WIDTHS) for name in args.heads}
-    counted = heads | ({UNFUSED: unfused} if "SA" in heads else {})
+    counted = heads | ({AS_PUBLISHED: dense_as_published} if "SA" in heads else {})
     counts = {name: measure.count(partial(step, make, map_.shape)) for name, make in counted.items()}
-    steps = {name: call(make().eval().to(args.device), map_) for name, make in heads.items()}
+    steps = {name: measure.forward(make().eval().to(args.device), map_) for name, make in heads.items()}
     seconds = measure.seconds(steps, rounds=args.rounds, budget=args.budget, device=args.device)
-    kind = torch.device(args.device).type
     H, W = map_.shape[2:]
-    return [Row(name, *image, H, W, kind, seconds.get(name), *counts[name], whole) for name in counted]
+    device_ = torch.device(args.device).type
+    return [Row(name, *image, H, W, device_, seconds.get(name), *counts[name], whole) for name in counted]
 
 
-def unfused() -> nn.Module:
-    """The dense head as published."""
-    module = head("SA", *WIDTHS)
-    C = WIDTHS[1]
-    module[0][1] = reference.SA(C, C // 2, C // 2, C)  # type: ignore[index]
-    return module
+def dense_as_published() -> nn.Module:
+    """The dense head with its scores in memory."""
+    return classified(DENSE_AS_PUBLISHED(Widths(*WIDTHS[:2])), WIDTHS[2])
 
 
 def step(make: Callable[[], nn.Module], shape: tuple[int, ...]) -> measure.Step:
     """One call of a head, everything that it needs made here."""
-    return call(make().eval(), torch.empty(shape))
+    return measure.forward(make().eval(), torch.empty(shape))
 
 
-def call(module: nn.Module, x: Tensor) -> measure.Step:
-    return torch.no_grad()(lambda: (module(x),))
-
-
-def table(rows: list[Row], backbone: str) -> Table:
+def lines(rows: list[Row]) -> Iterator[list[str | None]]:
     """A line a head; "times" are times what the first head of the same image takes."""
-    title = f"Heads behind {backbone}, {rows[0].device}, {torch.get_num_threads()} threads"
-    result = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    for column in ("image", "map", "head", "s", "times", "GFLOPs", "MiB", "times"):
-        result.add_column(column, justify="left" if column == "head" else "right", no_wrap=True)
-    for i, row in enumerate(rows):
-        first = next(other for other in rows if other.image == row.image)
-        assert first.seconds is not None
-        time = ("-", "-") if row.seconds is None else (short(row.seconds), short(row.seconds / first.seconds))
-        bytes_ = f"{row.peak_bytes / 2**20:,.0f}", short(row.peak_bytes / first.peak_bytes)
-        where = (row.image, format_size((row.map_height, row.map_width))) if row is first else ("", "")
-        last = i + 1 == len(rows) or rows[i + 1].image != row.image
-        result.add_row(*where, row.head, *time, short(row.flops / 1e9), *bytes_, end_section=last)
-    return result
+    for image in dict.fromkeys(row.image for row in rows):
+        first, *others = (row for row in rows if row.image == image)
+        for row in (first, *others):
+            where = [image, format_size((row.map_height, row.map_width))] if row is first else ["", ""]
+            times = [None if row.seconds is None else short(row.seconds / unit) for unit in (1, first.seconds or 1)]
+            size = [f"{row.peak_bytes / 2**20:,.0f}", short(row.peak_bytes / first.peak_bytes)]
+            yield [*where, row.head, *times, short(row.flops / 1e9), *size]
+        yield []

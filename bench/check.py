@@ -1,0 +1,184 @@
+"""``python -m bench check``: both backends against the formula in fp64, and on a GPU how long they take.
+
+Without --cases a few named cases are checked; with it hypothesis draws that many for each backend, and shrinks a wrong
+one; check.png shows how much of the budget was used. On the CPU the kernels are interpreted, on small maps and without
+bf16, which Triton's interpreter gets wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from itertools import product
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor
+
+from bench import figures, measure, records
+from bench.arguments import add_out, device, positive
+from bench.cases import NAMES, Case, errors, strategy
+from isa_triton import partitioned_attention
+from isa_triton.backend.triton import DEVICES
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the CSV: errors as parts of what is allowed, where there are any, and times on a GPU."""
+
+    backend: str
+    case: str
+    dtype: str
+    logits: float
+    seed: int
+    out: float | None
+    lse: float | None
+    dq: float | None
+    dk: float | None
+    dv: float | None
+    dbias: float | None
+    forward_ms: float | None
+    backward_ms: float | None
+
+
+def named_cases(large: bool) -> list[Case]:
+    """Every kind of partition, dividing and not, with every feature at least once."""
+    half = [torch.float16, torch.bfloat16] if large else [torch.float16]
+    dtypes, shift = (torch.float32, *half), (4, 4) if large else (2, 1)
+    even, odd, whole = ((128, 256), (97, 130), (48, 72)) if large else ((8, 12), (9, 11), (7, 13))
+    p = (8, 8) if large else (4, 3)
+    kinds = ("interlaced", "grid", "local", "rows", "columns")
+    found = [
+        Case(kind, size, p, (64, 64), heads=2, bias=kind in ("grid", "local"), dtype=dtype)
+        for kind, size, dtype in product(kinds, (even, odd), dtypes)
+    ]
+    found += [Case("local", odd, p, (64, 64), 2, bias=True, dtype=dtype, shift=shift) for dtype in dtypes]
+    found += [Case("dense", whole, whole, (32, 80), 3, dtype=dtype) for dtype in dtypes]
+    found += [Case("local", odd, p, widths, bias=True, dtype=half[0]) for widths in ((39, 39), (24, 1), (1, 24))]
+    found += [Case(kind, even, p, (256, 512), dtype=dtype) for kind, dtype in product(kinds[::2], dtypes)]
+    return found
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--cases", type=positive, metavar="N", help="draw so many for each backend, instead of the named ones")
+    add("--seed", type=positive, default=1, help="of what is drawn (default: 1)")
+    add("--backends", nargs="+", choices=("triton", "eager"), default=["triton", "eager"], help="default: both")
+    add("--device", type=device, default="cpu", help="cpu interprets the kernels (default: cpu)")
+    add_out(parser, "check.csv")
+
+
+def run(args: argparse.Namespace) -> None:
+    gpu = torch.device(args.device).type in DEVICES
+    if not gpu and os.environ.get("TRITON_INTERPRET") != "1":  # read when kernels are decorated: begin again with it
+        sys.stdout.flush()
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, "TRITON_INTERPRET": "1"})
+    if args.cases is not None and not find_spec("hypothesis"):
+        raise argparse.ArgumentError(
+            None, "--cases draws with hypothesis, which is not installed (pip install hypothesis)"
+        )
+    terminal, sheet, path = records.console(150), Sheet(args.device), args.out / "check.csv"
+    for backend in args.backends:
+        if args.cases is None:
+            for case in named_cases(large=gpu):
+                sheet.check(backend, case)
+        else:
+            draw(sheet, backend, args.cases, args.seed, terminal)
+    records.write(path, Row, sheet.rows)
+    if args.cases is not None:
+        figures.error_budget(sheet.rows, NAMES, args.out / "check.png")
+    terminal.print(sheet.table() if args.cases is None else sheet.worst())
+    terminal.print(f"{len(sheet.rows)} cases, {len(sheet.wrong)} beyond the error budget. Wrote {path}")
+    for row, case in sheet.wrong[-1:]:
+        terminal.print(f"the last of them, on {row.backend}: {case!r}", style="red")
+    if sheet.wrong:
+        sys.exit(1)
+
+
+class Sheet:
+    """What was checked, and how it came out."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.rows: list[Row] = []
+        self.wrong: list[tuple[Row, Case]] = []
+
+    def check(self, backend: str, case: Case) -> bool:
+        """Check one case and, on a GPU, time it; returns whether it is right."""
+        parts = errors(case, backend, self.device)
+        right = all(part <= 1 for part in parts.values())  # NaN is not
+        found = [round(parts[name], 4) if name in parts else None for name in NAMES]
+        times: list[float | None] = [None, None]
+        if torch.device(self.device).type in DEVICES:
+            times = [round(1e3 * time, 4) for time in seconds(case, backend, self.device)]
+        dtype = str(case.dtype).removeprefix("torch.")
+        self.rows.append(Row(backend, str(case), dtype, case.logits, case.seed, *found, *times))
+        if not right:
+            self.wrong.append((self.rows[-1], case))
+        return right
+
+    def table(self) -> Table:
+        """A line a case."""
+        title, names = f"errors as parts of what is allowed, {self.device}", records.columns(Row)
+        cells = [[getattr(row, name) for name in names] for row in self.rows]
+        wrong = {row for row, _ in self.wrong}
+        styles = ["red" if row in wrong else None for row in self.rows]
+        return records.table(title, names, cells, words=3, styles=styles)
+
+    def worst(self) -> Table:
+        """The largest error of every backend and dtype."""
+        lines = []
+        for key in dict.fromkeys((row.backend, row.dtype) for row in self.rows):
+            rows = [row for row in self.rows if (row.backend, row.dtype) == key]
+            largest = [max(getattr(row, name) or 0.0 for row in rows) for name in NAMES]
+            lines.append([*key, len(rows), *(f"{part:.3f}" for part in largest)])
+        title, names = "largest errors as parts of what is allowed", ("backend", "dtype", "cases", *NAMES)
+        return records.table(title, names, lines, words=2)
+
+
+def draw(sheet: Sheet, backend: str, cases: int, first: int, console: Console) -> None:
+    """Check `cases` cases that hypothesis draws; after a wrong one it goes on to the smallest that is wrong as well."""
+    from hypothesis import HealthCheck, given, seed, settings
+
+    interpreted = backend == "triton" and torch.device(sheet.device).type == "cpu"
+    dtypes = DTYPES[:2] if interpreted else DTYPES
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task(f"{backend}, seed {first}", total=cases)
+
+        @seed(first)
+        @settings(max_examples=cases, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+        @given(strategy(dtypes, longest=6 if interpreted else 24))
+        def property_(case: Case) -> None:
+            right = sheet.check(backend, case)
+            progress.advance(task)
+            assert right
+
+        try:
+            property_()
+        except AssertionError:
+            if not sheet.wrong:
+                raise
+
+
+def seconds(case: Case, backend: str, device: str) -> tuple[float, float]:
+    """Median seconds of forward and of backward alone, by device events."""
+    inputs = case.inputs(device)
+    q, k, v = (inputs[name].requires_grad_() for name in "qkv")
+    bias = inputs["bias"].requires_grad_() if case.bias else None
+    leaves = [q, k, v, *([] if bias is None else [bias])]
+    attend = partial(partitioned_attention, q, k, v, case.partition, bias=bias, backend=backend)
+    out, forward = attend(), measure.forward(attend)
+
+    def backward() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(out, leaves, inputs["do"], retain_graph=True)
+
+    medians = measure.seconds({"forward": forward, "backward": backward}, rounds=50, device=device)
+    return medians["forward"], medians["backward"]

@@ -1,1 +1,0 @@
-"""One short file a command, each with ``add_arguments(parser)`` and ``run(args)``."""
