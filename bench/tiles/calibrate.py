@@ -23,8 +23,8 @@ from pathlib import Path
 from statistics import mean
 
 from bench import records
+from bench.tiles import options
 from bench.tiles.compile import Problem
-from bench.tiles.options import add_compilers, compilers, make_problem, wide_console, write_json
 from bench.tiles.report import Pass
 from bench.tiles.roofline import MACHINES
 from isa_triton.partition import Partition
@@ -42,7 +42,9 @@ class Point:
 
 
 def _dense(tokens: int, width: int) -> Problem:
-    return make_problem(tokens, width, width, "dense", heads=2048 // width, dtype="float16", maps=16384 // tokens)
+    return options.make_problem(
+        tokens, width, width, "dense", heads=2048 // width, dtype="float16", maps=16384 // tokens
+    )
 
 
 def _windows(side: int) -> Problem:
@@ -68,12 +70,12 @@ POINTS = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all points there")
-    add_compilers(parser)
+    options.add_compilers(parser)
 
 
 def run(args: argparse.Namespace) -> None:
-    console, h100 = wide_console(), MACHINES["H100"]
-    with compilers(args) as binaries:
+    console, h100 = records.console(options.WIDTH), MACHINES["H100"]
+    with options.compilers(args) as binaries:
         passes = [Pass.shipped(p.problem, p.pass_, h100._replace(target=p.target), binaries) for p in POINTS]
     found = [(point, whole, whole.flops / whole.seconds / 1e12) for point, whole in zip(POINTS, passes, strict=True)]
     columns = ("pass", "tokens", "width", "heads", "maps", "binary", "PREDICTED TFLOP/s", "published", "by",
@@ -88,10 +90,10 @@ def run(args: argparse.Namespace) -> None:
     ]  # fmt: skip
     console.print(records.table("", columns, rows, words=("pass", "by", "bound by")))
     ratios = [tflops / point.tflops for point, _, tflops in found]
-    console.print(f"{len(rows)} points; predicted / published {min(ratios):.2f} to {max(ratios):.2f}, "
-                  f"geometric mean {exp(mean(map(log, ratios))):.2f}", highlight=False)  # fmt: skip
+    spread = f"{min(ratios):.2f} to {max(ratios):.2f}, geometric mean {exp(mean(map(log, ratios))):.2f}"
+    console.print(f"{len(rows)} points; predicted / published {spread}")
     if args.json is not None:
-        write_json(args.json, [
+        options.write_json(args.json, [
             {"whose": point.whose, "pass": point.pass_, "tokens": point.problem.partition.tokens,
              "width": point.problem.key_width, "published": point.tflops, "predicted": tflops}
             for point, _, tflops in found

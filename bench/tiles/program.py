@@ -17,9 +17,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bench.tiles.assembly import Frames
+from bench.tiles.assembly import Frames, Nest
 from bench.tiles.compile import Launch
-from bench.tiles.flow import Nest
 from isa_triton.partition import ceil_div
 
 Expression = Any  # an integer, the name of one of a kernel's arguments, or (operation, expression, expression)

@@ -22,7 +22,7 @@ from bench.tiles.compile import Launch, Problem, pass_launches
 from bench.tiles.options import make_problem
 from bench.tiles.program import repeats
 from bench.tiles.roofline import MACHINES, Machine, Prediction, predict
-from bench.tiles.steps import KERNELS, PASSES, Task
+from bench.tiles.search import KERNELS, PASSES, Task
 from isa_triton.tiles import ARITHMETIC, Tile
 
 BOUNDS = (  # of H100, bf16: (problem, pass, times the larger of bytes and products)
@@ -39,7 +39,6 @@ BOUNDS = (  # of H100, bf16: (problem, pass, times the larger of bytes and produ
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    options.add_machine(parser)
     options.add_problem(parser)
     add, tile = parser.add_argument, ("M", "N", "K", "V", "WARPS", "STAGES")
     what = "of --step: queries, keys, chunks of K and V, warps, stages"
@@ -54,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     if args.csv is not None and not args.bounds:
         raise argparse.ArgumentError(None, "--csv is for --bounds; one pass goes into --json")
-    console = options.wide_console()
+    console = records.console(options.WIDTH)
     with options.compilers(args) as binaries:
         if args.bounds:
             bounds = list(_bounds(binaries))
@@ -70,11 +69,11 @@ def run(args: argparse.Namespace) -> None:
             whole = Pass(problem, args.pass_, gpu, kernels(_launches(args, problem, gpu), gpu, binaries))
         except ValueError as error:
             raise argparse.ArgumentError(None, str(error)) from error
-    console.print(f"{args.pass_} on {gpu.name} ({args.target}): {problem}", highlight=False)
+    console.print(f"{args.pass_} on {gpu.name} ({args.target}): {problem}")
     lines = zip(*map(_facts, whole.kernels), strict=True)
     rows = [[line[0][0], *(value for _, value in line)] for line in lines]
     console.print(records.table("", ["", *(kernel.launch.label for kernel in whole.kernels)], rows))
-    console.print(whole.summary, highlight=False, soft_wrap=True)
+    console.print(whole.summary, soft_wrap=True)
     if args.json is not None:
         options.write_json(args.json, [kernel.as_dict() for kernel in whole.kernels])
 

@@ -23,9 +23,9 @@ from dataclasses import dataclass
 from math import ceil, inf, prod
 from typing import NamedTuple
 
+from bench.tiles.assembly import Stretch
 from bench.tiles.binaries import Binary
 from bench.tiles.compile import Launch, gpu_target
-from bench.tiles.flow import Stretch
 from bench.tiles.program import Work, repeats, work
 from isa_triton.tiles import ARITHMETIC
 

@@ -13,7 +13,7 @@ from typing import Any
 from bench import records
 from bench.tiles.binaries import LIMITS, Verdict, format_widths
 from bench.tiles.compile import DTYPES, Launch, Problem, pass_launches
-from bench.tiles.options import add_compilers, compilers, progress, wide_console, write_json
+from bench.tiles.options import WIDTH, add_compilers, compilers, progress, write_json
 from isa_triton.partition import Partition
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     if unknown := [target for target in args.targets if target not in LIMITS]:
         raise argparse.ArgumentError(None, f"--targets must be among {' '.join(LIMITS)}, got {' '.join(unknown)}")
-    console = wide_console()
+    console = records.console(WIDTH)
     shipped = launches(args.targets, [name for name in SHAPES if name in args.shapes], args.dtypes)
     with compilers(args, args.dump) as binaries, progress(console) as bar:
         line = bar.add_task("compiling", total=len({launch.key for launch in shipped}))
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> None:
     for verdict in failed:
         launch, problem = verdict.launch, verdict.launch.problem
         what = f"{launch.target}, {problem.name}, {problem.dtype}, {launch.name}"
-        console.print(f"{what}: {'; '.join(verdict.offences)}", style="red", highlight=False, soft_wrap=True)
+        console.print(f"{what}: {'; '.join(verdict.offences)}", style="red", soft_wrap=True)
     spills = [v.binary.spill_bytes for v in verdicts if v.binary and v.binary.spill_accesses]
     console.print(
         f"{len(verdicts)} binaries, {len(failed)} with an offence; {len(spills)} spill, at most "
