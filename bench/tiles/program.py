@@ -132,9 +132,8 @@ def work(loops: tuple[Loop, ...], ops: tuple[Op, ...], launch: Launch) -> Work:
         if kind == "dot":
             flops += 2 * prod(shape) * times
         elif argument in PAIRS:
-            others += (
-                times * itemsize * prod(_filled(partition.tokens, partition.tokens, block) * block for block in shape)
-            )
+            pairs = prod(_filled(partition.tokens, partition.tokens, block) * block for block in shape)
+            others += times * itemsize * pairs
             tables = dict(launch.integers)["slots"] if argument == "partials" else 1
             distinct.add((kind, argument, tables * problem.heads * partition.tokens**2 * itemsize))
         elif len(shape) == 1:

@@ -253,19 +253,13 @@ class Finding:
     def as_dict(self) -> dict[str, Any]:
         task, problem, prediction = self.task, self.task.problem, self.prediction
         return {
-            "target": task.gpu.target,
-            "gpu": task.gpu.name,
-            "step": task.step,
-            "tokens": problem.partition.tokens,
+            "target": task.gpu.target, "gpu": task.gpu.name, "step": task.step, "tokens": problem.partition.tokens,
             **{name: getattr(problem, name) for name in ("key_width", "value_width", "dtype")},
-            "tile": self.tile,
-            "offences": self.offences,
-            "measured_seconds": self.measured,
-            "predicted_seconds": prediction and prediction.seconds,
-            "bound": prediction and prediction.bound,
+            "tile": self.tile, "offences": self.offences, "measured_seconds": self.measured,
+            "predicted_seconds": prediction and prediction.seconds, "bound": prediction and prediction.bound,
             "busy_seconds": prediction and prediction.busy,
             **{name: getattr(self.binary, name, None) for name in ("registers", "shared", "programs")},
-        }
+        }  # fmt: skip
 
 
 def search(task: Task, binaries: Binaries, measured: int = 0) -> list[Finding]:
