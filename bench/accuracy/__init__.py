@@ -197,10 +197,8 @@ def plot(rows: Sequence[Row], title: str, path: Path) -> None:
         axes.barh(network, statistics.mean(accuracies), color=colour, height=0.6)
         axes.plot(accuracies, [network] * len(runs), "o", color="black", markersize=4, label="a seed")
         if ceilings:
-            style = {"color": "#D55E00", "markersize": 20, "markeredgewidth": 2.5}
-            axes.plot(
-                [statistics.mean(ceilings)], [network], "|", label="ceiling: what the head's reach allows", **style
-            )
+            style = {"label": "ceiling: what the head's reach allows", "color": "#D55E00", "markersize": 20}
+            axes.plot([statistics.mean(ceilings)], [network], "|", markeredgewidth=2.5, **style)
     guess = 1 / EXPERIMENTS[rows[0].experiment].task.classes
     axes.axvline(guess, color="0.4", linewidth=1, linestyle=(0, (2, 2)), label="a guess")
     axes.invert_yaxis()
@@ -208,6 +206,5 @@ def plot(rows: Sequence[Row], title: str, path: Path) -> None:
     figure.suptitle(title, fontsize=12)
     handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))  # one of each kind
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)

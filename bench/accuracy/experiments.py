@@ -171,10 +171,8 @@ class AttentionModule(nn.Module):
 
 def isa(*sizes: int, order: str = "long-short") -> ISAModule:
     """The ISA module with these partition sizes."""
-    partition_size = [(p, p) for p in sizes]
-    return ISAModule(
-        CHANNELS, KEY_CHANNELS, CHANNELS, CHANNELS, partition_size=partition_size, dropout=0.0, order=order
-    )
+    pairs = [(p, p) for p in sizes]
+    return ISAModule(CHANNELS, KEY_CHANNELS, CHANNELS, CHANNELS, partition_size=pairs, dropout=0.0, order=order)
 
 
 @dataclass(frozen=True)
@@ -212,12 +210,8 @@ def backbone(task: Task) -> tuple[nn.Module, nn.Module]:
 
 def segmenter(head: str, task: Task) -> nn.Module:
     """The backbone, a head, and a classifier of pixels: [B, C, H, W] -> [B, classes, H, W]."""
-    return nn.Sequential(
-        *backbone(task),
-        HEADS[head].build(),
-        reference.ConvNormReLU(CHANNELS, CHANNELS),
-        nn.Conv2d(CHANNELS, task.classes, 1),
-    )
+    layers = *backbone(task), HEADS[head].build(), reference.ConvNormReLU(CHANNELS, CHANNELS)
+    return nn.Sequential(*layers, nn.Conv2d(CHANNELS, task.classes, 1))
 
 
 def classifier(blocks: int, task: Task) -> nn.Module:
@@ -263,15 +257,12 @@ EXPERIMENTS = {
     "mosaics": Experiment(MOSAICS, {name: _SEGMENTERS[name] for name in _FEW}, ("none", "ISA"), steps=200),
     "blocks": Experiment(MOSAICS, _CLASSIFIERS, ("no block", "1 block"), steps=200, of_images=True),
 }
+_COMPARED = ("none", "NL", "SA", "RCCA", "CGNL", "dense", "ISA")
+_STAGES = ("none", "ISA", "short-long", "long", "long twice", "short", "short twice", "dense")
+_OF_STAGES = "Keys: the order of the stages, and one alone (twice: with the parameters of both)"
 QUESTIONS = {
-    "heads": Question(
-        "Keys: ISA against what it is compared with", "keys", ("none", "NL", "SA", "RCCA", "CGNL", "dense", "ISA")
-    ),
-    "stages": Question(
-        "Keys: the order of the stages, and one alone (twice: with the parameters of both)",
-        "keys",
-        ("none", "ISA", "short-long", "long", "long twice", "short", "short twice", "dense"),
-    ),
+    "heads": Question("Keys: ISA against what it is compared with", "keys", _COMPARED),
+    "stages": Question(_OF_STAGES, "keys", _STAGES),
     "partition_sizes": Question("Keys: the partition size", "keys", ("ISA P=2", "ISA P=4", "ISA", "ISA P=4, 8")),
     "mosaics": Question("Mosaics of digits: the class of a stroke", "mosaics"),
     "blocks": Question("Mosaics of digits: ISA blocks in a classifier", "blocks"),

@@ -219,15 +219,11 @@ def stretches(code: list[Instruction], places: Mapping[Frames, Nest], lanes: int
 
 
 def _stretch(nest: Nest, instructions: list[Instruction], lanes: int) -> Stretch:
-    units = Counter(unit(i.opcode) for i in instructions)
+    units = dict(Counter(unit(i.opcode) for i in instructions))
     flops = [matrix_flops(i) for i in instructions if unit(i.opcode) == "matrix"]
-    return Stretch(
-        nest,
-        dict(units),
-        None if None in flops else sum(filter(None, flops)),
-        sum(shared_bytes(i, lanes) for i in instructions),
-        *waits(instructions, repeated=bool(nest)),
-    )
+    all_flops = None if None in flops else sum(filter(None, flops))
+    shared = sum(shared_bytes(i, lanes) for i in instructions)
+    return Stretch(nest, units, all_flops, shared, *waits(instructions, repeated=bool(nest)))
 
 
 def _around(places: Mapping[Frames, Nest]) -> Callable[[Instruction], Nest | None]:

@@ -113,21 +113,14 @@ def read(kernel: Any, target: str) -> Binary:
     metadata = kernel.metadata
     warps, shared, columns = metadata.num_warps, metadata.shared, getattr(metadata, "tmem_size", 0) or 0
     return Binary(
-        registers=registers,
-        spill_bytes=stack,
-        spill_accesses=stack_accesses,
-        shared=shared,
-        tensor_columns=columns,
-        warps=warps,
+        registers=registers, spill_bytes=stack, spill_accesses=stack_accesses,
+        shared=shared, tensor_columns=columns, warps=warps,
         programs=min(occupancy(target, registers, warps, shared, columns).values()),
-        instructions=len(instructions),
+        instructions=len(instructions), atomics=sum(assembly.is_atomic(i.opcode) for i in instructions),
         matrix=dict(Counter(kind for i in instructions if (kind := assembly.matrix_kind(i.opcode)))),
-        atomics=sum(assembly.is_atomic(i.opcode) for i in instructions),
-        accesses=accesses(instructions),
-        loops=tuple(loops),
-        ops=tuple(ops),
+        accesses=accesses(instructions), loops=tuple(loops), ops=tuple(ops),
         stretches=tuple(assembly.stretches(instructions, places, gpu_target(target).warp_size)),
-    )
+    )  # fmt: skip
 
 
 def disassembly(kernel: Any) -> str:

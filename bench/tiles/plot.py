@@ -82,10 +82,8 @@ def draw_tiles(task: Task, found: Sequence[Finding]) -> Figure:
         panel.set_yticks(range(len(BLOCKS)), BLOCKS)
     tile = found[0].tile if found else None
     rest = f"chunks {tile.block_k} and {tile.block_v}, {tile.num_warps} warps, {tile.num_stages} stages" if tile else ""
-    figure.suptitle(
-        f"{task.step} on {task.gpu.name}: {task.problem}; {rest}\nempty: larger than the group, or cannot fit; "
-        "*: spills, or loads narrowly"
-    )
+    marks = "empty: larger than the group, or cannot fit; *: spills, or loads narrowly"
+    figure.suptitle(f"{task.step} on {task.gpu.name}: {task.problem}; {rest}\n{marks}")
     return figure
 
 
@@ -112,8 +110,6 @@ def draw_roofline(kernels: Sequence[Kernel], gpu: Machine) -> Figure:
         panel.set(title=pass_, xlabel="FLOPs of a tile's products for each byte that must move")
         panel.grid(which="both", alpha=0.2)
     panels[0].set_ylabel("TFLOP/s")
-    figure.suptitle(
-        f"shipped kernels on {gpu.name}, bf16, {MAPS} maps, PREDICTED, and what binds each; roofs: "
-        f"{gpu.dram / 1e12:.2f} TB/s of DRAM, {peak:.0f} TFLOP/s of matrix units"
-    )
+    roofs = f"{gpu.dram / 1e12:.2f} TB/s of DRAM, {peak:.0f} TFLOP/s of matrix units"
+    figure.suptitle(f"shipped kernels on {gpu.name}, bf16, {MAPS} maps, PREDICTED, and what binds each; roofs: {roofs}")
     return figure

@@ -116,14 +116,10 @@ def predict(launch: Launch, binary: Binary, machine: Machine) -> Prediction:
     slowest = max(busy, key=busy.__getitem__)
     unhidden = waves * max(0.0, alone - busy[slowest] / most)
     return Prediction(
-        seconds=LAUNCH + busy[slowest] + unhidden,
-        bound="latency" if unhidden > busy[slowest] else slowest,
-        busy=busy,
-        at_once=min(most, binary.programs),
-        waves=waves,
-        work=asked,
+        seconds=LAUNCH + busy[slowest] + unhidden, bound="latency" if unhidden > busy[slowest] else slowest,
+        busy=busy, at_once=min(most, binary.programs), waves=waves, work=asked,
         flops=programs * sum(often * products for often, products in zip(times, flops, strict=True)),
-    )
+    )  # fmt: skip
 
 
 def _matrix_flops(binary: Binary, times: list[float], asked: float) -> list[float]:
