@@ -62,11 +62,6 @@ class Work(NamedTuple):
     rows: float  # the part of the pixels' tiles that masks of tokens leave
     columns: float  # and the part that masks of channels leave
 
-    @property
-    def reread(self) -> float:
-        """Bytes asked for more than once: a cache should have them."""
-        return self.bytes - self.distinct
-
 
 def read_program(ttir: str) -> tuple[list[Loop], list[Op], dict[Frames, Nest]]:
     """Loops, what is done in them, and the loops around each place in the source where something is done."""

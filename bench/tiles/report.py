@@ -113,7 +113,7 @@ def _facts(kernel: Kernel) -> Iterator[tuple[str, object]]:
     yield "GFLOPs done by matrix units", f"{prediction.flops / 1e9:.2f}"
     yield "MB at different addresses", f"{work.distinct / 1e6:.2f}"
     yield "MB asked for", f"{work.bytes / 1e6:.2f}"
-    yield "MB read again, from L2", f"{work.reread / 1e6:.2f}"
+    yield "MB read again, from L2", f"{(work.bytes - work.distinct) / 1e6:.2f}"
     yield "", ""
     for unit, seconds in prediction.busy.items():
         yield f"  us of {unit}", f"{1e6 * seconds:.1f}"
