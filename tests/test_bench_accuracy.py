@@ -11,9 +11,19 @@ from torch import Generator, nn
 
 from bench import accuracy
 from bench.__main__ import main
-from bench.accuracy import Run, learn, tasks
-from bench.accuracy.experiments import EXPERIMENTS, HEADS, QUESTIONS, share_reached
-from bench.accuracy.tasks import COLOURS, IGNORED, KEYS, MOSAICS, SIZE, Drawn
+from bench.accuracy import Run, experiments, learn
+from bench.accuracy.experiments import (
+    COLOURS,
+    EXPERIMENTS,
+    HEADS,
+    IGNORED,
+    KEYS,
+    MOSAICS,
+    QUESTIONS,
+    SIZE,
+    Drawn,
+    share_reached,
+)
 from bench.paper import parameters
 
 H, W = SIZE
@@ -25,7 +35,7 @@ def network(head: str) -> nn.Module:
 
 @pytest.fixture(scope="module")
 def drawn() -> Drawn:
-    return tasks.keys(32, Generator().manual_seed(3))
+    return experiments.keys(32, Generator().manual_seed(3))
 
 
 def test_a_rectangles_class_is_the_keys_colour(drawn: Drawn) -> None:
@@ -36,21 +46,21 @@ def test_a_rectangles_class_is_the_keys_colour(drawn: Drawn) -> None:
 
 
 def test_nothing_but_the_key_tells_its_colour(monkeypatch: pytest.MonkeyPatch) -> None:
-    images, classes, keys = tasks.keys(8, Generator().manual_seed(7))
-    monkeypatch.setattr(tasks, "COLOURS", COLOURS.roll(1, 0))
-    others, same_classes, same_keys = tasks.keys(8, Generator().manual_seed(7))
+    images, classes, keys = experiments.keys(8, Generator().manual_seed(7))
+    monkeypatch.setattr(experiments, "COLOURS", COLOURS.roll(1, 0))
+    others, same_classes, same_keys = experiments.keys(8, Generator().manual_seed(7))
     assert torch.equal(classes, same_classes)
     assert torch.equal(keys, same_keys)
     assert torch.equal((images != others).any(1), keys)
 
 
 def test_a_mosaic_is_one_digit_in_many_hands_that_training_and_test_do_not_share() -> None:
-    seen, unseen = tasks._digits(False), tasks._digits(True)
+    seen, unseen = experiments._digits(False), experiments._digits(True)
     assert sum(map(len, seen)) == 2 * sum(map(len, unseen))
     for ours, theirs in zip(seen, unseen, strict=True):
         apart = (ours[:, None] - theirs[None]).abs().amax((2, 3))
         assert apart.min() > 0
-    images, classes, evidence = tasks.mosaics(24, Generator().manual_seed(5))
+    images, classes, evidence = experiments.mosaics(24, Generator().manual_seed(5))
     assert evidence is None
     assert images.shape == (24, 1, H, W)
     for image, class_ in zip(images, classes, strict=True):

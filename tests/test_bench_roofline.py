@@ -10,13 +10,22 @@ import numpy as np
 import pytest
 import torch
 
-from bench.tiles.assembly import Instruction, matrix_flops, sass_instructions, shared_bytes, unit
+from bench.tiles.assembly import (
+    Instruction,
+    Stretch,
+    find_loops,
+    matrix_flops,
+    sass_instructions,
+    shared_bytes,
+    stretches,
+    unit,
+    waits,
+)
 from bench.tiles.binaries import Binary
 from bench.tiles.compile import Launch, Problem, Tensors
-from bench.tiles.flow import Stretch, find_loops, stretches, waits
 from bench.tiles.program import Loop, Op, read_program
 from bench.tiles.roofline import LAUNCH, MACHINES, predict
-from bench.tiles.steps import KERNELS, Task
+from bench.tiles.search import KERNELS, Task
 from isa_triton.partition import Partition
 from isa_triton.tiles import Tile
 from tests import guard
@@ -257,7 +266,7 @@ from bench.tiles.binaries import Binaries
 from bench.tiles.compile import Problem, compile_launch
 from bench.tiles.report import kernels
 from bench.tiles.roofline import MACHINES
-from bench.tiles.steps import Task
+from bench.tiles.search import Task
 from isa_triton.partition import Partition
 from isa_triton.tiles import Tile
 

@@ -21,8 +21,7 @@ from bench.tiles.options import make_problem
 from bench.tiles.program import Op
 from bench.tiles.report import BOUNDS, Pass
 from bench.tiles.roofline import MACHINES
-from bench.tiles.search import Finding, choose, search, write
-from bench.tiles.steps import KERNELS, Task
+from bench.tiles.search import KERNELS, Finding, Task, choose, search, write
 from isa_triton import tiles
 from isa_triton.backend.kernels import launch
 from isa_triton.tiles import Tile
@@ -145,7 +144,7 @@ import torch
 from unittest.mock import patch
 from triton.runtime.jit import JITFunction
 from bench import measure
-from bench.tiles import steps
+from bench.tiles import search
 from bench.tiles.options import make_problem
 from bench.tiles.roofline import MACHINES
 from isa_triton.tiles import Tile
@@ -163,13 +162,13 @@ def seconds(calls, **options):
     return dict.fromkeys(calls, 1.0)
 
 randn, recorded = torch.randn, JITFunction.run
-measure.seconds, steps.use_driver = seconds, lambda: setattr(JITFunction, "run", run)  # as a GPU's, from here on
+measure.seconds, search.use_driver = seconds, lambda: setattr(JITFunction, "run", run)  # as a GPU's, from here on
 torch.randn = lambda shape, device, dtype: randn(shape, dtype=dtype)
-for step in steps.KERNELS:
+for step in search.KERNELS:
     for tokens in (16, 64):
         launched, JITFunction.run = [], recorded
         problem = make_problem(tokens, 16, 16, bias=True, maps=1)
-        task, tile = steps.Task(MACHINES["H100"], problem, step), Tile(64 if step == "group" else 32, 32, 16, 16)
+        task, tile = search.Task(MACHINES["H100"], problem, step), Tile(64 if step == "group" else 32, 32, 16, 16)
         if task.launch(tile) is not None:
             assert task.seconds(tile) == 1.0
             print(step, tokens, *launched)

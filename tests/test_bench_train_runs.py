@@ -23,7 +23,7 @@ import torch
 from bench.__main__ import main
 from bench.records import replacing
 from bench.train import trainer
-from bench.train.loop import stop_signals
+from bench.train.trainer import stop_signals
 from tests import segmentation_data
 from tests.small_network import small
 

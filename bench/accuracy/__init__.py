@@ -1,8 +1,8 @@
 """``python -m bench accuracy``: what long-range context buys, on tasks that cannot be solved without it.
 
-`tasks.py` draws the images; the class of a pixel depends on what lies far from it. A backbone of two 3x3 convolutions
-sees two pixels far, the network behind it has to fetch the rest: a head that labels pixels, or, as the paper does it in
-a classifier, ISA blocks inside a network that labels whole images.
+`experiments.py` draws the images; the class of a pixel depends on what lies far from it. A backbone of two 3x3
+convolutions sees two pixels far, the network behind it has to fetch the rest: a head that labels pixels, or, as the
+paper does it in a classifier, ISA blocks inside a network that labels whole images.
 
 In the task of the keys, what a head can connect bounds what it can learn: a pixel that the key does not reach can only
 guess, so of the share s of pixels reached and c classes, accuracy is s + (1 - s) / c at best, up to luck: its ceiling.
@@ -29,14 +29,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from matplotlib import pyplot as plt
-from rich.console import Console
 from rich.table import Table
 from torch import Generator
 
-from bench.accuracy.experiments import EXPERIMENTS, HEADS, QUESTIONS, share_reached
-from bench.accuracy.tasks import IGNORED, MOSAICS, Drawn
-from bench.arguments import folder, positive
-from bench.records import table, write
+from bench import records
+from bench.accuracy.experiments import EXPERIMENTS, HEADS, IGNORED, MOSAICS, QUESTIONS, Drawn, share_reached
+from bench.arguments import add_out, positive
 
 
 @dataclass(frozen=True)
@@ -110,7 +108,7 @@ def learn_all(runs: Sequence[Run], workers: int) -> Iterator[Row]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--out", type=folder, default="out", metavar="DIR", help="folder of the results (default: out)")
+    add_out(parser)
     add("--experiments", nargs="+", choices=EXPERIMENTS, default=list(EXPERIMENTS), help="default: all")
     names = list(dict.fromkeys(name for experiment in EXPERIMENTS.values() for name in experiment.networks))
     add("--networks", nargs="+", choices=names, metavar="NAME", help=f"of {', '.join(names)} (default: all)")
@@ -144,15 +142,13 @@ def plan(args: argparse.Namespace) -> list[Run]:
 
 
 def run(args: argparse.Namespace) -> None:
-    console = Console()
-    console.width = max(console.width, 90)  # rather wrapped by the terminal than cut off
-    rows: list[Row] = []
+    console, rows = records.console(), list[Row]()
     written = [args.out / "accuracy.csv"]
     for row in learn_all(plan(args), args.workers):
         rows.append(row)
         result = f"{row.accuracy:.3f} in {row.cpu_seconds:.0f} CPU s"
-        console.print(f"seed {row.seed}, {row.experiment}, {row.network}: {result}", highlight=False)
-        write(written[0], Row, rows)
+        console.print(f"seed {row.seed}, {row.experiment}, {row.network}: {result}")
+        records.write(written[0], Row, rows)
     for name in dict.fromkeys(row.experiment for row in rows):
         console.print(summary([row for row in rows if row.experiment == name]))
     for name, question in QUESTIONS.items():
@@ -161,7 +157,7 @@ def run(args: argparse.Namespace) -> None:
         if shown := [row for pair in wanted for row in rows if (row.experiment, row.network) == pair]:
             written.append(args.out / f"accuracy_{name}.png")
             plot(shown, question.title, written[-1])
-    console.print("Wrote", *written, sep="\n  ", highlight=False)
+    console.print("Wrote", *written, sep="\n  ")
 
 
 def by_network(rows: Sequence[Row]) -> dict[str, list[Row]]:
@@ -188,7 +184,7 @@ def summary(rows: Sequence[Row]) -> Table:
         lines.append((network, *known))
     guess = f"a guess is right in 1 of {EXPERIMENTS[experiment].task.classes}"
     header = ("network", "parameters", "reached", "ceiling", "accuracy", "spread", "seeds", "CPU s a run")
-    return table(f"{experiment}: accuracy after {rows[0].steps} steps; {guess}", header, lines)
+    return records.table(f"{experiment}: accuracy after {rows[0].steps} steps; {guess}", header, lines)
 
 
 def plot(rows: Sequence[Row], title: str, path: Path) -> None:
@@ -201,10 +197,8 @@ def plot(rows: Sequence[Row], title: str, path: Path) -> None:
         axes.barh(network, statistics.mean(accuracies), color=colour, height=0.6)
         axes.plot(accuracies, [network] * len(runs), "o", color="black", markersize=4, label="a seed")
         if ceilings:
-            style = {"color": "#D55E00", "markersize": 20, "markeredgewidth": 2.5}
-            axes.plot(
-                [statistics.mean(ceilings)], [network], "|", label="ceiling: what the head's reach allows", **style
-            )
+            style = {"label": "ceiling: what the head's reach allows", "color": "#D55E00", "markersize": 20}
+            axes.plot([statistics.mean(ceilings)], [network], "|", markeredgewidth=2.5, **style)
     guess = 1 / EXPERIMENTS[rows[0].experiment].task.classes
     axes.axvline(guess, color="0.4", linewidth=1, linestyle=(0, (2, 2)), label="a guess")
     axes.invert_yaxis()
@@ -212,6 +206,5 @@ def plot(rows: Sequence[Row], title: str, path: Path) -> None:
     figure.suptitle(title, fontsize=12)
     handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))  # one of each kind
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -1,25 +1,121 @@
-"""Heads and how far what one pixel knows gets in them, networks with them, and which of these learn which task."""
+"""Tasks small enough to learn on a CPU that need long-range context, networks, and which of these learn which task.
+
+A task draws images and, for every pixel, its class or `IGNORED`. A backbone of two 3x3 convolutions sees two pixels
+far; whatever decides about a pixel lies farther away.
+
+`keys`: grey rectangles on noise and, somewhere, one pixel of a colour, the key. The class of a rectangle's pixels is
+the key's colour. It is known where the evidence lies, so also what a head can reach of it.
+
+`mosaics`: scikit-learn's handwritten digits side by side, all of one class in many hands, every other pixel lost. The
+class of a stroke's pixels is the digit: one patch hardly tells it, the whole mosaic does. Training and test have
+digits of their own.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 import reference
-from bench.accuracy.tasks import IGNORED, KEYS, MOSAICS, SIZE, Task
 from bench.compared import modules
 from isa_triton import ISAModule, SelfAttention2d
 from isa_triton.models.block import ISABlock
 from reference.attention import Groups
 
+SIZE = (24, 32)  # of the images and of every map
+IGNORED = -1  # the class of pixels that are not judged
+COLOURS = torch.eye(3)  # red, green and blue
 RECEPTIVE_FIELD = 5  # pixels across, of two 3x3 convolutions
 CHANNELS, KEY_CHANNELS = 32, 16  # of maps and values, and of keys
+
+# -- tasks -------------------------------------------------------------------------------------------------------------
+
+
+class Drawn(NamedTuple):
+    """Images [count, C, H, W], the classes of their pixels [count, H, W], and where the evidence lies, if known."""
+
+    images: Tensor
+    classes: Tensor
+    evidence: Tensor | None = None
+
+
+class Task(NamedTuple):
+    """A source of images: ``draw(count, generator, unseen)``, where `unseen` asks for what no training sees."""
+
+    channels: int
+    classes: int
+    draw: Callable[[int, Generator, bool], Drawn]
+
+
+def keys(count: int, generator: Generator, unseen: bool = False) -> Drawn:
+    """Rectangles whose class is the colour of a distant key; every draw is new, for training and for test."""
+    H, W = SIZE
+    images = 0.3 * torch.rand(count, 3, H, W, generator=generator)
+    classes = torch.full((count, H, W), IGNORED)
+    evidence = torch.zeros(count, H, W, dtype=torch.bool)
+    for image, class_, key in zip(images, classes, evidence, strict=True):
+        colour = _uniform(0, len(COLOURS), generator)
+        for _ in range(4):
+            h, w = _uniform(3, 9, generator), _uniform(3, 9, generator)
+            top, left = _uniform(0, H - h + 1, generator), _uniform(0, W - w + 1, generator)
+            image[:, top : top + h, left : left + w] = 1
+            class_[top : top + h, left : left + w] = colour
+        y, x = _uniform(0, H, generator), _uniform(0, W, generator)
+        image[:, y, x] = 2 * COLOURS[colour]
+        class_[y, x], key[y, x] = IGNORED, True
+    return Drawn(_noisy(images, generator), classes, evidence)
+
+
+def mosaics(count: int, generator: Generator, unseen: bool = False) -> Drawn:
+    """Mosaics of one digit in many hands; cut so that digits and windows do not coincide.
+
+    Raises:
+        ModuleNotFoundError: scikit-learn is missing.
+    """
+    digits = _digits(unseen)
+    H, W = SIZE
+    side = digits[0].shape[-1]
+    rows, columns = H // side + 1, W // side + 1
+    images, classes = torch.zeros(count, 1, H, W), torch.full((count, H, W), IGNORED)
+    for image, class_ in zip(images, classes, strict=True):
+        digit = _uniform(0, len(digits), generator)
+        hands = torch.randint(len(digits[digit]), (rows, columns), generator=generator)
+        sheet = digits[digit][hands].transpose(1, 2).reshape(rows * side, columns * side)  # [rows, side, columns, side]
+        top, left = _uniform(0, side, generator), _uniform(0, side, generator)
+        cut = sheet[top : top + H, left : left + W]
+        class_[cut >= 0.25] = digit
+        image[0] = cut * (torch.rand(H, W, generator=generator) < 0.5)
+    return Drawn(_noisy(images, generator), classes)
+
+
+KEYS, MOSAICS = Task(3, len(COLOURS), keys), Task(1, 10, mosaics)
+
+
+@cache
+def _digits(unseen: bool) -> list[Tensor]:
+    """The images [n, 8, 8] of each digit, from 0 to 1: two thirds of the data set, or the rest."""
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    images, classes = torch.tensor(data.images, dtype=torch.float32) / 16, torch.tensor(data.target)
+    order = torch.randperm(len(images), generator=Generator().manual_seed(0))  # whatever its own order
+    chosen = order[2 * len(order) // 3 :] if unseen else order[: 2 * len(order) // 3]
+    return [images[chosen[classes[chosen] == digit]] for digit in range(10)]
+
+
+def _uniform(low: int, high: int, generator: Generator) -> int:
+    return int(torch.randint(low, high, (), generator=generator))
+
+
+def _noisy(images: Tensor, generator: Generator) -> Tensor:
+    return images + 0.05 * torch.randn(images.shape, generator=generator)
+
 
 # -- what a head connects ----------------------------------------------------------------------------------------------
 
@@ -75,10 +171,8 @@ class AttentionModule(nn.Module):
 
 def isa(*sizes: int, order: str = "long-short") -> ISAModule:
     """The ISA module with these partition sizes."""
-    partition_size = [(p, p) for p in sizes]
-    return ISAModule(
-        CHANNELS, KEY_CHANNELS, CHANNELS, CHANNELS, partition_size=partition_size, dropout=0.0, order=order
-    )
+    pairs = [(p, p) for p in sizes]
+    return ISAModule(CHANNELS, KEY_CHANNELS, CHANNELS, CHANNELS, partition_size=pairs, dropout=0.0, order=order)
 
 
 @dataclass(frozen=True)
@@ -116,12 +210,8 @@ def backbone(task: Task) -> tuple[nn.Module, nn.Module]:
 
 def segmenter(head: str, task: Task) -> nn.Module:
     """The backbone, a head, and a classifier of pixels: [B, C, H, W] -> [B, classes, H, W]."""
-    return nn.Sequential(
-        *backbone(task),
-        HEADS[head].build(),
-        reference.ConvNormReLU(CHANNELS, CHANNELS),
-        nn.Conv2d(CHANNELS, task.classes, 1),
-    )
+    layers = *backbone(task), HEADS[head].build(), reference.ConvNormReLU(CHANNELS, CHANNELS)
+    return nn.Sequential(*layers, nn.Conv2d(CHANNELS, task.classes, 1))
 
 
 def classifier(blocks: int, task: Task) -> nn.Module:
@@ -167,15 +257,12 @@ EXPERIMENTS = {
     "mosaics": Experiment(MOSAICS, {name: _SEGMENTERS[name] for name in _FEW}, ("none", "ISA"), steps=200),
     "blocks": Experiment(MOSAICS, _CLASSIFIERS, ("no block", "1 block"), steps=200, of_images=True),
 }
+_COMPARED = ("none", "NL", "SA", "RCCA", "CGNL", "dense", "ISA")
+_STAGES = ("none", "ISA", "short-long", "long", "long twice", "short", "short twice", "dense")
+_OF_STAGES = "Keys: the order of the stages, and one alone (twice: with the parameters of both)"
 QUESTIONS = {
-    "heads": Question(
-        "Keys: ISA against what it is compared with", "keys", ("none", "NL", "SA", "RCCA", "CGNL", "dense", "ISA")
-    ),
-    "stages": Question(
-        "Keys: the order of the stages, and one alone (twice: with the parameters of both)",
-        "keys",
-        ("none", "ISA", "short-long", "long", "long twice", "short", "short twice", "dense"),
-    ),
+    "heads": Question("Keys: ISA against what it is compared with", "keys", _COMPARED),
+    "stages": Question(_OF_STAGES, "keys", _STAGES),
     "partition_sizes": Question("Keys: the partition size", "keys", ("ISA P=2", "ISA P=4", "ISA", "ISA P=4, 8")),
     "mosaics": Question("Mosaics of digits: the class of a stroke", "mosaics"),
     "blocks": Question("Mosaics of digits: ISA blocks in a classifier", "blocks"),

@@ -24,11 +24,8 @@ from typing import Any, NamedTuple
 from triton import knobs
 
 from bench.records import write_text
-from bench.tiles import assembly, flow, program
-from bench.tiles.assembly import TENSOR_COPY, Instruction, access, is_atomic, matrix_kind
+from bench.tiles import assembly, program
 from bench.tiles.compile import Launch, compile_launch, gpu_target, tuples
-from bench.tiles.flow import Stretch, stretches
-from bench.tiles.program import Loop, Op, read_program
 from isa_triton.backend.kernels import common
 from isa_triton.partition import ceil_div
 
@@ -88,13 +85,14 @@ class Binary:
     matrix: dict[str, int]  # matrix instructions by kind
     atomics: int
     accesses: tuple[Access, ...]
-    loops: tuple[Loop, ...] = ()  # of the IR
-    ops: tuple[Op, ...] = ()  # of the IR
-    stretches: tuple[Stretch, ...] = ()  # of the machine code
+    loops: tuple[program.Loop, ...] = ()  # of the IR
+    ops: tuple[program.Op, ...] = ()  # of the IR
+    stretches: tuple[assembly.Stretch, ...] = ()  # of the machine code
 
     def __post_init__(self) -> None:
         """Facts that come from JSON become what they were."""
-        for name, kind in (("accesses", Access), ("loops", Loop), ("ops", Op), ("stretches", Stretch)):
+        kinds = {"accesses": Access, "loops": program.Loop, "ops": program.Op, "stretches": assembly.Stretch}
+        for name, kind in kinds.items():
             object.__setattr__(self, name, tuple(kind(*map(tuples, row)) for row in getattr(self, name)))
 
 
@@ -111,25 +109,18 @@ def read(kernel: Any, target: str) -> Binary:
         stack = max(stack, 4 * amd_metadata(text, "vgpr_spill_count"))
         instructions = list(assembly.amd_instructions(text))
         stack_accesses = sum(i.opcode.startswith("scratch_") for i in instructions)
-    loops, ops, places = read_program(kernel.asm["ttir"])
+    loops, ops, places = program.read_program(kernel.asm["ttir"])
     metadata = kernel.metadata
     warps, shared, columns = metadata.num_warps, metadata.shared, getattr(metadata, "tmem_size", 0) or 0
     return Binary(
-        registers=registers,
-        spill_bytes=stack,
-        spill_accesses=stack_accesses,
-        shared=shared,
-        tensor_columns=columns,
-        warps=warps,
+        registers=registers, spill_bytes=stack, spill_accesses=stack_accesses,
+        shared=shared, tensor_columns=columns, warps=warps,
         programs=min(occupancy(target, registers, warps, shared, columns).values()),
-        instructions=len(instructions),
-        matrix=dict(Counter(kind for i in instructions if (kind := matrix_kind(i.opcode)))),
-        atomics=sum(is_atomic(i.opcode) for i in instructions),
-        accesses=accesses(instructions),
-        loops=tuple(loops),
-        ops=tuple(ops),
-        stretches=tuple(stretches(instructions, places, gpu_target(target).warp_size)),
-    )
+        instructions=len(instructions), atomics=sum(assembly.is_atomic(i.opcode) for i in instructions),
+        matrix=dict(Counter(kind for i in instructions if (kind := assembly.matrix_kind(i.opcode)))),
+        accesses=accesses(instructions), loops=tuple(loops), ops=tuple(ops),
+        stretches=tuple(assembly.stretches(instructions, places, gpu_target(target).warp_size)),
+    )  # fmt: skip
 
 
 def disassembly(kernel: Any) -> str:
@@ -160,13 +151,13 @@ def amd_metadata(text: str, name: str) -> int:
     return int(match[1])
 
 
-def accesses(instructions: list[Instruction]) -> tuple[Access, ...]:
+def accesses(instructions: list[assembly.Instruction]) -> tuple[Access, ...]:
     """Global loads and stores, tensor copies among them, by width."""
-    found = Counter((*kind, in_rows(i)) for i in instructions if (kind := access(i.opcode)))
+    found = Counter((*kind, in_rows(i)) for i in instructions if (kind := assembly.access(i.opcode)))
     return tuple(Access(store, rows, width, n) for (store, width, rows), n in sorted(found.items()))
 
 
-def in_rows(instruction: Instruction) -> bool:
+def in_rows(instruction: assembly.Instruction) -> bool:
     """Whether an instruction serves `common.load` or `common.store`, which alone touch rows of q, k, v and others."""
     return instruction.file == Path(common.__file__).name and instruction.line in _row_lines()
 
@@ -237,7 +228,7 @@ def offences(launch: Launch, binary: Binary) -> list[str]:
 def format_widths(accesses: Iterable[Access]) -> str:
     """Bytes of a thread at once, and how many instructions access so many: 16x40 4x2."""
     widths = sorted(((a.width, a.times) for a in accesses), reverse=True)
-    return " ".join(f"{'tensor' if width == TENSOR_COPY else width}x{count}" for width, count in widths) or "-"
+    return " ".join(f"{'tensor' if width == assembly.TENSOR_COPY else width}x{count}" for width, count in widths) or "-"
 
 
 class Verdict(NamedTuple):
@@ -309,7 +300,7 @@ def compile_and_read(launch: Launch, cache: Path, dump: Path | None = None) -> B
     return facts
 
 
-_READERS = (__file__, *(str(module.__file__) for module in (assembly, flow, program)))
+_READERS = (__file__, *(str(module.__file__) for module in (assembly, program)))
 _READER = hashlib.sha256(b"".join(Path(file).read_bytes() for file in _READERS)).hexdigest()[:8]
 
 

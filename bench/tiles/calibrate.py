@@ -23,8 +23,8 @@ from pathlib import Path
 from statistics import mean
 
 from bench import records
+from bench.tiles import options
 from bench.tiles.compile import Problem
-from bench.tiles.options import add_compilers, compilers, make_problem, wide_console, write_json
 from bench.tiles.report import Pass
 from bench.tiles.roofline import MACHINES
 from isa_triton.partition import Partition
@@ -42,7 +42,9 @@ class Point:
 
 
 def _dense(tokens: int, width: int) -> Problem:
-    return make_problem(tokens, width, width, "dense", heads=2048 // width, dtype="float16", maps=16384 // tokens)
+    return options.make_problem(
+        tokens, width, width, "dense", heads=2048 // width, dtype="float16", maps=16384 // tokens
+    )
 
 
 def _windows(side: int) -> Problem:
@@ -50,14 +52,10 @@ def _windows(side: int) -> Problem:
 
 
 DENSE = {  # (tokens, width): TFLOP/s of FlashAttention-2 and of Triton
-    (512, 64): (282, 340),
-    (1024, 64): (306, 382),
-    (16384, 64): (324, 403),
-    (512, 128): (309, 323),
-    (1024, 128): (350, 372),
-    (16384, 128): (370, 395),
+    (512, 64): (282, 340), (1024, 64): (306, 382), (16384, 64): (324, 403),
+    (512, 128): (309, 323), (1024, 128): (350, 372), (16384, 128): (370, 395),
     (512, 256): (275, None),
-}
+}  # fmt: skip
 WINDOWS = {(8, "forward"): 13.7, (16, "forward"): 60.3, (8, "backward"): 3.1, (16, "backward"): 17.1}
 POINTS = (
     *(Point("Triton", t, "sm_90", _dense(*shape)) for shape, (_, t) in DENSE.items() if t),
@@ -68,31 +66,27 @@ POINTS = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all points there")
-    add_compilers(parser)
+    options.add_compilers(parser)
 
 
 def run(args: argparse.Namespace) -> None:
-    console, h100 = wide_console(), MACHINES["H100"]
-    with compilers(args) as binaries:
+    console, h100 = records.console(options.WIDTH), MACHINES["H100"]
+    with options.compilers(args) as binaries:
         passes = [Pass.shipped(p.problem, p.pass_, h100._replace(target=p.target), binaries) for p in POINTS]
-    found = [(point, whole, whole.flops / whole.seconds / 1e12) for point, whole in zip(POINTS, passes, strict=True)]
     columns = ("pass", "tokens", "width", "heads", "maps", "binary", "PREDICTED TFLOP/s", "published", "by",
                "predicted / published", "bound by")  # fmt: skip
-    rows = [
-        (
-            point.pass_, point.problem.partition.tokens, point.problem.key_width, point.problem.heads,
-            point.problem.maps, point.target, records.short(tflops), f"{point.tflops:g}", point.whose,
-            f"{tflops / point.tflops:.2f}", ", ".join(dict.fromkeys(k.prediction.bound for k in whole.kernels)),
-        )
-        for point, whole, tflops in found
-    ]  # fmt: skip
+    rows, facts, ratios = [], [], []
+    for point, whole in zip(POINTS, passes, strict=True):
+        problem, tflops = point.problem, whole.flops / whole.seconds / 1e12
+        ratios.append(tflops / point.tflops)
+        bound = ", ".join(dict.fromkeys(kernel.prediction.bound for kernel in whole.kernels))
+        rows.append((point.pass_, problem.partition.tokens, problem.key_width, problem.heads, problem.maps,
+                     point.target, records.short(tflops), f"{point.tflops:g}", point.whose, f"{ratios[-1]:.2f}",
+                     bound))  # fmt: skip
+        facts.append({"whose": point.whose, "pass": point.pass_, "tokens": problem.partition.tokens,
+                      "width": problem.key_width, "published": point.tflops, "predicted": tflops})  # fmt: skip
     console.print(records.table("", columns, rows, words=("pass", "by", "bound by")))
-    ratios = [tflops / point.tflops for point, _, tflops in found]
-    console.print(f"{len(rows)} points; predicted / published {min(ratios):.2f} to {max(ratios):.2f}, "
-                  f"geometric mean {exp(mean(map(log, ratios))):.2f}", highlight=False)  # fmt: skip
+    spread = f"{min(ratios):.2f} to {max(ratios):.2f}, geometric mean {exp(mean(map(log, ratios))):.2f}"
+    console.print(f"{len(rows)} points; predicted / published {spread}")
     if args.json is not None:
-        write_json(args.json, [
-            {"whose": point.whose, "pass": point.pass_, "tokens": point.problem.partition.tokens,
-             "width": point.problem.key_width, "published": point.tflops, "predicted": tflops}
-            for point, _, tflops in found
-        ])  # fmt: skip
+        options.write_json(args.json, facts)

@@ -100,10 +100,8 @@ class Launch(NamedTuple):
     @property
     def writes(self) -> set[str]:
         """Which of dk and dv it writes: an argument that is None is a constant."""
-        names = self.kernel.arg_names
-        return {
-            name for name in ("dk", "dv") if name in names and self.constants.get((names.index(name),), 0) is not None
-        }
+        at = {name: (i,) for i, name in enumerate(self.kernel.arg_names) if name in ("dk", "dv")}
+        return {name for name, place in at.items() if self.constants.get(place, 0) is not None}
 
     @property
     def label(self) -> str:

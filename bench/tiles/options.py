@@ -24,6 +24,7 @@ from bench.tiles.roofline import MACHINES, Machine
 from isa_triton.partition import Partition
 
 DTYPE_ALIASES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+WIDTH = 170  # of a console with room for a line a binary
 GROUPS = 8, 8  # of the maps that problems are made on
 PARTITIONS = {
     "interlaced": lambda size, group: Partition.interlaced(size, stride=GROUPS),
@@ -32,23 +33,11 @@ PARTITIONS = {
 }
 
 
-def add_machine(parser: argparse.ArgumentParser) -> None:
-    targets = sorted({machine.target for machine in MACHINES.values()})
-    add = parser.add_argument
+def add_problem(parser: argparse.ArgumentParser) -> None:
+    """A GPU, and the problem that it is given."""
+    add, targets = parser.add_argument, sorted({machine.target for machine in MACHINES.values()})
     add("--target", choices=targets, default="sm_90", help="architecture that is compiled for (default: sm_90)")
     add("--gpu", choices=list(MACHINES), help="GPU that times are predicted for (default: the target's first)")
-
-
-def machine(args: argparse.Namespace) -> Machine:
-    """The GPU, if the arguments agree with each other."""
-    found = MACHINES[args.gpu] if args.gpu else next(m for m in MACHINES.values() if m.target == args.target)
-    if found.target != args.target:
-        raise argparse.ArgumentError(None, f"--gpu {args.gpu} has the target {found.target}, not {args.target}")
-    return found
-
-
-def add_problem(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
     add("--pass", dest="pass_", choices=("forward", "backward"), default="forward", help="default: forward")
     add("--widths", nargs=2, type=positive, default=[256, 512], metavar=("K", "V"), help="default: 256 512")
     add("--tokens", type=positive, default=64, help="of a group (default: 64)")
@@ -57,6 +46,14 @@ def add_problem(parser: argparse.ArgumentParser) -> None:
     add("--bias", action="store_true", help="with a bias for every pair of tokens")
     add("--dtype", choices=[*DTYPES, *DTYPE_ALIASES], default="bf16", help="default: bf16; tf32 is fp32 in memory")
     add("--maps", type=positive, default=8, help="in a batch (default: 8)")
+
+
+def machine(args: argparse.Namespace) -> Machine:
+    """The GPU, if the arguments agree with each other."""
+    found = MACHINES[args.gpu] if args.gpu else next(m for m in MACHINES.values() if m.target == args.target)
+    if found.target != args.target:
+        raise argparse.ArgumentError(None, f"--gpu {args.gpu} has the target {found.target}, not {args.target}")
+    return found
 
 
 def problem(args: argparse.Namespace) -> Problem:
@@ -99,14 +96,8 @@ def compilers(args: argparse.Namespace, dump: Path | None = None) -> Iterator[Bi
 
 
 def progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
-    )
-
-
-def wide_console() -> Console:
-    """A console with room for a line a binary, also where no terminal is."""
-    return Console(width=max(Console().width, 170))
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    return Progress(*columns, console=console)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -14,13 +14,13 @@ from functools import partial
 import numpy as np
 from matplotlib.figure import Figure
 
-from bench.arguments import folder
+from bench import records
+from bench.arguments import add_out
 from bench.tiles import options
 from bench.tiles.compile import pass_launches
 from bench.tiles.report import Kernel, kernels
 from bench.tiles.roofline import Machine
-from bench.tiles.search import Finding, findings
-from bench.tiles.steps import KERNELS, PASSES, Task
+from bench.tiles.search import KERNELS, PASSES, Finding, Task, findings
 from bench.tiles.verify import SHAPES
 
 BLOCKS = 16, 32, 64, 128, 256
@@ -29,16 +29,15 @@ MARKERS = {"forward": "o", "group": "o", "queries": "^", "keys": "s", "pairs": "
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    options.add_machine(parser)
     options.add_problem(parser)
-    add = parser.add_argument
-    add("--step", choices=list(KERNELS), help="the kernel whose tiles are drawn (default: the pass's first)")
-    add("--out", type=folder, default="out", metavar="DIR", help="folder of the PNGs (default: out)")
+    what = "the kernel whose tiles are drawn (default: the pass's first)"
+    parser.add_argument("--step", choices=list(KERNELS), help=what)
+    add_out(parser, "the PNGs")
     options.add_compilers(parser)
 
 
 def run(args: argparse.Namespace) -> None:
-    gpu, console = options.machine(args), options.wide_console()
+    gpu, console = options.machine(args), records.console(options.WIDTH)
     task = Task(gpu, options.problem(args), args.step or PASSES[args.pass_][0])
     if not (shipped := task.shipped()):
         raise argparse.ArgumentError(None, f"no tile of {task.step} is shipped for {task.problem}")
@@ -48,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
     def save(figure: Figure, name: str) -> None:
         path = args.out / f"{name}-{args.target}.png"
         figure.savefig(path, dpi=130)
-        console.print(f"Wrote {path}", highlight=False)
+        console.print(f"Wrote {path}")
 
     args.out.mkdir(parents=True, exist_ok=True)
     with options.compilers(args) as binaries, options.progress(console) as bar:
@@ -83,10 +82,8 @@ def draw_tiles(task: Task, found: Sequence[Finding]) -> Figure:
         panel.set_yticks(range(len(BLOCKS)), BLOCKS)
     tile = found[0].tile if found else None
     rest = f"chunks {tile.block_k} and {tile.block_v}, {tile.num_warps} warps, {tile.num_stages} stages" if tile else ""
-    figure.suptitle(
-        f"{task.step} on {task.gpu.name}: {task.problem}; {rest}\nempty: larger than the group, or cannot fit; "
-        "*: spills, or loads narrowly"
-    )
+    marks = "empty: larger than the group, or cannot fit; *: spills, or loads narrowly"
+    figure.suptitle(f"{task.step} on {task.gpu.name}: {task.problem}; {rest}\n{marks}")
     return figure
 
 
@@ -113,8 +110,6 @@ def draw_roofline(kernels: Sequence[Kernel], gpu: Machine) -> Figure:
         panel.set(title=pass_, xlabel="FLOPs of a tile's products for each byte that must move")
         panel.grid(which="both", alpha=0.2)
     panels[0].set_ylabel("TFLOP/s")
-    figure.suptitle(
-        f"shipped kernels on {gpu.name}, bf16, {MAPS} maps, PREDICTED, and what binds each; roofs: "
-        f"{gpu.dram / 1e12:.2f} TB/s of DRAM, {peak:.0f} TFLOP/s of matrix units"
-    )
+    roofs = f"{gpu.dram / 1e12:.2f} TB/s of DRAM, {peak:.0f} TFLOP/s of matrix units"
+    figure.suptitle(f"shipped kernels on {gpu.name}, bf16, {MAPS} maps, PREDICTED, and what binds each; roofs: {roofs}")
     return figure

@@ -17,9 +17,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bench.tiles.assembly import Frames
+from bench.tiles.assembly import Frames, Nest
 from bench.tiles.compile import Launch
-from bench.tiles.flow import Nest
 from isa_triton.partition import ceil_div
 
 Expression = Any  # an integer, the name of one of a kernel's arguments, or (operation, expression, expression)
@@ -62,11 +61,6 @@ class Work(NamedTuple):
     distinct: int  # bytes read at different addresses, and written: what must move at least
     rows: float  # the part of the pixels' tiles that masks of tokens leave
     columns: float  # and the part that masks of channels leave
-
-    @property
-    def reread(self) -> float:
-        """Bytes asked for more than once: a cache should have them."""
-        return self.bytes - self.distinct
 
 
 def read_program(ttir: str) -> tuple[list[Loop], list[Op], dict[Frames, Nest]]:
@@ -133,9 +127,8 @@ def work(loops: tuple[Loop, ...], ops: tuple[Op, ...], launch: Launch) -> Work:
         if kind == "dot":
             flops += 2 * prod(shape) * times
         elif argument in PAIRS:
-            others += (
-                times * itemsize * prod(_filled(partition.tokens, partition.tokens, block) * block for block in shape)
-            )
+            pairs = prod(_filled(partition.tokens, partition.tokens, block) * block for block in shape)
+            others += times * itemsize * pairs
             tables = dict(launch.integers)["slots"] if argument == "partials" else 1
             distinct.add((kind, argument, tables * problem.heads * partition.tokens**2 * itemsize))
         elif len(shape) == 1:

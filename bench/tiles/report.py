@@ -19,19 +19,18 @@ from bench.tiles import options
 from bench.tiles.assembly import UNITS
 from bench.tiles.binaries import Binaries, Binary, occupancy
 from bench.tiles.compile import Launch, Problem, pass_launches
-from bench.tiles.options import make_problem
 from bench.tiles.program import repeats
 from bench.tiles.roofline import MACHINES, Machine, Prediction, predict
-from bench.tiles.steps import KERNELS, PASSES, Task
+from bench.tiles.search import KERNELS, PASSES, Task
 from isa_triton.tiles import ARITHMETIC, Tile
 
 BOUNDS = (  # of H100, bf16: (problem, pass, times the larger of bytes and products)
-    (make_problem(64, 256, 512, "local"), "forward", 1.3),
-    (make_problem(256, 256, 512), "forward", 1.3),
-    (make_problem(64, 256, 512, "local"), "backward", 2.0),
-    (make_problem(256, 256, 512), "backward", 2.0),
+    (options.make_problem(64, 256, 512, "local"), "forward", 1.3),
+    (options.make_problem(256, 256, 512), "forward", 1.3),
+    (options.make_problem(64, 256, 512, "local"), "backward", 2.0),
+    (options.make_problem(256, 256, 512), "backward", 2.0),
     *(
-        (make_problem(tokens, 32, 32, "local", heads=4, bias=True, maps=64), pass_, bound)
+        (options.make_problem(tokens, 32, 32, "local", heads=4, bias=True, maps=64), pass_, bound)
         for pass_, bound in (("forward", 2.0), ("backward", 3.0))
         for tokens in (49, 64)
     ),
@@ -39,7 +38,6 @@ BOUNDS = (  # of H100, bf16: (problem, pass, times the larger of bytes and produ
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    options.add_machine(parser)
     options.add_problem(parser)
     add, tile = parser.add_argument, ("M", "N", "K", "V", "WARPS", "STAGES")
     what = "of --step: queries, keys, chunks of K and V, warps, stages"
@@ -54,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     if args.csv is not None and not args.bounds:
         raise argparse.ArgumentError(None, "--csv is for --bounds; one pass goes into --json")
-    console = options.wide_console()
+    console = records.console(options.WIDTH)
     with options.compilers(args) as binaries:
         if args.bounds:
             bounds = list(_bounds(binaries))
@@ -70,11 +68,11 @@ def run(args: argparse.Namespace) -> None:
             whole = Pass(problem, args.pass_, gpu, kernels(_launches(args, problem, gpu), gpu, binaries))
         except ValueError as error:
             raise argparse.ArgumentError(None, str(error)) from error
-    console.print(f"{args.pass_} on {gpu.name} ({args.target}): {problem}", highlight=False)
+    console.print(f"{args.pass_} on {gpu.name} ({args.target}): {problem}")
     lines = zip(*map(_facts, whole.kernels), strict=True)
     rows = [[line[0][0], *(value for _, value in line)] for line in lines]
     console.print(records.table("", ["", *(kernel.launch.label for kernel in whole.kernels)], rows))
-    console.print(whole.summary, highlight=False, soft_wrap=True)
+    console.print(whole.summary, soft_wrap=True)
     if args.json is not None:
         options.write_json(args.json, [kernel.as_dict() for kernel in whole.kernels])
 
@@ -115,7 +113,7 @@ def _facts(kernel: Kernel) -> Iterator[tuple[str, object]]:
     yield "GFLOPs done by matrix units", f"{prediction.flops / 1e9:.2f}"
     yield "MB at different addresses", f"{work.distinct / 1e6:.2f}"
     yield "MB asked for", f"{work.bytes / 1e6:.2f}"
-    yield "MB read again, from L2", f"{work.reread / 1e6:.2f}"
+    yield "MB read again, from L2", f"{(work.bytes - work.distinct) / 1e6:.2f}"
     yield "", ""
     for unit, seconds in prediction.busy.items():
         yield f"  us of {unit}", f"{1e6 * seconds:.1f}"
@@ -177,27 +175,18 @@ class Kernel:
         return {unit: (int(outside), int(inside), run) for unit, (outside, inside, run) in counts.items()}
 
     def as_dict(self) -> dict[str, Any]:
-        prediction, resources = self.prediction, ("registers", "spill_bytes", "spill_accesses", "shared",
-                                                  "tensor_columns", "warps", "programs")  # fmt: skip
+        launch, prediction, work = self.launch, self.prediction, self.prediction.work
+        resources = "registers", "spill_bytes", "spill_accesses", "shared", "tensor_columns", "warps", "programs"
         return {
-            "kernel": self.launch.label,
-            "key": self.launch.key,
-            "grid": self.launch.grid,
-            **{name: getattr(self.binary, name) for name in resources},
-            "limited_by": self.limiter,
-            "instructions": self.instructions(),
-            "offences": self.offences,
-            "bytes_distinct": prediction.work.distinct,
-            "bytes_asked": prediction.work.bytes,
-            "flops_asked": prediction.work.flops,
-            "flops_done": prediction.flops,
-            "rows_used": prediction.work.rows,
-            "columns_used": prediction.work.columns,
-            "predicted_seconds": prediction.seconds,
-            "bound": prediction.bound,
-            "busy_seconds": prediction.busy,
-            "waves": prediction.waves,
-        }
+            "kernel": launch.label, "key": launch.key, "grid": launch.grid,
+            **{name: getattr(self.binary, name) for name in resources}, "limited_by": self.limiter,
+            "instructions": self.instructions(), "offences": self.offences,
+            "bytes_distinct": work.distinct, "bytes_asked": work.bytes,
+            "flops_asked": work.flops, "flops_done": prediction.flops,
+            "rows_used": work.rows, "columns_used": work.columns,
+            "predicted_seconds": prediction.seconds, "bound": prediction.bound,
+            "busy_seconds": prediction.busy, "waves": prediction.waves,
+        }  # fmt: skip
 
 
 def kernels(launches: Iterable[Launch], gpu: Machine, binaries: Binaries) -> list[Kernel]:
@@ -207,11 +196,10 @@ def kernels(launches: Iterable[Launch], gpu: Machine, binaries: Binaries) -> lis
         ValueError: one does not compile, or not even one program of it fits on a multiprocessor.
     """
     found = []
-    for verdict in binaries.verdicts(launches):
-        launch, binary = verdict.launch, verdict.binary
+    for launch, binary, offences in binaries.verdicts(launches):
         if binary is None:
-            raise ValueError(f"{launch.name} {verdict.offences[0]}")
-        found.append(Kernel(launch, binary, verdict.offences, predict(launch, binary, gpu)))
+            raise ValueError(f"{launch.name} {offences[0]}")
+        found.append(Kernel(launch, binary, offences, predict(launch, binary, gpu)))
     return found
 
 
@@ -265,9 +253,9 @@ class Pass:
 
     @property
     def summary(self) -> str:
+        works = [kernel.prediction.work for kernel in self.kernels]
+        moved, asked = sum(work.distinct for work in works), sum(work.bytes for work in works)
         done = sum(kernel.prediction.flops or kernel.prediction.work.flops for kernel in self.kernels)
-        moved = sum(kernel.prediction.work.distinct for kernel in self.kernels)
-        asked = sum(kernel.prediction.work.bytes for kernel in self.kernels)
         return (
             f"bytes that must move {self.bytes / 1e6:.1f} MB, {1e6 * self.bytes_seconds:.1f} us of DRAM; "
             f"the kernels move {moved / self.bytes:.2f}x and ask for {asked / self.bytes:.2f}x of them\n"

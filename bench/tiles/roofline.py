@@ -23,9 +23,9 @@ from dataclasses import dataclass
 from math import ceil, inf, prod
 from typing import NamedTuple
 
+from bench.tiles.assembly import Stretch
 from bench.tiles.binaries import Binary
 from bench.tiles.compile import Launch, gpu_target
-from bench.tiles.flow import Stretch
 from bench.tiles.program import Work, repeats, work
 from isa_triton.tiles import ARITHMETIC
 
@@ -57,21 +57,17 @@ class Machine(NamedTuple):
 # paper), assumed for H100 too and for each of B200's two dies, and 60 % of that to be within reach; MI300X: the peak of
 # its Infinity Cache. Latency: about 480 clocks without load on A100 and H100 (arXiv 2402.13499), assumed to double
 # under load; MI300X's is assumed.
-MACHINES = {
-    machine.name: machine
-    for machine in (
-        Machine("A100", "sm_80", 108, 1.41e9, {"16-bit": 312e12, "tf32": 156e12}, 1.0,
-                64, 64, 16, 4, 128, 0.6 * 5120 * 1.41e9, 2.039e12, 0.68e-6),
-        Machine("H100", "sm_90", 132, 1.83e9, {"16-bit": 989.4e12, "tf32": 494.7e12}, 0.629,
-                128, 64, 16, 4, 128, 0.6 * 5120 * 1.83e9, 3.35e12, 0.52e-6),
-        Machine("H200", "sm_90", 132, 1.83e9, {"16-bit": 989.4e12, "tf32": 494.7e12}, 0.629,
-                128, 64, 16, 4, 128, 0.6 * 5120 * 1.83e9, 4.8e12, 0.52e-6),
-        Machine("B200", "sm_100", 148, 1.85e9, {"16-bit": 2250e12, "tf32": 1125e12}, 0.31,
-                128, 64, 16, 4, 128, 0.6 * 10240 * 1.85e9, 8.0e12, 0.52e-6),
-        Machine("MI300X", "gfx942", 304, 2.1e9, {"16-bit": 1307.4e12, "tf32": 653.7e12, "ieee": 163.4e12}, 1.0,
-                64, 0, 16, 5, 128, 17.2e12, 5.3e12, 0.8e-6),
-    )
-}  # fmt: skip
+_H100 = Machine("H100", "sm_90", 132, 1.83e9, {"16-bit": 989.4e12, "tf32": 494.7e12}, 0.629,
+                128, 64, 16, 4, 128, 0.6 * 5120 * 1.83e9, 3.35e12, 0.52e-6)  # fmt: skip
+MACHINES = {machine.name: machine for machine in (
+    Machine("A100", "sm_80", 108, 1.41e9, {"16-bit": 312e12, "tf32": 156e12}, 1.0,
+            64, 64, 16, 4, 128, 0.6 * 5120 * 1.41e9, 2.039e12, 0.68e-6),
+    _H100, _H100._replace(name="H200", dram=4.8e12),
+    Machine("B200", "sm_100", 148, 1.85e9, {"16-bit": 2250e12, "tf32": 1125e12}, 0.31,
+            128, 64, 16, 4, 128, 0.6 * 10240 * 1.85e9, 8.0e12, 0.52e-6),
+    Machine("MI300X", "gfx942", 304, 2.1e9, {"16-bit": 1307.4e12, "tf32": 653.7e12, "ieee": 163.4e12}, 1.0,
+            64, 0, 16, 5, 128, 17.2e12, 5.3e12, 0.8e-6),
+)}  # fmt: skip
 LAUNCH = 3e-6  # seconds between the starts of dependent kernels that do nothing; assumed for all
 
 
@@ -120,14 +116,10 @@ def predict(launch: Launch, binary: Binary, machine: Machine) -> Prediction:
     slowest = max(busy, key=busy.__getitem__)
     unhidden = waves * max(0.0, alone - busy[slowest] / most)
     return Prediction(
-        seconds=LAUNCH + busy[slowest] + unhidden,
-        bound="latency" if unhidden > busy[slowest] else slowest,
-        busy=busy,
-        at_once=min(most, binary.programs),
-        waves=waves,
-        work=asked,
+        seconds=LAUNCH + busy[slowest] + unhidden, bound="latency" if unhidden > busy[slowest] else slowest,
+        busy=busy, at_once=min(most, binary.programs), waves=waves, work=asked,
         flops=programs * sum(often * products for often, products in zip(times, flops, strict=True)),
-    )
+    )  # fmt: skip
 
 
 def _matrix_flops(binary: Binary, times: list[float], asked: float) -> list[float]:

@@ -8,34 +8,48 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import inf
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from rich.table import Table
+from triton.runtime.jit import JITFunction
 
-from bench import records
+from bench import measure, records
 from bench.arguments import positive
 from bench.tiles import options
-from bench.tiles.binaries import Binaries, Binary
-from bench.tiles.compile import Problem
-from bench.tiles.roofline import Prediction, predict
-from bench.tiles.steps import FILED, PASSES, Task
+from bench.tiles.binaries import LIMITS, Binaries, Binary
+from bench.tiles.compile import Launch, Problem, Tensors, backward_launches, forward_launches, gpu_target, use_driver
+from bench.tiles.roofline import Machine, Prediction, predict
 from isa_triton import tiles
 from isa_triton.backend.kernels.launch import padded
-from isa_triton.tiles import ARITHMETIC, Tile
+from isa_triton.tiles import ARITHMETIC, BackwardTiles, Tile
 
+KERNELS = {  # as `Launch.label` says
+    "forward": "forward",  # or "forward_group", where a bias is shared by groups of one block
+    "group": "backward_group",
+    "queries": "backward_queries",
+    "keys": "backward_keys",  # dk and dv
+    "dk": "backward_keys: dk",
+    "dv": "backward_keys: dv",
+    "pairs": "backward_pairs",
+}
+FILED = {"dk": "keys", "dv": "values"}  # how `isa_triton.tiles.STEPS` calls them
+PASSES = {"forward": ("forward",), "backward": ("group", "queries", "keys", "dk", "dv", "pairs")}
+LARGEST = {"block_m": 256, "block_n": 256, "block_k": 512, "block_v": 512, "num_warps": 16, "num_stages": 5}
+ROUNDS = 50  # of a measurement
+FMA_PRODUCTS = 4096  # of a thread at once, without matrix units: with more a compiler takes minutes
 GAIN = 0.01  # of a step, without which a search ends
 SHOWN = 5  # tiles of each kernel
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    options.add_machine(parser)
     options.add_problem(parser)
     add = parser.add_argument
     add("--shapes", type=Path, metavar="FILE", help="instead of one problem those of a JSON file: a list of objects "
@@ -47,13 +61,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    gpu, problems, console = options.machine(args), _problems(args), options.wide_console()
+    gpu, problems, console = options.machine(args), _problems(args), records.console(options.WIDTH)
     if args.measure and not torch.cuda.is_available():
         raise argparse.ArgumentError(None, "--measure needs a GPU on this machine, and torch finds none")
     rows = list[dict[str, Any]]()
     with options.compilers(args) as binaries, options.progress(console) as bar:
         for problem, pass_ in problems:
-            console.print(f"{pass_} on {gpu.name} ({gpu.target}): {problem}", highlight=False)
+            console.print(f"{pass_} on {gpu.name} ({gpu.target}): {problem}")
             tried = dict[str, list[Finding]]()
             for step in PASSES[pass_]:
                 if any(not finding.offences for finding in tried.get("group", [])):
@@ -70,9 +84,9 @@ def run(args: argparse.Namespace) -> None:
             total = sum(finding.seconds for finding in chosen)
             how = "measured" if args.measure else "PREDICTED"
             kernels = ", ".join(f"{finding.task.step} {tuple(finding.tile)}" for finding in chosen)
-            console.print(f"chosen: {kernels}; {how} {1e6 * total:.1f} us together", highlight=False, soft_wrap=True)
+            console.print(f"chosen: {kernels}; {how} {1e6 * total:.1f} us together", soft_wrap=True)
             if args.write:
-                console.print(f"wrote {write(chosen)}", highlight=False)
+                console.print(f"wrote {write(chosen)}")
     if args.json is not None:
         options.write_json(args.json, rows)
 
@@ -81,9 +95,8 @@ def _problems(args: argparse.Namespace) -> list[tuple[Problem, str]]:
     if args.shapes is None:
         return [(options.problem(args), args.pass_)]
     try:
-        entries = json.loads(args.shapes.read_text())
-        passes = [entry.pop("pass", "forward") for entry in entries]
-        return [(options.make_problem(**entry), pass_) for entry, pass_ in zip(entries, passes, strict=True)]
+        given = [(entry.pop("pass", "forward"), entry) for entry in json.loads(args.shapes.read_text())]
+        return [(options.make_problem(**entry), pass_) for pass_, entry in given]
     except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
         raise argparse.ArgumentError(None, f"--shapes {args.shapes} is not a list of problems: {error}") from error
 
@@ -103,6 +116,112 @@ def _table(step: str, findings: list[Finding], chosen: list[Finding]) -> Table:
         styles.append("bold" if finding in chosen else "red" if finding.offences else None)
     title = f"{step}: {len(findings)} tiles tried, the best"
     return records.table(title, columns, rows, words=("bound", "offences"), styles=styles)
+
+
+# -- a step and its tiles ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Task:
+    """A kernel that wants a tile: a key of `KERNELS`, for a problem on a GPU."""
+
+    gpu: Machine
+    problem: Problem
+    step: str
+
+    def launch(self, tile: Tile) -> Launch | None:
+        """The launch with this tile, or None where the kernel does not serve the problem so."""
+        if self.step == "forward":
+            return forward_launches(self.gpu.target, self.problem, tile)[0]
+        launches = backward_launches(self.gpu.target, self.problem, self.backward(tile))
+        return next((launch for launch in launches if launch.label == KERNELS[self.step]), None)
+
+    def backward(self, tile: Tile) -> BackwardTiles:
+        """Tiles with which the backward pass has this step, with this tile."""
+        group, values = tile if self.step == "group" else None, tile if self.step in ("dk", "dv") else None
+        return BackwardTiles(group, queries=tile, keys=tile, values=values, pairs=tile)
+
+    def seconds(self, tile: Tile) -> float:
+        """Median seconds on the GPU of this machine, for a tile that serves the problem, on normal numbers."""
+        launch = self.launch(tile)
+        assert launch is not None
+        use_driver()
+        tensors = Tensors(self.problem, lambda x: torch.randn(x.shape, device="cuda", dtype=x.dtype))
+        if self.step == "forward":
+            call = partial(tensors.forward, tile)
+        else:
+            first = tiles.lookup(self.gpu.target, "forward", *self.problem.sizes)
+            tensors.forward(first)  # out and lse are what they are
+            call = partial(tensors.backward, self.backward(tile), tensors.partials(self.backward(tile)))
+        call()  # and so is delta
+        run = JITFunction.run
+
+        def run_one(kernel: Any, *args: Any, **kwargs: Any) -> Any:
+            given = {name for name, value in zip(kernel.arg_names, args, strict=False) if value is not None}
+            if kernel.fn.__name__ == launch.name and given & {"dk", "dv"} == launch.writes:
+                return run(kernel, *args, **kwargs)
+            return None
+
+        with patch.object(JITFunction, "run", run_one):
+            return measure.seconds({"kernel": lambda: call() or ()}, rounds=ROUNDS, device="cuda")["kernel"]
+
+    def shipped(self) -> list[Tile]:
+        """The tile that is shipped for this problem, if one is, and those for others as far as they may fit here."""
+        step, arithmetic = FILED.get(self.step, self.step), ARITHMETIC[self.problem.dtype]
+        try:
+            found = [tiles.lookup(self.gpu.target, step, *self.problem.sizes)]
+        except LookupError:
+            found = []
+        others = (
+            Tile(*entry["tile"])
+            for entry in tiles._entries(self.gpu.target)
+            if (entry["step"], entry["arithmetic"]) == (step, arithmetic) and entry["tile"] is not None
+        )
+        found += filter(self.may_fit, map(self.clipped, others))
+        return list(dict.fromkeys(map(self.clipped, found)))
+
+    def clipped(self, tile: Tile) -> Tile:
+        """The tile without blocks that are larger than what they cut."""
+        problem = self.problem
+        tokens, key, value = map(padded, (problem.partition.tokens, problem.key_width, problem.value_width))
+        m, n = (tokens, tokens) if self.step == "group" else (min(tile.block_m, tokens), min(tile.block_n, tokens))
+        return Tile(m, n, min(tile.block_k, key), min(tile.block_v, value), tile.num_warps, tile.num_stages)
+
+    def neighbours(self, tile: Tile) -> Iterator[Tile]:
+        """Tiles that differ from one in one field, and may fit."""
+        for field, largest in LARGEST.items():
+            value = getattr(tile, field)
+            changes = (value - 1, value + 1) if field == "num_stages" else (value // 2, value * 2)
+            smallest = 16 if field.startswith("block") else 1
+            for change in changes:
+                other = tile._replace(**{field: change})
+                if smallest <= change <= largest and self.clipped(other) == other and self.may_fit(other):
+                    yield other
+
+    def may_fit(self, tile: Tile) -> bool:
+        """Whether what a program keeps in registers, and a stage of what it loads, could fit on a multiprocessor."""
+        problem, target, limits = self.problem, self.gpu.target, LIMITS[self.gpu.target]
+        m, n, k, v, warps, stages = tile
+        tokens, of_scores = problem.partition.tokens, 3 * m * n // 2  # where a block has all keys or queries of a group
+        key, value = padded(problem.key_width), padded(problem.value_width)
+        held = {  # fp32 numbers: sums, and scores or what becomes of them
+            "forward": m * (n + v),
+            "group": 2 * m * n,
+            "queries": of_scores if tokens <= n else m * (n + key),
+            "keys": of_scores if tokens <= m else n * (m + key + value),
+            "dk": of_scores if tokens <= m else n * (m + key),
+            "dv": m * n if tokens <= m else n * (m + value),
+            "pairs": 2 * m * n,
+        }[self.step]
+        threads, amd = warps * gpu_target(target).warp_size, target.startswith("gfx")
+        per_thread = 448 if amd else 224  # of 512 and 255 registers: a few are for the rest
+        chunk = problem.itemsize * max((m + n) * k, n * v if self.step == "forward" else (m + n) * v)
+        matrix = problem.precision == "tf32" or problem.itemsize == 2 or amd
+        return (
+            (held <= threads * per_thread or limits.tensor_columns > 0)
+            and chunk * max(1, stages - 1) <= limits.shared_of_program
+            and (matrix or m * n * max(k, v) <= threads * FMA_PRODUCTS)
+        )
 
 
 # -- the search --------------------------------------------------------------------------------------------------------
@@ -134,19 +253,13 @@ class Finding:
     def as_dict(self) -> dict[str, Any]:
         task, problem, prediction = self.task, self.task.problem, self.prediction
         return {
-            "target": task.gpu.target,
-            "gpu": task.gpu.name,
-            "step": task.step,
-            "tokens": problem.partition.tokens,
+            "target": task.gpu.target, "gpu": task.gpu.name, "step": task.step, "tokens": problem.partition.tokens,
             **{name: getattr(problem, name) for name in ("key_width", "value_width", "dtype")},
-            "tile": self.tile,
-            "offences": self.offences,
-            "measured_seconds": self.measured,
-            "predicted_seconds": prediction and prediction.seconds,
-            "bound": prediction and prediction.bound,
+            "tile": self.tile, "offences": self.offences, "measured_seconds": self.measured,
+            "predicted_seconds": prediction and prediction.seconds, "bound": prediction and prediction.bound,
             "busy_seconds": prediction and prediction.busy,
             **{name: getattr(self.binary, name, None) for name in ("registers", "shared", "programs")},
-        }
+        }  # fmt: skip
 
 
 def search(task: Task, binaries: Binaries, measured: int = 0) -> list[Finding]:
@@ -192,10 +305,9 @@ def choose(tried: Mapping[str, list[Finding]]) -> list[Finding]:
     Args:
         tried: for each step of the pass what `search` returned.
     """
-    plans = []
-    for plan in PLANS:
-        if all(tried.get(step) for step in plan if step != "pairs"):  # which only a bias needs
-            plans.append([tried[step][0] for step in plan if tried.get(step)])
+    best = {step: found[0] for step, found in tried.items() if found}
+    served = (plan for plan in PLANS if {*plan} - {"pairs"} <= {*best})  # which only a bias needs
+    plans = ([best[step] for step in plan if step in best] for plan in served)
     return min(plans, key=lambda plan: (any(f.offences for f in plan), sum(f.seconds for f in plan)))
 
 

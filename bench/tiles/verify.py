@@ -7,13 +7,14 @@ import sys
 from collections.abc import Iterable
 from dataclasses import asdict, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from bench import records
 from bench.tiles.binaries import LIMITS, Verdict, format_widths
 from bench.tiles.compile import DTYPES, Launch, Problem, pass_launches
-from bench.tiles.options import add_compilers, compilers, progress, wide_console, write_json
+from bench.tiles.options import WIDTH, add_compilers, compilers, progress, write_json
 from isa_triton.partition import Partition
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -61,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     if unknown := [target for target in args.targets if target not in LIMITS]:
         raise argparse.ArgumentError(None, f"--targets must be among {' '.join(LIMITS)}, got {' '.join(unknown)}")
-    console = wide_console()
+    console = records.console(WIDTH)
     shipped = launches(args.targets, [name for name in SHAPES if name in args.shapes], args.dtypes)
     with compilers(args, args.dump) as binaries, progress(console) as bar:
         line = bar.add_task("compiling", total=len({launch.key for launch in shipped}))
@@ -74,15 +75,12 @@ def run(args: argparse.Namespace) -> None:
     if args.json is not None:
         write_json(args.json, [_as_dict(verdict) for verdict in verdicts])
     failed = [verdict for verdict in verdicts if verdict.offences]
-    for verdict in failed:
-        launch, problem = verdict.launch, verdict.launch.problem
-        what = f"{launch.target}, {problem.name}, {problem.dtype}, {launch.name}"
-        console.print(f"{what}: {'; '.join(verdict.offences)}", style="red", highlight=False, soft_wrap=True)
+    for launch, _, offences in failed:
+        what = f"{launch.target}, {launch.problem.name}, {launch.problem.dtype}, {launch.name}"
+        console.print(f"{what}: {'; '.join(offences)}", style="red", soft_wrap=True)
     spills = [v.binary.spill_bytes for v in verdicts if v.binary and v.binary.spill_accesses]
-    console.print(
-        f"{len(verdicts)} binaries, {len(failed)} with an offence; {len(spills)} spill, at most "
-        f"{max(spills, default=0)} bytes"
-    )
+    spilled = f"{len(spills)} spill, at most {max(spills, default=0)} bytes"
+    console.print(f"{len(verdicts)} binaries, {len(failed)} with an offence; {spilled}")
     if failed:
         sys.exit(1)
 
@@ -90,31 +88,24 @@ def run(args: argparse.Namespace) -> None:
 def launches(targets: Iterable[str], shapes: Iterable[str] = SHAPES, dtypes: Iterable[str] = DTYPES) -> list[Launch]:
     """Every launch of forward and backward with the tiles that the run time takes, for each target and shape."""
     found = []
-    for target in targets:
-        for shape in shapes:
-            for dtype in dtypes:
-                if (dtype == "float16" and shape not in FP16) or (dtype == "tf32" and not target.startswith("sm_")):
-                    continue
-                problem = replace(SHAPES[shape], dtype=dtype)
-                found += pass_launches(target, problem, "forward", training=True)
-                found += pass_launches(target, problem, "backward")
+    for target, shape, dtype in product(targets, shapes, dtypes):
+        if (dtype != "float16" or shape in FP16) and (dtype != "tf32" or target.startswith("sm_")):
+            problem = replace(SHAPES[shape], dtype=dtype)
+            found += pass_launches(target, problem, "forward", training=True)
+            found += pass_launches(target, problem, "backward")
     return found
 
 
 def _as_dict(verdict: Verdict) -> dict[str, Any]:
     launch, problem, binary = verdict.launch, verdict.launch.problem, verdict.binary
     return {
-        "target": launch.target,
-        "shape": problem.name,
-        "tokens": problem.partition.tokens,
+        "target": launch.target, "shape": problem.name, "tokens": problem.partition.tokens,
         **{name: getattr(problem, name) for name in ("key_width", "value_width", "heads", "bias", "dtype")},
-        "kernel": launch.name,
-        "key": launch.key,
-        "grid": launch.grid,
+        "kernel": launch.name, "key": launch.key, "grid": launch.grid,
         **({} if binary is None else asdict(binary)),
         "accesses": [] if binary is None else [access._asdict() for access in binary.accesses],
         "offences": verdict.offences,
-    }
+    }  # fmt: skip
 
 
 def _row(verdict: Verdict) -> list[object]:
@@ -123,15 +114,9 @@ def _row(verdict: Verdict) -> list[object]:
     names = launch.problem.name, launch.problem.dtype, launch.name.removesuffix("_kernel")
     if binary is None:
         return [*names, None]
+    spills = f"{binary.spill_bytes}/{binary.spill_accesses}" if binary.spill_bytes or binary.spill_accesses else 0
+    memory = f"{binary.shared / 1024:.0f}K", binary.tensor_columns or None
+    matrix = " ".join(f"{kind} x{n}" for kind, n in binary.matrix.items()) or "none"
     kinds = [(store, rows) for rows in (True, False) for store in (False, True)]
-    return [
-        *names,
-        binary.warps,
-        binary.registers,
-        f"{binary.spill_bytes}/{binary.spill_accesses}" if binary.spill_bytes or binary.spill_accesses else 0,
-        f"{binary.shared / 1024:.0f}K",
-        binary.tensor_columns or None,
-        binary.programs,
-        " ".join(f"{kind} x{n}" for kind, n in binary.matrix.items()) or "none",
-        *(format_widths(a for a in binary.accesses if (a.store, a.rows) == kind) for kind in kinds),
-    ]
+    widths = (format_widths(a for a in binary.accesses if (a.store, a.rows) == kind) for kind in kinds)
+    return [*names, binary.warps, binary.registers, spills, *memory, binary.programs, matrix, *widths]

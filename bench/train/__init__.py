@@ -18,8 +18,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from rich.console import Console
 
+from bench import records
 from bench.arguments import device, folder, from_zero, number, positive, size
 from bench.compared.heads import CONTEXTS
 from bench.train.recipe import RECIPES, InputError, Recipe
@@ -64,12 +64,10 @@ def name_or_none(text: str) -> str | None:
 def run(args: argparse.Namespace) -> None:
     if missing := [name for name in ("torchvision", "torchmetrics") if not find_spec(name)]:
         raise InputError(f"needs {' and '.join(missing)}: pip install 'isa-triton[train]'")
-    from bench.train.loop import evaluate, train  # which need them
-    from bench.train.trainer import build, join, read_checkpoint
+    from bench.train.trainer import build, evaluate, join, read_checkpoint, train  # which need them
 
     with join(args.device) as process:
-        console = Console(quiet=process.rank > 0)
-        console.width = max(console.width, 90)  # rather wrapped by the terminal than cut off
+        console = records.console(quiet=process.rank > 0)
         if args.evaluate:
             checkpoint = read_checkpoint(args.evaluate, process.device)
             network = build(checkpoint["recipe"]).to(process.device)

@@ -106,43 +106,28 @@ _COCO = [i for i in range(182) if i not in _COCO_UNUSED]
 
 DATA_SETS: dict[str, DataSet] = {
     "cityscapes": DataSet(
-        images="leftImg8bit/SPLIT/**/*_leftImg8bit.png",
-        labels="gtFine/SPLIT/**/*_gtFine_labelIds.png",
-        ids=[c.id for c in _SCORED],
-        names=[c.name for c in _SCORED],
+        images="leftImg8bit/SPLIT/**/*_leftImg8bit.png", labels="gtFine/SPLIT/**/*_gtFine_labelIds.png",
+        ids=[c.id for c in _SCORED], names=[c.name for c in _SCORED],
         void=[IGNORED, *(c.id for c in datasets.Cityscapes.classes if c.train_id == IGNORED)],
     ),
     "ade20k": DataSet(  # ADEChallengeData2016
-        images="images/SPLIT/*.jpg",
-        labels="annotations/SPLIT/*.png",
-        splits=("training", "validation"),
-        ids=range(1, 151),
-        names=[str(i) for i in range(1, 151)],
-        void=[0, IGNORED],
+        images="images/SPLIT/*.jpg", labels="annotations/SPLIT/*.png", splits=("training", "validation"),
+        ids=range(1, 151), names=[str(i) for i in range(1, 151)], void=[0, IGNORED],
     ),
     "lip": DataSet(
-        images="SPLIT_images/*.jpg",
-        labels="SPLIT_segmentations/*.png",
-        ids=range(len(_LIP)),
-        names=_LIP,
-        mirrored=[(14, 15), (16, 17), (18, 19)],
+        images="SPLIT_images/*.jpg", labels="SPLIT_segmentations/*.png",
+        ids=range(len(_LIP)), names=_LIP, mirrored=[(14, 15), (16, 17), (18, 19)],
     ),
     "voc": DataSet(
-        images="VOCdevkit/VOC2012/JPEGImages/*.jpg",
-        labels="VOCdevkit/VOC2012/SegmentationClass/*.png",
+        images="VOCdevkit/VOC2012/JPEGImages/*.jpg", labels="VOCdevkit/VOC2012/SegmentationClass/*.png",
         listing="VOCdevkit/VOC2012/ImageSets/Segmentation/SPLIT.txt",
-        ids=range(21),
-        names=models.segmentation.FCN_ResNet50_Weights.COCO_WITH_VOC_LABELS_V1.meta["categories"],
+        ids=range(21), names=models.segmentation.FCN_ResNet50_Weights.COCO_WITH_VOC_LABELS_V1.meta["categories"],
     ),
     "coco": DataSet(  # COCO-Stuff 164k with the pixel maps of things and stuff
-        images="images/SPLIT/*.jpg",
-        labels="annotations/SPLIT/*.png",
-        splits=("train2017", "val2017"),
-        ids=_COCO,
-        names=[str(i) for i in _COCO],
-        void=[IGNORED, *_COCO_UNUSED],
+        images="images/SPLIT/*.jpg", labels="annotations/SPLIT/*.png", splits=("train2017", "val2017"),
+        ids=_COCO, names=[str(i) for i in _COCO], void=[IGNORED, *_COCO_UNUSED],
     ),
-}
+}  # fmt: skip
 
 
 def load(image: Path, label: Path, classes: Tensor) -> tuple[Tensor, Tensor]:
