@@ -144,15 +144,13 @@ def strategy(dtypes: tuple[torch.dtype, ...], longest: int = 12, widest: int = 8
 def errors(case: Case, backend: str, device: str = "cpu") -> dict[str, float]:
     """The error of each output and gradient, as a part of what the budget allows; nothing for an empty batch."""
     inputs = case.inputs(device)
-    got = dict(zip(NAMES, derivatives(inputs, case, backend), strict=False))
+    got = derivatives(inputs, case, backend)
     if not case.maps:
         assert all(result.numel() == 0 or not result.any() for result in got.values())
         return {}
-    exact = dict(zip(NAMES, derivatives({n: x.double() for n, x in inputs.items()}, case), strict=False))
-    plain = derivatives(inputs, case)
-    if not all(result.isfinite().all() for result in plain):  # fp16 has overflowed where a backend need not
-        plain = derivatives({name: x.float() for name, x in inputs.items()}, case)
-    eager = dict(zip(NAMES, plain, strict=False))
+    exact, eager = derivatives({name: x.double() for name, x in inputs.items()}, case), derivatives(inputs, case)
+    if not all(result.isfinite().all() for result in eager.values()):  # fp16 has overflowed where a backend need not
+        eager = derivatives({name: x.float() for name, x in inputs.items()}, case)
     natural = natural_scales(inputs, case.scale, case.maps * case.partition.groups)
     uncertain = torch.finfo(torch.float32).eps * float(exact["lse"].abs().max())
     equal = case.partition.tokens if case.layout in ("expanded", "scalar") else 0
@@ -165,8 +163,8 @@ def errors(case: Case, backend: str, device: str = "cpu") -> dict[str, float]:
     return parts
 
 
-def derivatives(inputs: dict[str, Tensor], case: Case, backend: str | None = None) -> tuple[Tensor, ...]:
-    """out, lse and all gradients, by a backend or by the formula in the inputs' precision."""
+def derivatives(inputs: dict[str, Tensor], case: Case, backend: str | None = None) -> dict[str, Tensor]:
+    """out, lse and all gradients, by name, by a backend or by the formula in the inputs' precision."""
     leaves = {name: inputs[name].detach().requires_grad_() for name in ("q", "k", "v", "bias") if name in inputs}
     q, k, v, bias = leaves["q"], leaves["k"], leaves["v"], leaves.get("bias")
     if backend is None:
@@ -175,4 +173,5 @@ def derivatives(inputs: dict[str, Tensor], case: Case, backend: str | None = Non
     else:
         out, lse = partitioned_attention_with_lse(q, k, v, case.partition, bias=bias, scale=case.scale, backend=backend)
     upstream = inputs["do"], inputs["dlse"].to(lse.dtype)
-    return out.detach(), lse.detach(), *torch.autograd.grad((out, lse), list(leaves.values()), upstream)
+    gradients = torch.autograd.grad((out, lse), list(leaves.values()), upstream)
+    return dict(zip(NAMES, (out.detach(), lse.detach(), *gradients), strict=False))

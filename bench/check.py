@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import partial
 from importlib.util import find_spec
 from itertools import product
@@ -19,7 +19,6 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from torch import Tensor
 
 from bench import figures, measure, records
 from bench.arguments import add_out, device, positive
@@ -51,8 +50,7 @@ class Row:
 
 def named_cases(large: bool) -> list[Case]:
     """Every kind of partition, dividing and not, with every feature at least once."""
-    half = [torch.float16, torch.bfloat16] if large else [torch.float16]
-    dtypes, shift = (torch.float32, *half), (4, 4) if large else (2, 1)
+    dtypes, shift = (DTYPES, (4, 4)) if large else (DTYPES[:2], (2, 1))
     even, odd, whole = ((128, 256), (97, 130), (48, 72)) if large else ((8, 12), (9, 11), (7, 13))
     p = (8, 8) if large else (4, 3)
     kinds = ("interlaced", "grid", "local", "rows", "columns")
@@ -62,7 +60,7 @@ def named_cases(large: bool) -> list[Case]:
     ]
     found += [Case("local", odd, p, (64, 64), 2, bias=True, dtype=dtype, shift=shift) for dtype in dtypes]
     found += [Case("dense", whole, whole, (32, 80), 3, dtype=dtype) for dtype in dtypes]
-    found += [Case("local", odd, p, widths, bias=True, dtype=half[0]) for widths in ((39, 39), (24, 1), (1, 24))]
+    found += [Case("local", odd, p, widths, bias=True, dtype=torch.float16) for widths in ((39, 39), (24, 1), (1, 24))]
     found += [Case(kind, even, p, (256, 512), dtype=dtype) for kind, dtype in product(kinds[::2], dtypes)]
     return found
 
@@ -82,9 +80,8 @@ def run(args: argparse.Namespace) -> None:
         sys.stdout.flush()
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, "TRITON_INTERPRET": "1"})
     if args.cases is not None and not find_spec("hypothesis"):
-        raise argparse.ArgumentError(
-            None, "--cases draws with hypothesis, which is not installed (pip install hypothesis)"
-        )
+        missing = "--cases draws with hypothesis, which is not installed (pip install hypothesis)"
+        raise argparse.ArgumentError(None, missing)
     terminal, sheet, path = records.console(150), Sheet(args.device), args.out / "check.csv"
     for backend in args.backends:
         if args.cases is None:
@@ -116,10 +113,8 @@ class Sheet:
         parts = errors(case, backend, self.device)
         right = all(part <= 1 for part in parts.values())  # NaN is not
         found = [round(parts[name], 4) if name in parts else None for name in NAMES]
-        times: list[float | None] = [None, None]
-        if torch.device(self.device).type in DEVICES:
-            times = [round(1e3 * time, 4) for time in seconds(case, backend, self.device)]
-        dtype = str(case.dtype).removeprefix("torch.")
+        on_gpu, dtype = torch.device(self.device).type in DEVICES, str(case.dtype).removeprefix("torch.")
+        times = [round(1e3 * time, 4) for time in seconds(case, backend, self.device)] if on_gpu else [None, None]
         self.rows.append(Row(backend, str(case), dtype, case.logits, case.seed, *found, *times))
         if not right:
             self.wrong.append((self.rows[-1], case))
@@ -127,11 +122,10 @@ class Sheet:
 
     def table(self) -> Table:
         """A line a case."""
-        title, names = f"errors as parts of what is allowed, {self.device}", records.columns(Row)
-        cells = [[getattr(row, name) for name in names] for row in self.rows]
+        title, cells = f"errors as parts of what is allowed, {self.device}", map(astuple, self.rows)
         wrong = {row for row, _ in self.wrong}
         styles = ["red" if row in wrong else None for row in self.rows]
-        return records.table(title, names, cells, words=3, styles=styles)
+        return records.table(title, records.columns(Row), cells, words=3, styles=styles)
 
     def worst(self) -> Table:
         """The largest error of every backend and dtype."""
@@ -171,14 +165,10 @@ def draw(sheet: Sheet, backend: str, cases: int, first: int, console: Console) -
 def seconds(case: Case, backend: str, device: str) -> tuple[float, float]:
     """Median seconds of forward and of backward alone, by device events."""
     inputs = case.inputs(device)
-    q, k, v = (inputs[name].requires_grad_() for name in "qkv")
-    bias = inputs["bias"].requires_grad_() if case.bias else None
-    leaves = [q, k, v, *([] if bias is None else [bias])]
-    attend = partial(partitioned_attention, q, k, v, case.partition, bias=bias, backend=backend)
+    leaves = [inputs[name].requires_grad_() for name in ("q", "k", "v", "bias") if name in inputs]
+    q, k, v, *bias = leaves
+    attend = partial(partitioned_attention, q, k, v, case.partition, bias=bias[0] if bias else None, backend=backend)
     out, forward = attend(), measure.forward(attend)
-
-    def backward() -> tuple[Tensor, ...]:
-        return torch.autograd.grad(out, leaves, inputs["do"], retain_graph=True)
-
+    backward = partial(torch.autograd.grad, out, leaves, inputs["do"], retain_graph=True)
     medians = measure.seconds({"forward": forward, "backward": backward}, rounds=50, device=device)
     return medians["forward"], medians["backward"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
@@ -14,9 +14,9 @@ import matplotlib
 import numpy as np
 import torch
 
-from bench.cost import OURS, QUANTITIES, Cost, Quantity
+from bench import workload
 from bench.records import format_size, short
-from bench.workload import BLOCK_LEVELS, LEVELS, PASSES, closed_form_flops, closed_form_score_bytes
+from bench.workload import BLOCK_LEVELS, LEVELS, OURS, PASSES, QUANTITIES, Cost, Quantity
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # after the choice of a backend without a display
@@ -81,14 +81,16 @@ def _saved(path: Path, rows: int, columns: int, dpi: int, **options: Any) -> Ite
         plt.close(figure)
 
 
-def _draw(panel: Any, rows: Sequence[Cost], quantity: Quantity, x: Callable[[Cost], float], look: Look) -> None:
-    """A line over x; equal costs lie on one another, and the larger hollow marker stays visible."""
-    points = sorted((x(row), value) for row in rows if (value := quantity.of(row)) is not None)
-    if points:
-        colour, filled = look.colour, look.line == "-"
-        style = {"color": colour, "marker": look.marker, "linestyle": look.line, "label": look.title}
-        face = colour if filled else "none"
-        panel.plot(*zip(*points, strict=True), markersize=6 if filled else 10, markerfacecolor=face, **style)
+def _draw_lines(
+    panel: Any, rows: Sequence[Cost], quantity: Quantity, x: Callable[[Cost], float], looks: Mapping[str, Look]
+) -> None:
+    """A line a provider over x; equal costs lie on one another, and the larger hollow marker stays visible."""
+    for name in dict.fromkeys(row.provider for row in rows if row.provider in looks):
+        mine, (title, colour, marker, line) = [row for row in rows if row.provider == name], looks[name]
+        if points := sorted((x(row), value) for row in mine if (value := quantity.of(row)) is not None):
+            size, face = (6, colour) if line == "-" else (10, "none")
+            style = {"color": colour, "marker": marker, "linestyle": line, "label": title}
+            panel.plot(*zip(*points, strict=True), markersize=size, markerfacecolor=face, **style)
 
 
 def _legend(figure: Any, panels: Any) -> None:
@@ -132,11 +134,10 @@ def scaling(rows: Sequence[Cost], quantity: Quantity, path: Path) -> None:
 
 def _draw_scaling(panel: Any, rows: Sequence[Cost], quantity: Quantity) -> None:
     panel.set(xscale="log", yscale="log")
-    sizes = {row.pixels: row.map for row in sorted(rows, key=lambda row: row.pixels)}
+    sizes = {row.pixels: row.size for row in sorted(rows, key=lambda row: row.pixels)}
     if rows and rows[0].level == "attention":
         _draw_closed_form(panel, rows[0], np.geomspace(min(sizes), max(sizes), 200), quantity)
-    for name in dict.fromkeys(row.provider for row in rows):
-        _draw(panel, [row for row in rows if row.provider == name], quantity, lambda row: row.pixels, LOOKS[name])
+    _draw_lines(panel, rows, quantity, lambda row: row.pixels, LOOKS)
     _draw_ratios(panel, rows, quantity)
     ticks = _apart(list(sizes), 1.6)
     panel.set_xticks(ticks, [format_size(sizes[tick]) for tick in ticks], fontsize=8)
@@ -149,10 +150,10 @@ def _draw_closed_form(panel: Any, row: Cost, pixels: Any, quantity: Quantity) ->
     """The paper's formulas. There is none for time."""
     for name, size, keys in (("dense", None, "HW"), (OURS, row.window, "HW/P_hP_w + P_hP_w")):
         if quantity.column == "flops":
-            values = closed_form_flops(pixels, row.key_channels, row.value_channels, row.pass_, size)
+            values = workload.closed_form_flops(pixels, row.key_channels, row.value_channels, row.pass_, size)
             label = f"closed form, $2\\,(K+V)\\,HW\\,n,\\ \\ n = {keys}$"
         elif quantity.column == "peak_bytes":
-            values = closed_form_score_bytes(pixels, getattr(torch, row.dtype).itemsize, size)
+            values = workload.closed_form_score_bytes(pixels, getattr(torch, row.dtype).itemsize, size)
             label = f"one copy of the scores, $HW\\,n,\\ \\ n = {keys}$"
         else:
             return
@@ -196,24 +197,22 @@ def partition_sizes(rows: Sequence[Cost], window: tuple[int, int], path: Path) -
             _draw_bars(panel, at_window, quantity)
             panel.set_title(f"{quantity.title} of blocks and modules, P = {format_size(window)}", fontsize=12)
         _legend(figure, panels[:1, :1])
-        what, how = format_size(rows[0].map), f"{PASS_TITLES[rows[0].pass_]}; {_widths(rows[0])}"
+        what, how = format_size(rows[0].size), f"{PASS_TITLES[rows[0].pass_]}; {_widths(rows[0])}"
         title = f"The partition size on a map of {what} ({how}; time measured on {rows[0].device})"
         figure.suptitle(title, fontsize=14)
 
 
 def _draw_sizes(panel: Any, rows: Sequence[Cost], quantity: Quantity) -> None:
     """A line a variant over the pixels of a window, and the optimum of both stages, P_h P_w = sqrt(HW)."""
-    areas = {row.window[0] * row.window[1]: row.partition_size for row in rows}
+    areas = {math.prod(row.window): row.partition_size for row in rows}
     row, optimum = rows[0], rows[0].pixels ** 0.5
     panel.set(xscale="log", yscale="log", xlabel="partition size (axis: pixels of a window)", ylabel=quantity.unit)
     if quantity.column == "flops" and row.level == "attention":
         grid = np.geomspace(min(areas), max(areas), 200)
-        closed = closed_form_flops(row.pixels, row.key_channels, row.value_channels, row.pass_, (grid, 1))
+        closed = workload.closed_form_flops(row.pixels, row.key_channels, row.value_channels, row.pass_, (grid, 1))
         label = "closed form, $2\\,(K+V)\\,HW\\,(HW/P_hP_w + P_hP_w)$"
         panel.plot(grid, closed / quantity.scale, color=STAGE_LOOKS["long-short"].colour, label=label, **BAND)
-    for name, look in STAGE_LOOKS.items():
-        of_name = [row for row in rows if row.provider == name]
-        _draw(panel, of_name, quantity, lambda row: row.window[0] * row.window[1], look)
+    _draw_lines(panel, rows, quantity, lambda row: math.prod(row.window), STAGE_LOOKS)
     panel.axvline(optimum, color="0.4", linewidth=1, linestyle=(0, (2, 2)), label="optimum, $P_hP_w = \\sqrt{HW}$")
     if quantity.column == "peak_bytes":  # hardly varies, and a logarithm would hide that
         panel.set_yscale("linear")
@@ -298,8 +297,7 @@ def error_budget(rows: Sequence[check.Row], names: Sequence[str], path: Path, fl
         floor: no error at all is drawn here.
     """
     groups = list(dict.fromkeys((row.backend, row.dtype) for row in rows))
-    with _saved(path, 1, 1, 150, figsize=(8, 4)) as (_, panels):
-        panel = panels[0, 0]
+    with _saved(path, 1, 1, 150, figsize=(8, 4)) as (_, ((panel,),)):
         for (i, key), (j, name) in product(enumerate(groups), enumerate(names)):
             errors = [getattr(row, name) for row in rows if (row.backend, row.dtype) == key]
             if known := [max(error, floor) for error in errors if error is not None]:
@@ -308,6 +306,6 @@ def error_budget(rows: Sequence[check.Row], names: Sequence[str], path: Path, fl
                 panel.plot(x, median(known), marker="osv^D"[i], color=f"C{i}", markersize=5, linestyle="", label=label)
         panel.axhline(1.0, color="black", linewidth=1)
         panel.set(yscale="log", ylabel="error / what the budget allows, median to worst")
-        panel.set(title=f"{len(rows)} random cases against fp64")
+        panel.set_title(f"{len(rows)} random cases against fp64")
         panel.set_xticks(range(len(names)), names)
         panel.legend(fontsize="small", ncols=2)

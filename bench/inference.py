@@ -13,16 +13,15 @@ from importlib.util import find_spec
 
 import torch
 from rich.table import Table
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import flop_registry
 
 from bench import measure
 from bench.arguments import add_out, add_widths, check_partition_size, device, positive, size
-from bench.compared import PROVIDERS, Provider, isa
+from bench.compared import PROVIDERS, Provider, modules
 from bench.measure import Step
 from bench.records import console, format_size, short, table, write
-from bench.workload import Workload
+from bench.workload import OnMap, Workload
 from isa_triton.inference import fuse
 
 SIZES = ((64, 64), (97, 97), (128, 128))
@@ -35,14 +34,16 @@ MODELS = {  # and sides of images
 BLOCKS: tuple[Provider, ...] = (
     PROVIDERS["unfused"],
     PROVIDERS["isa"],
-    replace(PROVIDERS["isa"], name="isa-folded", module=lambda workload: fuse(isa.module(workload).eval())),
+    replace(PROVIDERS["isa"], name="isa-folded", module=lambda workload: fuse(modules.isa_block(workload).eval())),
 )
 BLOCK = "ISA block"
+Makes = Mapping[str, Callable[[], Step]]
+Counts = Mapping[str, tuple[int, int]]
 HEADER = ("", "map", " ", "ms", "times", "GFLOPs", "MiB", "in matmuls", "GFLOP/s", "matmul's")
 
 
 @dataclass(frozen=True)
-class Row:
+class Row(OnMap):
     """A line of the CSV."""
 
     what: str  # the block or a model
@@ -59,7 +60,7 @@ class Row:
     def cells(self) -> list[str]:
         figures = (1e3 * self.seconds, self.times, self.flops / 1e9, self.peak_bytes / 2**20)
         rates = (self.flops / self.seconds / 1e9, self.matmul_rate / 1e9)
-        where = self.what, format_size((self.height, self.width)), self.provider
+        where = self.what, format_size(self.size), self.provider
         return [*where, *map(short, figures), f"{self.in_matmuls:.0%}", *map(short, rates)]
 
 
@@ -85,8 +86,7 @@ def run(args: argparse.Namespace) -> None:
         terminal.print("timm is not installed (pip install timm): its models are left out")
         args.models = []
     rows += [row for name in args.models for row in model(args, name)]
-    for result in tables(rows):
-        terminal.print(result)
+    terminal.print(*tables(rows))
     write(path, Row, rows)
     terminal.print(f"Wrote {path}")
 
@@ -97,8 +97,7 @@ def block(args: argparse.Namespace, map_: tuple[int, int]) -> list[Row]:
     workload = Workload("module", "forward", *map_, *widths, args.partition_size)
     inputs = workload.inputs(args.device)
     makes = {p.name: partial(measure.step, p, workload, args.device, inputs) for p in BLOCKS}
-    with FakeTensorMode():
-        counts = {p.name: count(partial(measure.step, p, workload)) for p in BLOCKS}
+    counts = {p.name: measure.count(partial(measure.step, p, workload)) for p in BLOCKS}
     return _rows(BLOCK, map_, makes, counts, args)
 
 
@@ -118,37 +117,20 @@ def model(args: argparse.Namespace, name: str) -> list[Row]:
 
     # twice as it is: what those two differ by is noise
     makes = {"timm": partial(step, False), "timm again": partial(step, False), "accelerated": partial(step, True)}
-    counts = {who: count(make) for who, make in makes.items()}  # of real tensors: timm looks at values
+    counts = {who: measure.count(make, fake=False) for who, make in makes.items()}  # timm looks at values
     return _rows(name, (side, side), makes, counts, args)
 
 
-def _rows(
-    what: str,
-    map_: tuple[int, int],
-    makes: Mapping[str, Callable[[], Step]],
-    counts: dict[str, tuple[int, int]],
-    args: argparse.Namespace,
-) -> list[Row]:
+def _rows(what: str, map_: tuple[int, int], makes: Makes, counts: Counts, args: argparse.Namespace) -> list[Row]:
     """A row for everyone; the first is who the others are compared with."""
     steps = {name: make() for name, make in makes.items()}
     square = torch.ones(1024, 1024, device=args.device)
     timed = steps | {"matmul": lambda: (square @ square,)}
     seconds = measure.seconds(timed, rounds=args.rounds, budget=float("inf"), device=args.device)
     rate, first = 2 * 1024**3 / seconds["matmul"], seconds[next(iter(steps))]
-    rows = []
-    for name, step in steps.items():
-        times, share = first / seconds[name], matmul_share(step, args.device)
-        rows.append(Row(what, name, *map_, seconds[name], times, *counts[name], share, rate))
-    return rows
-
-
-def count(make: Callable[[], Step]) -> tuple[int, int]:
-    """FLOPs and peak bytes of one call; folding the weights is no part of it, the weights are."""
-    with measure.Counter() as counter:
-        step = make()
-        counter.flops = 0
-        step()
-    return counter.flops, counter.peak_bytes
+    shares = {name: matmul_share(step, args.device) for name, step in steps.items()}
+    times = {name: (seconds[name], first / seconds[name]) for name in steps}
+    return [Row(what, name, *map_, *times[name], *counts[name], shares[name], rate) for name in steps]
 
 
 def matmul_share(step: Step, device: str) -> float:

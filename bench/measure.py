@@ -10,6 +10,7 @@ import statistics
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -70,10 +71,15 @@ def training(call: Callable[[], Tensor], leaves: Sequence[Tensor], upstream: Ten
     return step
 
 
-def count(make: Callable[[], Step]) -> tuple[int, int]:
-    """FLOPs and peak bytes of the step that `make` builds, from one run on fake tensors: any size is cheap."""
-    with FakeTensorMode(), Counter() as counter:
-        make()()
+def count(make: Callable[[], Step], fake: bool = True) -> tuple[int, int]:
+    """FLOPs of one call of the step that `make` builds, and peak bytes with its making.
+
+    Folding weights is no part of a call, the weights are. On fake tensors, unless told, so that any size is cheap.
+    """
+    with FakeTensorMode() if fake else nullcontext(), Counter() as counter:
+        step = make()
+        counter.flops = 0
+        step()
     return counter.flops, counter.peak_bytes
 
 
@@ -93,9 +99,7 @@ class Counter(TorchDispatchMode):
         self.flops = self.live_bytes = self.peak_bytes = 0
         self._followed: set[int] = set()
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if formula := flop_registry.get(func._overloadpacket):
             self.flops += formula(*args, **(kwargs or {}), out_val=result)

@@ -9,7 +9,7 @@ import argparse
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,14 +18,17 @@ from unittest.mock import patch
 import torch
 from triton.runtime.jit import KernelInterface
 
+from bench import records
 from bench.arguments import add_out, device, positive
-from bench.records import console, table, write
 from isa_triton import Partition, ops, partitioned_attention, tiles
 from isa_triton.backend import triton as triton_backend
 from isa_triton.backend.contract import Call
 from isa_triton.backend.kernels import launch
 
 KERNELS = tuple(name for name, value in vars(launch).items() if isinstance(value, KernelInterface))
+PARTITION, WIDTHS = Partition.interlaced((8, 16), stride=(2, 4)), (32, 64)  # of keys and values
+CALL, TARGET = Call(0.1, PARTITION, with_lse=False, backend="triton"), triton_backend.INTERPRETED_TARGET
+BARE = "bare Python call"
 Layers = dict[str, Callable[[], Any]]
 
 
@@ -49,93 +52,78 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     with _stubbed(args.device):
-        passes = {name: layers(args.device) for name, layers in (("forward", forward), ("training", training))}
+        passes = {"forward": forward(args.device), "training": training(args.device)}
         medians = {name: microseconds(layers, args.rounds, args.calls) for name, layers in passes.items()}
-    terminal, path = console(), args.out / "overhead.csv"
-    rows = [
-        Row(name, layer, round(us, 3), round(us - times["bare Python call"], 3))
-        for name, times in medians.items()
-        for layer, us in times.items()
-    ]
-    for name in medians:
-        lines = [(r.layer, f"{r.microseconds:.2f}", f"{r.above_bare:.2f}") for r in rows if r.pass_ == name]
+    terminal, path, rows = records.console(), args.out / "overhead.csv", []
+    for name, times in medians.items():
+        found = [Row(name, layer, round(us, 3), round(us - times[BARE], 3)) for layer, us in times.items()]
+        lines = [(row.layer, f"{row.microseconds:.2f}", f"{row.above_bare:.2f}") for row in found]
         title = f"{name}, {args.device}, medians of {args.rounds}"
-        terminal.print(table(title, ("layer", "us", "above a bare call"), lines))
-    write(path, Row, rows)
+        terminal.print(records.table(title, ("layer", "us", "above a bare call"), lines))
+        rows += found
+    records.write(path, Row, rows)
     terminal.print(f"Wrote {path}")
 
 
 def forward(device: str) -> Layers:
     """The layers of a call without gradients, the innermost first."""
-    q, k, v, partition, scale = _arguments(device)
-    tile = tiles.lookup(
-        triton_backend.INTERPRETED_TARGET, "forward", q.shape[-1], v.shape[-1], "float32", partition.tokens
-    )
-    out, call = torch.empty_like(v), Call(scale, partition, with_lse=False, backend="triton")
-
-    def bare(q: Any, k: Any, v: Any, partition: Any, backend: Any = None) -> Any:
-        return v
-
+    q, k, v = _arguments(device)
+    out, tile = torch.empty_like(v), tiles.lookup(TARGET, "forward", *WIDTHS, "float32", PARTITION.tokens)
     return {
-        "bare Python call": lambda: bare(q, k, v, partition, backend="triton"),
-        "launcher": lambda: launch.forward(q, k, v, None, out, None, scale, partition, tile),
-        "backend: outputs, tile, device": lambda: triton_backend.forward(q, k, v, None, call),
-        "operator: dispatch": lambda: torch.ops.isa_triton.forward.default(q, k, v, None, *call.flat()),
-        "ops.attention: autograd": lambda: ops.attention(q, k, v, None, call),
-        "partitioned_attention: checks": lambda: partitioned_attention(q, k, v, partition, backend="triton"),
+        BARE: lambda: _bare(q, k, v, PARTITION, backend="triton"),
+        "launcher": lambda: launch.forward(q, k, v, None, out, None, CALL.scale, PARTITION, tile),
+        "backend: outputs, tile, device": lambda: triton_backend.forward(q, k, v, None, CALL),
+        "operator: dispatch": lambda: torch.ops.isa_triton.forward.default(q, k, v, None, *CALL.flat()),
+        "ops.attention: autograd": lambda: ops.attention(q, k, v, None, CALL),
+        "partitioned_attention: checks": lambda: partitioned_attention(q, k, v, PARTITION, backend="triton"),
     }
 
 
 def training(device: str) -> Layers:
     """The layers of a call with gradients: those of backward, and forward and backward together."""
-    q, k, v, partition, scale = _arguments(device)
-    leaves = a, b, c = tuple(x.requires_grad_() for x in (q.clone(), k.clone(), v.clone()))
-    do, call = torch.ones_like(v), Call(scale, partition, with_lse=False, backend="triton")
-    chosen = tiles.backward(triton_backend.INTERPRETED_TARGET, q.shape[-1], v.shape[-1], "float32", partition.tokens)
-    assert launch.in_one_kernel(chosen, partition)
-    dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
-
-    def bare(q: Any, k: Any, v: Any, do: Any) -> Any:
-        return do
+    q, k, v = _arguments(device)
+    leaves = a, b, c = tuple(x.clone().requires_grad_() for x in (q, k, v))
+    do, dq, dk, dv = (torch.ones_like(x) for x in (v, q, k, v))
+    chosen = tiles.backward(TARGET, *WIDTHS, "float32", PARTITION.tokens)
+    assert launch.in_one_kernel(chosen, PARTITION)
+    given, wanted = (q, k, v, None, None, None, do, None), (dq, dk, dv, None, None)
 
     def attend() -> Any:
-        return partitioned_attention(a, b, c, partition, backend="triton")
+        return partitioned_attention(a, b, c, PARTITION, backend="triton")
 
     return {
-        "bare Python call": lambda: bare(q, k, v, do),
-        "launcher": lambda: launch.backward(
-            q, k, v, None, None, None, do, None, dq, dk, dv, None, None, scale, partition, chosen
-        ),
-        "backend: gradients, tiles, device": lambda: triton_backend.backward(q, k, v, None, None, None, do, None, call),
-        "operator: dispatch": lambda: torch.ops.isa_triton.backward.default(
-            q, k, v, None, None, None, do, None, *call.flat()
-        ),
+        BARE: lambda: _bare(q, k, v, do),
+        "launcher": lambda: launch.backward(*given, *wanted, CALL.scale, PARTITION, chosen),
+        "backend: gradients, tiles, device": lambda: triton_backend.backward(*given, CALL),
+        "operator: dispatch": lambda: torch.ops.isa_triton.backward.default(*given, *CALL.flat()),
         "partitioned_attention, recorded": attend,
         "and its backward": lambda: torch.autograd.grad(attend(), leaves, do),
         "torch's own multiplication and its backward": lambda: torch.autograd.grad(c * 2.0, c, do),
     }
 
 
-def microseconds(layers: Mapping[str, Callable[[], Any]], rounds: int, calls: int) -> dict[str, float]:
+def microseconds(layers: Layers, rounds: int, calls: int) -> dict[str, float]:
     """Median microseconds of CPU time a call of each, over interleaved rounds of many calls.
 
     CPU time, not time of day: what else runs on the machine is nobody's overhead.
     """
     samples: dict[str, list[float]] = {name: [] for name in layers}
-    for warm_up in (True, *[False] * rounds):
+    for _ in range(1 + rounds):
         for name, call in layers.items():
             begin = time.process_time()
             for _ in range(calls):
                 call()
-            if not warm_up:
-                samples[name].append((time.process_time() - begin) / calls * 1e6)
-    return {name: statistics.median(times) for name, times in samples.items()}
+            samples[name].append((time.process_time() - begin) / calls * 1e6)
+    return {name: statistics.median(times[1:]) for name, times in samples.items()}  # without the warm-up
 
 
-def _arguments(device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Partition, float]:
-    partition = Partition.interlaced((8, 16), stride=(2, 4))
-    q, k, v = (torch.ones(1, *partition.size, 1, width, device=device) for width in (32, 32, 64))
-    return q, k, v, partition, 0.1
+def _arguments(device: str) -> tuple[torch.Tensor, ...]:
+    """q, k and v."""
+    return tuple(torch.ones(1, *PARTITION.size, 1, width, device=device) for width in (WIDTHS[0], *WIDTHS))
+
+
+def _bare(q: Any, k: Any, v: Any, other: Any, backend: Any = None) -> Any:
+    return other
 
 
 class _NoKernel:

@@ -13,11 +13,10 @@ from itertools import product
 
 from torch import nn
 
-from bench import figures, survey
+from bench import figures, records, survey
 from bench.arguments import add_out, check_partition_size, size
 from bench.compared import Provider
-from bench.compared.isa import in_stages
-from bench.records import console, format_size
+from bench.compared.modules import in_stages
 from bench.workload import BLOCK_LEVELS, Workload
 from isa_triton import InterlacedSparseSelfAttention, ISAModule, SelfAttention2d, partitioned_attention
 
@@ -41,14 +40,11 @@ def branches(factors: Sequence[int], workload: Workload) -> nn.Module:
     return ISAModule(*workload.widths, workload.channels, partition_size=sizes)
 
 
-STAGES = tuple(
-    Provider(name, in_stages(partitioned_attention, patterns), module)
-    for name, patterns, module in (
-        ("long-short", ("interlaced", "local"), partial(block, "long-short")),
-        ("short-long", ("local", "interlaced"), partial(block, "short-long")),
-        ("long", ("interlaced",), partial(stage, "interlaced")),
-        ("short", ("local",), partial(stage, "local")),
-    )
+STAGES = (
+    Provider("long-short", in_stages(partitioned_attention), partial(block, "long-short")),
+    Provider("short-long", in_stages(partitioned_attention, ("local", "interlaced")), partial(block, "short-long")),
+    Provider("long", in_stages(partitioned_attention, ("interlaced",)), partial(stage, "interlaced")),
+    Provider("short", in_stages(partitioned_attention, ("local",)), partial(stage, "local")),
 )
 MODULES = tuple(
     Provider(name, module=partial(branches, factors))
@@ -60,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add_out(parser)
     add("--size", type=size, default=(128, 128), metavar="SIZE", help="the map, 64 or 64x128 (default: 128)")
-    default = f"{' '.join(map(format_size, WINDOWS))}, as far as the map has room"
+    default = f"{' '.join(map(records.format_size, WINDOWS))}, as far as the map has room"
     add("--partition-sizes", nargs="+", type=size, metavar="P", help=f"8 or 8x4, height first (default: {default})")
     add("--partition-size", type=size, default=(8, 8), metavar="P", help="of the ISA modules (default: 8)")
     survey.add_arguments(parser)
@@ -79,4 +75,4 @@ def run(args: argparse.Namespace) -> None:
     for pass_ in args.passes:
         picture = args.out / f"partition_sizes_{pass_}.png"
         figures.partition_sizes([row for row in rows if row.pass_ == pass_], args.partition_size, picture)
-        console().print(f"Wrote {picture}")
+        records.console().print(f"Wrote {picture}")

@@ -25,6 +25,7 @@ from bench import measure, records
 from bench.arguments import add_out, device, positive, size
 from bench.compared.heads import CONTEXTS, DENSE_AS_PUBLISHED, Widths, classified, head
 from bench.records import format_size, short
+from bench.workload import OnMap
 from isa_triton.models.ianet import ianet
 
 SIZES = ((513, 769), (1024, 2048))
@@ -33,7 +34,7 @@ AS_PUBLISHED = "SA, scores in memory"
 
 
 @dataclass(frozen=True)
-class Row:
+class Row(OnMap):
     """A line of the CSV: one head on one image."""
 
     head: str
@@ -46,10 +47,6 @@ class Row:
     flops: int
     peak_bytes: int
     network_seconds: float  # of one call of the whole network with ISA's head
-
-    @property
-    def image(self) -> str:
-        return format_size((self.height, self.width))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -74,7 +71,7 @@ def run(args: argparse.Namespace) -> None:
     rows: list[Row] = []
     for image in args.sizes:
         rows += compare(network, image, args)
-        terminal.print(f"{rows[-1].image}: the whole network, once, {rows[-1].network_seconds:.1f} s")
+        terminal.print(f"{format_size(image)}: the whole network, once, {rows[-1].network_seconds:.1f} s")
     title = f"Heads behind {args.backbone}, {rows[0].device}, {torch.get_num_threads()} threads"
     header = ("image", "map", "head", "s", "times", "GFLOPs", "MiB", "times")
     terminal.print(records.table(title, header, lines(rows), words=3))
@@ -106,8 +103,8 @@ def compare(network: Any, image: tuple[int, int], args: argparse.Namespace) -> l
     steps = {name: measure.forward(make().eval().to(args.device), map_) for name, make in heads.items()}
     seconds = measure.seconds(steps, rounds=args.rounds, budget=args.budget, device=args.device)
     H, W = map_.shape[2:]
-    device_ = torch.device(args.device).type
-    return [Row(name, *image, H, W, device_, seconds.get(name), *counts[name], whole) for name in counted]
+    where = *image, H, W, torch.device(args.device).type
+    return [Row(name, *where, seconds.get(name), *counts[name], whole) for name in counted]
 
 
 def dense_as_published() -> nn.Module:
@@ -122,10 +119,11 @@ def step(make: Callable[[], nn.Module], shape: tuple[int, ...]) -> measure.Step:
 
 def lines(rows: list[Row]) -> Iterator[list[str | None]]:
     """A line a head; "times" are times what the first head of the same image takes."""
-    for image in dict.fromkeys(row.image for row in rows):
-        first, *others = (row for row in rows if row.image == image)
+    for image in dict.fromkeys(row.size for row in rows):
+        first, *others = (row for row in rows if row.size == image)
         for row in (first, *others):
-            where = [image, format_size((row.map_height, row.map_width))] if row is first else ["", ""]
+            sizes = image, (row.map_height, row.map_width)
+            where = map(format_size, sizes) if row is first else ["", ""]
             times = [None if row.seconds is None else short(row.seconds / unit) for unit in (1, first.seconds or 1)]
             size = [f"{row.peak_bytes / 2**20:,.0f}", short(row.peak_bytes / first.peak_bytes)]
             yield [*where, row.head, *times, short(row.flops / 1e9), *size]

@@ -42,8 +42,6 @@ def write(path: Path, kind: type[Record], rows: Iterable[Record]) -> None:
 _TYPES: dict[str, Callable[[str], Any]] = {
     "int": int,
     "float": float,
-    "bool": lambda text: {"True": True, "False": False}[text],
-    "int | None": lambda text: int(text) if text else None,
     "float | None": lambda text: float(text) if text else None,
 }
 
@@ -68,7 +66,7 @@ def read(path: Path, kind: type[Record]) -> list[Record]:
     for number, line in enumerate(lines, 2):
         try:
             records.append(kind(*(type_(text) for type_, text in zip(types, line, strict=True))))
-        except (KeyError, ValueError) as error:
+        except ValueError as error:
             raise ValueError(f"{path}, line {number}, must hold one {','.join(columns(kind))}, got {line}") from error
     return records
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from itertools import product
+
+from rich.table import Table
 
 from bench import figures, survey
 from bench.arguments import add_out, check_partition_size, size
 from bench.compared import DRAWN, PROVIDERS
-from bench.cost import QUANTITIES, summary
-from bench.records import console, format_size
-from bench.workload import BLOCK_LEVELS, LEVELS
+from bench.records import console, format_size, short, table
+from bench.workload import BLOCK_LEVELS, LEVELS, OURS, QUANTITIES, Cost, Level, Pass, Quantity
 
 SIZES = ((32, 32), (64, 64), (64, 128), (97, 97), (128, 128), (128, 256), (256, 256), (512, 512))
 
@@ -18,13 +20,8 @@ SIZES = ((32, 32), (64, 64), (64, 128), (97, 97), (128, 128), (128, 256), (256, 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add_out(parser)
-    add(
-        "--providers",
-        nargs="+",
-        choices=PROVIDERS,
-        metavar="NAME",
-        help=f"who is measured and drawn, of {' '.join(PROVIDERS)} (default: all, drawn {' '.join(DRAWN)})",
-    )
+    who = f"who is measured and drawn, of {' '.join(PROVIDERS)} (default: all, drawn {' '.join(DRAWN)})"
+    add("--providers", nargs="+", choices=PROVIDERS, metavar="NAME", help=who)
     maps = f"maps in pixels, 64 or 64x128, height first (default: {' '.join(map(format_size, SIZES))})"
     add("--sizes", nargs="+", type=size, default=list(SIZES), metavar="SIZE", help=maps)
     add("--level", nargs="+", choices=LEVELS, default=list(BLOCK_LEVELS), help="default: attention module")
@@ -48,6 +45,35 @@ def run(args: argparse.Namespace) -> None:
     for quantity in QUANTITIES:
         figures.scaling(drawn, quantity, args.out / quantity.file)
     terminal = console(120)
-    for table in summary(rows):
-        terminal.print(table)
+    terminal.print(*summary(rows))
     terminal.print("Wrote", *(args.out / quantity.file for quantity in QUANTITIES), sep="\n  ")
+
+
+def summary(rows: Sequence[Cost]) -> list[Table]:
+    """A table for each level and pass: for each quantity ours per map, and everyone as so many times ours."""
+    panels = {row.panel: [other for other in rows if other.panel == row.panel] for row in rows}
+    return [_summary(members, *panel) for panel, members in panels.items()]
+
+
+def _summary(rows: Sequence[Cost], level: Level, pass_: Pass) -> Table:
+    cells = {(row.provider, row.size): row for row in rows}
+    names, sizes = (list(dict.fromkeys(keys)) for keys in zip(*cells, strict=True))
+    relative = f"   ({OURS} in units, the others in times {OURS})" if OURS in names else ""
+    lines: list[list[str]] = []
+    for quantity in QUANTITIES:
+        for name in names:
+            values = [_cell(quantity, cells.get((name, size)), cells.get((OURS, size))) for size in sizes]
+            lines.append([quantity.unit if name == names[0] else "", name, *values])
+        lines.append([])
+    header = ["", " ", *map(format_size, sizes)]
+    return table(f"{level} level, {pass_}{relative}", header, lines, words=2)
+
+
+def _cell(quantity: Quantity, row: Cost | None, ours: Cost | None) -> str:
+    """A value in units, or in times ours; a dash where it is not known."""
+    value, unit = (None if each is None else quantity.of(each) for each in (row, ours))
+    if value is None:
+        return "-"
+    if unit and row is not ours:
+        return f"{short(value / unit)}x"
+    return short(value) if value < 100 else f"{value:,.0f}"

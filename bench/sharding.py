@@ -30,9 +30,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import figures, measure
 from bench.arguments import add_out, add_passes, number, positive, size
-from bench.compared import isa
+from bench.compared.modules import isa_block
 from bench.records import console, format_size, read, short, table, write
-from bench.workload import Pass, Workload
+from bench.workload import OnMap, Pass, Workload
 from isa_triton.sharding import MapParallel
 from isa_triton.sharding.layouts import even_cuts
 
@@ -40,7 +40,7 @@ LINKS = (25.0, 50.0, 450.0)  # GB/s each way: two speeds of networks between mac
 
 
 @dataclass(frozen=True)
-class Row:
+class Row(OnMap):
     """One line of the CSV: what a map costs the device that it costs most."""
 
     source: str  # "run" or "simulated"
@@ -59,10 +59,6 @@ class Row:
     sent_bytes: int  # to other devices in all-to-alls; as many are received
     bound_bytes: int  # of sending every pixel that is elsewhere's: 2 (N - 1) / N of the local map, in a pass
     seconds: float | None  # where it was run
-
-    @property
-    def size(self) -> tuple[int, int]:
-        return self.height, self.width
 
     @property
     def cell(self) -> Row:
@@ -99,20 +95,14 @@ class Wire(TorchDispatchMode):
 
 def step(workload: Workload, mesh: DeviceMesh, backend: str = "auto") -> measure.Step:
     """One pass of this device's part: as `measure.step`, of a map whose rows are spread over a mesh."""
-    layer = isa.module(workload, backend).train(workload.training)
+    layer = isa_block(workload, backend).train(workload.training)
     parallelize_module(layer, mesh, MapParallel())
     cuts, rank = even_cuts(workload.height, mesh.size()), mesh.get_local_rank()
     part = replace(workload, height=cuts[rank + 1] - cuts[rank])
     (x,), upstream = part.inputs(), part.upstream()
     B, C, H, W = workload.batch, workload.channels, workload.height, workload.width
-    joined = partial(
-        DTensor.from_local,
-        device_mesh=mesh,
-        placements=[Shard(2)],
-        run_check=False,
-        shape=torch.Size((B, C, H, W)),
-        stride=(C * H * W, H * W, W, 1),
-    )
+    shape, stride = torch.Size((B, C, H, W)), (C * H * W, H * W, W, 1)
+    joined = partial(DTensor.from_local, device_mesh=mesh, placements=[Shard(2)], shape=shape, stride=stride)
     if not workload.training:
         return measure.forward(lambda: layer(joined(x)))
     return measure.training(lambda: layer(joined(x)), (x, *layer.parameters()), joined(upstream))
@@ -181,10 +171,10 @@ def run(args: argparse.Namespace) -> None:
     if args.devices:
         simulated = list(_simulated(args))
         title = "Simulated: counted on fake tensors, of the first and last device the larger"
-        terminal.print(_table(title, simulated))
-        terminal.print(_predictions(simulated, args.rate, args.links))
+        terminal.print(_table(title, simulated), _predictions(simulated, args.rate, args.links))
         rows += simulated
-    rows = merge(earlier, rows)
+    cells = {row.cell: row for row in (*earlier, *rows)}  # what is new takes the place of what was found before
+    rows = sorted(cells.values(), key=lambda row: (row.source, row.scaling, row.pass_, row.height, row.devices))
     write(path, Row, rows)
     figures.sharding_costs(rows, args.rate, args.links, picture)
     terminal.print("Wrote", path, picture, sep="\n  ")
@@ -208,28 +198,21 @@ def _measured(args: argparse.Namespace, devices: int) -> Iterator[Row]:
         found = torch.tensor([counter.flops, counter.peak_bytes, wire.sent_bytes, times[""]], dtype=torch.float64)
         dist.all_reduce(found, dist.ReduceOp.MAX)
         *counts, seconds = found.tolist()
-        yield _row("run", scaling, workload, devices, map(int, counts), seconds)
+        yield _row(scaling, workload, devices, map(int, counts), seconds)
 
 
 def _simulated(args: argparse.Namespace) -> Iterator[Row]:
     for map_, pass_, devices in product(args.simulated_sizes, args.passes, args.devices):
         workload = _workload(pass_, map_, args.simulated_channels, args.simulated_partition_size)
         counts = [simulate(workload, devices, rank, backend="triton") for rank in {0, devices - 1}]
-        yield _row("simulated", "strong", workload, devices, map(max, zip(*counts, strict=True)), None)
+        yield _row("strong", workload, devices, map(max, zip(*counts, strict=True)), None)
 
 
-def _row(
-    source: str, scaling: str, workload: Workload, devices: int, counts: Iterable[int], seconds: float | None
-) -> Row:
+def _row(scaling: str, workload: Workload, devices: int, counts: Iterable[int], seconds: float | None) -> Row:
+    source = "simulated" if seconds is None else "run"
     counted = dict(zip(("flops", "peak_bytes", "sent_bytes"), counts, strict=True))
     found: dict[str, Any] = {**counted, "bound_bytes": bound(workload, devices), "seconds": seconds}
     return Row(source=source, scaling=scaling, devices=devices, **workload.columns(), **found)
-
-
-def merge(old: Iterable[Row], new: Iterable[Row]) -> list[Row]:
-    """Rows of a CSV and new ones, which take the place of what was found before for the same cell."""
-    rows = {row.cell: row for row in (*old, *new)}
-    return sorted(rows.values(), key=lambda row: (row.source, row.scaling, row.pass_, row.height, row.devices))
 
 
 def _table(title: str, rows: Sequence[Row]) -> Table:
@@ -245,10 +228,8 @@ def _table(title: str, rows: Sequence[Row]) -> Table:
 
 
 def _predictions(rows: Sequence[Row], rate: float, links: Sequence[float]) -> Table:
-    title = (
-        f"PREDICTED seconds of a pass: FLOPs at {rate:g} TFLOP/s + bytes over a link, both assumed, not overlapped"
-        " (and the most of them that overlapping could hide)"
-    )
+    assumed = f"FLOPs at {rate:g} TFLOP/s + bytes over a link, both assumed, not overlapped"
+    title = f"PREDICTED seconds of a pass: {assumed} (and the most of them that overlapping could hide)"
     lines = []
     for row in rows:
         alone = short(row.predicted(rate, float("inf")))

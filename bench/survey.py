@@ -10,12 +10,10 @@ from pathlib import Path
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from bench import measure
+from bench import measure, records
 from bench.arguments import add_passes, add_widths, amount, device, positive
 from bench.compared import Provider
-from bench.cost import Cost
-from bench.records import console, read, write
-from bench.workload import Level, Pass, Workload
+from bench.workload import Cost, Level, Pass, Workload
 from isa_triton.backend.triton import DEVICES
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")
@@ -53,17 +51,16 @@ def conduct(args: argparse.Namespace, path: Path, plan: Sequence[tuple[Workload,
         argparse.ArgumentError: the file at `path` is something else.
     """
     try:
-        survey = Survey(args, () if args.fresh else read(path, Cost))
+        survey = Survey(args, () if args.fresh else records.read(path, Cost))
     except ValueError as error:
         raise argparse.ArgumentError(None, f"{error}; --fresh writes it anew") from error
-    terminal, columns = console(), (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    terminal, columns = records.console(), (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), console=terminal) as progress:
         task = progress.add_task("", total=sum(len(providers) for _, providers in plan))
         for workload, providers in plan:
-            where = f"{workload.level} {workload.pass_} {workload.height}x{workload.width}"
-            progress.update(task, description=where)
+            progress.update(task, description=f"{workload.level} {workload.pass_} {records.format_size(workload.size)}")
             survey.visit(workload, providers)
-            write(path, Cost, survey.rows())
+            records.write(path, Cost, survey.rows())
             progress.advance(task, len(providers))
     if remarks := survey.remarks():
         terminal.print("Not there or not timed (-):", *remarks, sep="\n  ")
@@ -96,12 +93,9 @@ class Survey:
         present = {provider.name: provider for provider, obstacle in obstacles.items() if not obstacle}
         cells = {name: Cost.of(name, workload, self.args.device) for name in present}
         earlier = {name: self.known[cell] for name, cell in cells.items() if cell in self.known}
-        counts = {
-            name: (earlier[name].flops, earlier[name].peak_bytes)
-            if name in earlier
-            else measure.count(partial(measure.step, provider, workload))
-            for name, provider in present.items()
-        }
+        counts = {name: (row.flops, row.peak_bytes) for name, row in earlier.items()}
+        for name in present.keys() - earlier.keys():
+            counts[name] = measure.count(partial(measure.step, present[name], workload))
         fitting = [name for name, provider in present.items() if self.fits(provider, workload, *counts[name])]
         if all(name in earlier and earlier[name].seconds is not None for name in fitting):
             seconds = {name: row.seconds for name, row in earlier.items() if row.seconds is not None}
@@ -139,7 +133,7 @@ class Survey:
             reason = f"would take about {predicted:.0f} s"
         else:
             return True
-        self.skipped.setdefault(panel, []).append(f"{workload.height}x{workload.width}: {reason}")
+        self.skipped.setdefault(panel, []).append(f"{records.format_size(workload.size)}: {reason}")
         return False
 
     def remarks(self) -> list[str]:

@@ -1,8 +1,8 @@
-"""What is measured: a workload, its inputs, and the FLOPs and bytes that theory gives for it."""
+"""What is measured: a workload, its inputs, what it costs a provider, and the FLOPs and bytes that theory gives."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -15,10 +15,27 @@ Pass = Literal["forward", "training"]
 LEVELS: tuple[Level, ...] = get_args(Level)
 BLOCK_LEVELS: tuple[Level, ...] = ("attention", "module")  # what all share in a head is not in it
 PASSES: tuple[Pass, ...] = get_args(Pass)
+Pair = tuple[Any, Any]  # height first, of numbers or arrays
+OURS = "isa"  # what the others are compared with
+
+
+class OnMap:
+    """What lies on a map of height x width pixels."""
+
+    height: int
+    width: int
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.height, self.width
+
+    @property
+    def pixels(self) -> int:
+        return self.height * self.width
 
 
 @dataclass(frozen=True)
-class Workload:
+class Workload(OnMap):
     """One attention problem on a map of height x width pixels.
 
     Level "attention" is q, k, v -> context; level "module" is the whole block with its projections, C -> C channels;
@@ -37,14 +54,6 @@ class Workload:
     partition_size: tuple[int, int] = (8, 8)
     dtype: torch.dtype = torch.float32
     batch: int = 1
-
-    @property
-    def size(self) -> tuple[int, int]:
-        return self.height, self.width
-
-    @property
-    def pixels(self) -> int:
-        return self.height * self.width
 
     @property
     def widths(self) -> tuple[int, int, int]:
@@ -72,8 +81,7 @@ class Workload:
             shapes = [self._pixels(width) for width in (self.key_channels, self.key_channels, self.value_channels)]
         else:
             shapes = [self._map(self.in_channels)]
-        tensors = self._normal(shapes, device, seed=0)
-        return tuple(tensor.requires_grad_(self.training) for tensor in tensors)
+        return tuple(tensor.requires_grad_(self.training) for tensor in self._normal(shapes, device, seed=0))
 
     def upstream(self, device: str | torch.device = "cpu") -> Tensor:
         """The gradient that arrives at the output; a dense one, since that of sum() is expanded and too cheap."""
@@ -91,7 +99,77 @@ class Workload:
         return [torch.randn(shape, generator=generator, device=device, dtype=self.dtype) for shape in shapes]
 
 
-def keys_per_query(pixels: Any, partition_size: tuple[Any, Any] | None = None) -> Any:
+@dataclass(frozen=True)
+class Cost(OnMap):
+    """A line of a CSV: what a provider costs on a workload."""
+
+    provider: str
+    level: Level
+    pass_: Pass
+    height: int
+    width: int
+    channels: int
+    key_channels: int
+    value_channels: int
+    dtype: str  # torch's name, without "torch."
+    device: str
+    flops: int  # 2 to a multiply-add
+    peak_bytes: int
+    seconds: float | None  # None where it was not run
+    source: str  # "counted", or "counted+measured" where seconds are there
+    partition_size: str  # "8x8", height first
+
+    @classmethod
+    def of(cls, provider: str, workload: Workload, device: str) -> Cost:
+        """What is measured, before anything is found."""
+        found: dict[str, Any] = {"flops": 0, "peak_bytes": 0, "seconds": None, "source": ""}
+        return cls(provider=provider, level=workload.level, device=device, **workload.columns(), **found)
+
+    def found(self, counted: tuple[int, int], seconds: float | None) -> Cost:
+        """The row with what `measure.count` and `measure.seconds` found."""
+        source = "counted" if seconds is None else "counted+measured"
+        return replace(self, flops=counted[0], peak_bytes=counted[1], seconds=seconds, source=source)
+
+    @property
+    def cell(self) -> Cost:
+        """What was measured without what was found: rows of one cell are the same measurement, made twice."""
+        return replace(self, flops=0, peak_bytes=0, seconds=None, source="")
+
+    @property
+    def panel(self) -> tuple[Level, Pass]:
+        """Of a plot or a table: what is measured alike."""
+        return self.level, self.pass_
+
+    @property
+    def window(self) -> tuple[int, int]:
+        """The partition size (P_h, P_w)."""
+        height, width = map(int, self.partition_size.split("x"))
+        return height, width
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """A column that is compared: how a table and a plot show it."""
+
+    column: str
+    title: str
+    unit: str
+    scale: float  # of the unit
+    file: str
+
+    def of(self, row: Cost) -> float | None:
+        value = getattr(row, self.column)
+        return None if value is None else value / self.scale
+
+
+QUANTITIES = (
+    Quantity("flops", "FLOPs", "GFLOPs", 1e9, "flops.png"),
+    Quantity("peak_bytes", "Peak memory", "MiB", 2**20, "memory.png"),
+    Quantity("seconds", "Time", "ms", 1e-3, "time.png"),
+)
+
+
+def keys_per_query(pixels: Any, partition_size: Pair | None = None) -> Any:
     """How many keys a query meets: every pixel under dense attention, HW / (P_h P_w) + P_h P_w in ISA's two stages.
 
     `pixels` and the partition size are numbers or arrays. Exact where P divides the map.
@@ -103,11 +181,7 @@ def keys_per_query(pixels: Any, partition_size: tuple[Any, Any] | None = None) -
 
 
 def closed_form_flops(
-    pixels: Any,
-    key_channels: int,
-    value_channels: int,
-    pass_: Pass = "forward",
-    partition_size: tuple[Any, Any] | None = None,
+    pixels: Any, key_channels: int, value_channels: int, pass_: Pass = "forward", partition_size: Pair | None = None
 ) -> Any:
     """FLOPs of one map's attention matmuls, 2 to a multiply-add: 2 (K + V) HW keys; dense without a partition size.
 
@@ -117,6 +191,6 @@ def closed_form_flops(
     return 3 * forward if pass_ == "training" else forward
 
 
-def closed_form_score_bytes(pixels: Any, itemsize: int, partition_size: tuple[int, int] | None = None) -> Any:
+def closed_form_score_bytes(pixels: Any, itemsize: int, partition_size: Pair | None = None) -> Any:
     """Bytes of one copy of every score of one map: what a version that materialises them cannot go below."""
     return itemsize * pixels * keys_per_query(pixels, partition_size)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.cases import NAMES, Case, Pair, derivatives, laid_out
+from bench.cases import Case, Pair, derivatives, laid_out
 from isa_triton.backend.kernels import launch
 from isa_triton.tiles import BackwardTiles, Tile
 from reference.budget import allowed_error, natural_scales
@@ -96,7 +96,7 @@ def launched(case: Case, tiles: tuple[Tile, BackwardTiles], inputs: dict[str, Te
 def formula(case: Case, inputs: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """Outputs and gradients by the formula in one precision, in fp64."""
     results = derivatives({name: x.to(dtype) for name, x in inputs.items()}, case)
-    return {name: x.double() for name, x in zip(NAMES, results, strict=False)}
+    return {name: x.double() for name, x in results.items()}
 
 
 def assert_within_budget(case: Case, tiles: tuple[Tile, BackwardTiles]) -> None:

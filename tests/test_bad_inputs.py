@@ -14,8 +14,8 @@ import torch
 
 from bench import sharding
 from bench.__main__ import main
-from bench.cost import Cost
 from bench.records import columns as columns_of
+from bench.workload import Cost
 from isa_triton import (
     InterlacedSparseSelfAttention,
     ISAHead,

@@ -20,10 +20,9 @@ from bench import measure
 from bench.__main__ import COMMANDS, OF_KERNELS, main
 from bench.arguments import size
 from bench.compared import PROVIDERS
-from bench.cost import Cost
 from bench.measure import Counter, count, seconds, step
 from bench.records import read, write
-from bench.workload import LEVELS, PASSES, Level, Pass, Workload, closed_form_flops
+from bench.workload import LEVELS, PASSES, Cost, Level, Pass, Workload, closed_form_flops
 
 ROOT = Path(__file__).parent.parent
 PAPER: dict[str, Any] = {"key_channels": 256, "value_channels": 512, "partition_size": (8, 8)}
@@ -248,9 +247,9 @@ def test_scaling_writes_its_csv_and_plots(tmp_path: Path, capsys: pytest.Capture
     names = [name for name in PROVIDERS if not PROVIDERS[name].compiles]
     main([*SCALING, "--out", str(tmp_path), "--sizes", "7x11", "12x9", "--providers", *names])
     rows = read(tmp_path / "scaling.csv", Cost)
-    assert {row.map for row in rows} == {(7, 11), (12, 9)}
+    assert {row.size for row in rows} == {(7, 11), (12, 9)}
     assert {row.partition_size for row in rows} == {"2x3"}
-    everywhere = [row.provider for row in rows if (row.level, row.pass_, row.map) == ("module", "training", (7, 11))]
+    everywhere = [row.provider for row in rows if (row.level, row.pass_, row.size) == ("module", "training", (7, 11))]
     assert everywhere == [name for name in names if name not in ("cgnl", "cgnlx", "timm", "natten")]
     assert all(row.flops > 0 and row.peak_bytes > 0 for row in rows)
     assert all((row.seconds is not None) == (row.provider in RUNNING) for row in rows)
@@ -289,7 +288,7 @@ def test_scaling_measures_only_what_its_csv_lacks(tmp_path: Path, monkeypatch: p
     assert sorted(read(tmp_path / "scaling.csv", Cost), key=str) == sorted(first, key=str)
     main([*SCALING, *only, "isa", "dense", "--sizes", "6"])
     assert timed == [{"isa", "dense"}]  # times of one map come from one run
-    rows = {(row.provider, row.map): row.seconds for row in read(tmp_path / "scaling.csv", Cost)}
+    rows = {(row.provider, row.size): row.seconds for row in read(tmp_path / "scaling.csv", Cost)}
     assert rows[("isa", (6, 6))] == rows[("dense", (6, 6))] == 1.0
     assert rows[("isa", (7, 11))] == first[3].seconds
     main([*SCALING, *only, "isa", "--sizes", "6", "--partition-size", "3x2"])

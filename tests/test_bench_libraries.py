@@ -9,7 +9,7 @@ import torch
 from torch.nn.attention.flex_attention import create_mask
 
 from bench.compared import PROVIDERS, libraries
-from bench.compared.isa import in_stages
+from bench.compared.modules import in_stages
 from bench.measure import count, step
 from bench.workload import Workload
 from isa_triton import Partition

@@ -6,8 +6,7 @@ the plots draw it one more line of `bench.figures`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -17,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 import reference
-from bench.compared import isa, libraries, modules
+from bench.compared import libraries, modules
 from bench.compared.heads import CONTEXTS, DENSE_AS_PUBLISHED, base_oc, behind_conv, of_channels
-from bench.compared.isa import Attend, dense_stage
+from bench.compared.modules import Attend, dense_stage, in_stages
 from bench.workload import Workload
 from isa_triton import partitioned_attention
 from isa_triton.backend.triton import DEVICES
@@ -63,21 +62,14 @@ class Provider:
         """
         if obstacle := self.obstacle(workload):
             raise ValueError(f"{self.name} {obstacle}")
-        with _defaults(device, workload.dtype):  # Module.to cannot move parameters that a counter follows
-            form = getattr(self, workload.level)(workload)
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(workload.dtype)
+        try:
+            with torch.device(device):  # Module.to cannot move parameters that a counter follows
+                form = getattr(self, workload.level)(workload)
+        finally:
+            torch.set_default_dtype(before)
         return form.train(workload.training) if isinstance(form, nn.Module) else form
-
-
-@contextmanager
-def _defaults(device: str, dtype: torch.dtype) -> Iterator[None]:
-    """Where and in which type tensors are made unless told."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 def cgnl_attention(expand: Callable[[Tensor], Tensor] = lambda x: x) -> Attend:
@@ -118,90 +110,80 @@ def multiples_of(number: int) -> Callable[[Workload], str | None]:
 _kernels: dict[str, Any] = {"backend": "triton"}
 # What the plots show unless told: each way to attend, by whoever is best known for it.
 DRAWN = ("dense", "dense-sdpa", "rcca", "cgnl", "unfused", "isa", "isa-triton")
-PROVIDERS = {
-    provider.name: provider
-    for provider in (
-        Provider(
-            "dense",
-            attention=of_any_workload(reference.dense_attention),
-            module=dense_stage,
-            head=DENSE_AS_PUBLISHED,
-        ),
-        Provider(
-            "dense-sdpa",
-            attention=of_any_workload(modules.sdpa_attention),
-            module=partial(dense_stage, stage=modules.SdpaSelfAttention),
-            head=CONTEXTS["SA"],
-        ),
-        Provider("nonlocal", module=of_channels(reference.NonLocal), refuses=multiples_of(2)),
-        Provider(
-            "nonlocal-triton",
-            attention=of_any_workload(partial(modules.dense_partition_attention, **_kernels)),
-            module=of_channels(partial(modules.PartitionedNonLocal, **_kernels)),
-            kernels=True,
-            refuses=multiples_of(2),
-        ),
-        Provider("sa", module=partial(base_oc, module=reference.SA)),
-        Provider(
-            "rcca",
-            attention=of_any_workload(criss_cross_twice(reference.criss_cross_attention)),
-            module=of_channels(reference.RCCA),
-            head=lambda workload: reference.RCCAHead(workload.in_channels, workload.channels),
-            refuses=multiples_of(8),
-        ),
-        Provider(
-            "rcca-triton",
-            attention=of_any_workload(criss_cross_twice(partial(modules.criss_cross_attention, **_kernels))),
-            module=of_channels(partial(modules.PartitionedRCCA, **_kernels)),
-            kernels=True,
-            refuses=multiples_of(8),
-        ),
-        Provider(
-            "cgnl",
-            attention=of_any_workload(cgnl_attention()),
-            module=of_channels(reference.CGNL),
-            head=behind_conv(of_channels(reference.CGNL)),
-            refuses=multiples_of(16),
-        ),
-        Provider(
-            "cgnlx",
-            attention=of_any_workload(cgnl_attention(reference.gaussian_expansion)),
-            module=of_channels(reference.CGNLx),
-            refuses=multiples_of(16),
-        ),
-        Provider(
-            "ppm",
-            module=lambda workload: modules.SingleMapPPM(workload.channels, workload.channels),
-            head=lambda workload: modules.SingleMapPPM(workload.in_channels, workload.channels),
-            refuses=multiples_of(4),
-        ),
-        Provider("aspp", module=lambda workload: modules.SingleMapASPP(workload.channels, workload.channels)),
-        Provider(
-            "timm",
-            attention=isa.in_stages(libraries.timm),
-            module=libraries.TimmStages,
-            package="timm",
-            refuses=libraries.timm_refuses,
-        ),
-        Provider("flex", attention=isa.in_stages(libraries.flex), refuses=libraries.forward_only, compiles=True),
-        Provider(
-            "natten",
-            attention=isa.in_stages(libraries.natten),
-            package="natten",
-            refuses=libraries.natten_refuses,
-        ),
-        Provider(
-            "unfused",
-            attention=isa.permuted_attention,
-            module=isa.PermutedBlock,
-            head=behind_conv(isa.PermutedModule),
-        ),
-        Provider("isa", attention=isa.in_stages(partitioned_attention), module=isa.module, head=CONTEXTS["ISA"]),
-        Provider(
-            "isa-triton",
-            attention=isa.in_stages(partial(partitioned_attention, **_kernels)),
-            module=partial(isa.module, **_kernels),
-            kernels=True,
-        ),
-    )
-}
+_PROVIDERS = (
+    Provider(
+        "dense", attention=of_any_workload(reference.dense_attention), module=dense_stage, head=DENSE_AS_PUBLISHED
+    ),
+    Provider(
+        "dense-sdpa",
+        attention=of_any_workload(modules.sdpa_attention),
+        module=partial(dense_stage, stage=modules.SdpaSelfAttention),
+        head=CONTEXTS["SA"],
+    ),
+    Provider("nonlocal", module=of_channels(reference.NonLocal), refuses=multiples_of(2)),
+    Provider(
+        "nonlocal-triton",
+        attention=of_any_workload(partial(modules.dense_partition_attention, **_kernels)),
+        module=of_channels(partial(modules.PartitionedNonLocal, **_kernels)),
+        kernels=True,
+        refuses=multiples_of(2),
+    ),
+    Provider("sa", module=partial(base_oc, module=reference.SA)),
+    Provider(
+        "rcca",
+        attention=of_any_workload(criss_cross_twice(reference.criss_cross_attention)),
+        module=of_channels(reference.RCCA),
+        head=lambda workload: reference.RCCAHead(workload.in_channels, workload.channels),
+        refuses=multiples_of(8),
+    ),
+    Provider(
+        "rcca-triton",
+        attention=of_any_workload(criss_cross_twice(partial(modules.criss_cross_attention, **_kernels))),
+        module=of_channels(partial(modules.PartitionedRCCA, **_kernels)),
+        kernels=True,
+        refuses=multiples_of(8),
+    ),
+    Provider(
+        "cgnl",
+        attention=of_any_workload(cgnl_attention()),
+        module=of_channels(reference.CGNL),
+        head=behind_conv(of_channels(reference.CGNL)),
+        refuses=multiples_of(16),
+    ),
+    Provider(
+        "cgnlx",
+        attention=of_any_workload(cgnl_attention(reference.gaussian_expansion)),
+        module=of_channels(reference.CGNLx),
+        refuses=multiples_of(16),
+    ),
+    Provider(
+        "ppm",
+        module=lambda workload: modules.SingleMapPPM(workload.channels, workload.channels),
+        head=lambda workload: modules.SingleMapPPM(workload.in_channels, workload.channels),
+        refuses=multiples_of(4),
+    ),
+    Provider("aspp", module=lambda workload: modules.SingleMapASPP(workload.channels, workload.channels)),
+    Provider(
+        "timm",
+        attention=in_stages(libraries.timm),
+        module=libraries.TimmStages,
+        package="timm",
+        refuses=libraries.timm_refuses,
+    ),
+    Provider("flex", attention=in_stages(libraries.flex), refuses=libraries.forward_only, compiles=True),
+    Provider("natten", attention=in_stages(libraries.natten), package="natten", refuses=libraries.natten_refuses),
+    Provider(
+        "unfused",
+        attention=modules.permuted_attention,
+        module=modules.PermutedBlock,
+        head=behind_conv(modules.PermutedModule),
+    ),
+    Provider("isa", attention=in_stages(partitioned_attention), module=modules.isa_block, head=CONTEXTS["ISA"]),
+    Provider(
+        "isa-triton",
+        attention=in_stages(partial(partitioned_attention, **_kernels)),
+        module=partial(modules.isa_block, **_kernels),
+        kernels=True,
+    ),
+)
+PROVIDERS = {provider.name: provider for provider in _PROVIDERS}

@@ -37,9 +37,7 @@ def forward_only(workload: Workload) -> str | None:
 def divided_only(workload: Workload) -> str | None:
     """What a library without padding says to a workload."""
     (P_h, P_w), height, width = workload.partition_size, workload.height, workload.width
-    if height % P_h or width % P_w:
-        return f"takes maps that {P_h}x{P_w} divides"
-    return None
+    return f"takes maps that {P_h}x{P_w} divides" if height % P_h or width % P_w else None
 
 
 # -- timm --------------------------------------------------------------------------------------------------------------
