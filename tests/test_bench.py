@@ -243,6 +243,7 @@ TINY = ["--channels=8", "--key-channels=4", "--value-channels=6", "--rounds=1"]
 SCALING = ["scaling", "--partition-size=2x3", *TINY]
 
 
+@pytest.mark.slow
 def test_scaling_writes_its_csv_and_plots(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names = [name for name in PROVIDERS if not PROVIDERS[name].compiles]
     main([*SCALING, "--out", str(tmp_path), "--sizes", "7x11", "12x9", "--providers", *names])

@@ -134,12 +134,14 @@ def test_context_is_learned_and_its_absence_is_not() -> None:
     assert none.ceiling < 0.4
 
 
+@pytest.mark.slow
 def test_the_strokes_of_a_mosaic_need_the_other_digits() -> None:
     isa, none = (learn(Run("mosaics", name, 0, 60), batch=8, tested=48) for name in ("ISA", "none"))
     assert isa.accuracy > 2 * none.accuracy
     assert isa.reached is isa.ceiling is None
 
 
+@pytest.mark.slow
 def test_a_run_leaves_a_csv_a_table_and_a_plot_a_question(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     of = ["--experiments", "keys", "mosaics", "--networks", "none", "ISA"]
     main(["accuracy", "--out", str(tmp_path), *of, "--seeds", "2", "--steps", "4", "--workers", "1"])

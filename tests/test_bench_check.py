@@ -49,6 +49,7 @@ def test_drawn_cases_are_counted_and_differ_with_the_seed(tmp_path: Path, monkey
     assert drawn[0] != drawn[1] != drawn[2]
 
 
+@pytest.mark.slow
 def test_a_wrong_kernel_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     forward = launch.forward
     monkeypatch.setattr(launch, "forward", lambda *args: forward(*args[:6], args[6] * 1.01, *args[7:]))  # the scale

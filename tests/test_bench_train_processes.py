@@ -32,6 +32,7 @@ def two_steps() -> dict[str, Tensor]:
     return dict(training.network.state_dict())
 
 
+@pytest.mark.slow
 def test_two_processes_learn_what_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trainer, "ianet", small)
     first, second = processes(2, two_steps, tmp_path)

@@ -59,6 +59,7 @@ def binaries(launched: Launched) -> dict[str, set[str]]:
     return found
 
 
+@pytest.mark.slow
 def test_no_tile_has_more_binaries_than_the_bound(launched: list[Launched]) -> None:
     for case, launches in zip(CASES, launched, strict=True):
         assert max(map(len, binaries(launches).values())) <= BOUND, case
