@@ -185,3 +185,19 @@ def test_what_cannot_be_accelerated_is_named() -> None:
     swin = timm.create_model("swin_tiny_patch4_window7_224", img_size=56, attn_drop_rate=0.2, **SWIN)
     with pytest.raises(ValueError, match=r"attn_drop 0, not 0\.2"):
         accelerate(swin).train()(torch.randn(1, 3, 56, 56))
+
+
+@pytest.mark.parametrize(
+    ("name", "any_size"), [("maxvit_tiny_tf_224", True), ("maxvit_pico_rw_256", False)], ids=["tf", "rw"]
+)
+@torch.no_grad()
+def test_image_sizes_are_those_of_timms_own_layers(name: str, any_size: bool) -> None:
+    """Windows and grids take any map; what is left is how a family strides and pools."""
+    network = accelerate(timm.create_model(name, depths=(1, 1, 1, 1), num_classes=5).eval())
+    assert network(torch.randn(1, 3, 96, 160)).isfinite().all()
+    x = torch.randn(1, 3, 97, 131)
+    if any_size:
+        assert network(x).isfinite().all()
+    else:
+        with pytest.raises(RuntimeError, match="must match the size of tensor"):
+            network(x)

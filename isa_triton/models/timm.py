@@ -40,9 +40,13 @@ def accelerate(model: Model, *, backend: str = "auto") -> Model:
     "auto" is, in inference on a CPU and where windows divide the map, torch's scaled_dot_product_attention between one
     copy of the map and another: faster there than copies of q, k, v and the result, which "eager" makes.
 
-    No weight is touched, so checkpoints load before and after. Calling it again sets the backend anew; `restore` takes
-    it back. Maps that the window or grid does not divide: MaxViT, which refuses them in timm, attends to the real
-    pixels only; Swin attends to zeros behind the map too, as in timm.
+    No weight is touched, so checkpoints load before and after. What stands in a block is called: adapters, hooks and
+    parametrisations work as before, and a block whose attention is not timm's own stays as it is. Calling it again sets
+    the backend anew; `restore` takes it back.
+
+    Maps that the window or grid does not divide: MaxViT, which refuses them in timm, attends to the real pixels only;
+    Swin attends to zeros behind the map too, as in timm. Images of any size go through MaxViT of the "tf" kind; of the
+    "rw" kind, whose pooling is timm's own, multiples of 32 do.
 
     Args:
         model: of the MaxViT, MaxxViT, CoAtNet or Swin families of timm, or any network that holds their blocks.
