@@ -74,13 +74,14 @@ class _Folding:
         self.folded[module] = module
         if isinstance(module, (SelfAttention2d, InterlacedSparseSelfAttention)):
             stages = module.stages if isinstance(module, InterlacedSparseSelfAttention) else (module,)
-            obstacles = (_obstacle_to_stage(stage) for stage in stages)
-            obstacle = _obstacle_to_call(module) or next(filter(None, obstacles), None)
+            obstacle = _obstacle_to_call(module) or next(filter(None, map(_obstacle_to_stage, stages)), None)
             if obstacle is None and whole_stages:
                 self.folded[module] = FoldedAttention(*stages)
                 return self.folded[module]
             if obstacle is not None and whole_stages:
                 self.left.append((name, obstacle))
+            if type(module) not in _OURS:  # a subclass may do anything with its parts
+                return module
             whole_stages = False
         elif isinstance(module, ConvNormReLU):
             if isinstance(module.norm, nn.Identity):

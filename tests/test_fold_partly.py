@@ -98,6 +98,7 @@ def test_the_rest_of_a_network_is_folded() -> None:
     network = nn.Sequential(Scaled(6, 4, 5, pattern="local"), ISAModule(6, 4, 5, 6))
     folded: Any = fuse(with_random_statistics(network).eval())
     assert isinstance(folded[0], Scaled)
+    assert isinstance(folded[0].output.norm, nn.BatchNorm2d)
     assert isinstance(folded[1].branches[0], FoldedAttention)
     assert isinstance(folded[1].fuse.norm, nn.Identity)
 
