@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import onnxruntime  # type: ignore[import-untyped]
+import onnxruntime
 import pytest
 import timm
 import torch
