@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 from zipfile import ZipFile
@@ -87,3 +88,10 @@ def test_the_wheel_has_the_library_its_tiles_and_types_and_nothing_else(tmp_path
     assert f"isa_triton-{__version__}" in wheel.name
     others = {name.split("/")[0] for name in names}
     assert others == {"isa_triton", f"isa_triton-{__version__}.dist-info"}
+
+
+def test_an_editable_install_shows_the_library_alone() -> None:
+    """Names as common as bench and tests are nobody's but the checkout's."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]
+    assert settings["dev-mode-exact"] is True
+    assert settings["targets"]["wheel"]["packages"] == ["isa_triton"]
