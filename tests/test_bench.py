@@ -73,6 +73,7 @@ def test_training_flops_are_three_forward_passes_and_what_is_computed_again() ->
 
 
 @pytest.mark.parametrize(("name", "level", "pass_"), forms(RUNNING, **SMALL | {"channels": 32}))
+@pytest.mark.slow
 def test_counts_are_torchs_and_fake_tensors_count_as_real_ones(name: str, level: Level, pass_: Pass) -> None:
     workloads = [Workload(level, pass_, *map_, **SMALL | {"channels": 32}) for map_ in ((12, 18), (7, 11))]
     for workload in workloads:
@@ -313,6 +314,7 @@ def test_what_is_no_csv_of_ours_is_left_alone(tmp_path: Path, capsys: pytest.Cap
     assert (tmp_path / "scaling.csv").read_text() == "provider,flops\nisa,1\n"
 
 
+@pytest.mark.slow
 def test_partitions_writes_its_csv_and_a_plot(tmp_path: Path) -> None:
     sizes = ["--size", "8x12", "--partition-sizes", "1x2", "4", "--partition-size", "2x3", "--passes", "forward"]
     main(["partitions", *TINY, "--out", str(tmp_path), *sizes])
@@ -326,6 +328,7 @@ def test_partitions_writes_its_csv_and_a_plot(tmp_path: Path) -> None:
     assert [row.partition_size for row in rows if row.provider.startswith("module")] == ["2x3"] * 3
 
 
+@pytest.mark.slow
 def test_pictures_are_drawn(tmp_path: Path) -> None:
     main(["pictures", "--out", str(tmp_path)])
     assert {path.name for path in tmp_path.iterdir()} == {

@@ -126,6 +126,7 @@ def test_blocks_in_a_classifier_begin_as_the_identity() -> None:
     assert counts[2] - counts[0] == 3 * (counts[1] - counts[0]) > 0
 
 
+@pytest.mark.slow
 def test_context_is_learned_and_its_absence_is_not() -> None:
     short_long, none = (learn(Run("keys", name, 0, 60), batch=8, tested=48) for name in ("short-long", "none"))
     assert short_long.accuracy > 0.6 > 0.5 > none.accuracy

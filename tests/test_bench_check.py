@@ -32,6 +32,7 @@ def run(path: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> list[di
     return rows
 
 
+@pytest.mark.slow
 def test_both_backends_pass(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

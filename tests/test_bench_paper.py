@@ -32,6 +32,9 @@ PROVIDED = {"isa": "ISA", "unfused": "ISA", "dense": "SA", "dense-sdpa": "SA", "
 ALONE = {"SA": (85.9, 110.4, 309.3, 1168.3, 4535.6), "ISA": (36.8, 43.4, 76.8, 166.5, 384.6)}
 
 
+pytestmark = pytest.mark.slow  # every head of the paper is built and counted
+
+
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int, int], dict[str, str]]:
     """The rows of one run's paper.csv."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -27,19 +30,19 @@ def test_each_head_attends_with_its_own_channels(pattern: str) -> None:
     assert relative_error(together, torch.cat(apart, 1)) < 1e-13
 
 
-def layers() -> dict[str, nn.Module]:
-    widths, options = (5, K, V), {"partition_size": (3, 4), "num_heads": HEADS}
-    return {
-        "stage": SelfAttention2d(*widths, pattern="interlaced", **options),
-        "isa": InterlacedSparseSelfAttention(*widths, **options),
-        "module": ISAModule(*widths, 7, **options),
-        "head": ISAHead(5, V, 4, key_channels=K, **options),
-    }
+WIDTHS: Any = (5, K, V)
+OPTIONS: Any = {"partition_size": (3, 4), "num_heads": HEADS}
+LAYERS: dict[str, Callable[[], nn.Module]] = {
+    "stage": lambda: SelfAttention2d(*WIDTHS, pattern="interlaced", **OPTIONS),
+    "isa": lambda: InterlacedSparseSelfAttention(*WIDTHS, **OPTIONS),
+    "module": lambda: ISAModule(*WIDTHS, 7, **OPTIONS),
+    "head": lambda: ISAHead(5, V, 4, key_channels=K, **OPTIONS),
+}
 
 
-@pytest.mark.parametrize("name", layers())
+@pytest.mark.parametrize("name", LAYERS)
 def test_layers_pass_their_heads_on_and_fold_exactly(name: str) -> None:
-    layer = layers()[name].double().eval()
+    layer = LAYERS[name]().double().eval()
     stages = [stage for stage in layer.modules() if isinstance(stage, SelfAttention2d)]
     assert {stage.num_heads for stage in stages} == {HEADS}
     x = torch.randn(2, 5, 7, 10, dtype=torch.float64, requires_grad=True)

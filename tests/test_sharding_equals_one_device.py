@@ -82,6 +82,7 @@ def difference(
 
 
 @pytest.mark.parametrize("devices", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 4))])
+@pytest.mark.slow
 def test_two_stages_equal_one_device(devices: int, tmp_path: Path) -> None:
     """Outputs, all gradients and batch statistics: to 1e-12 in fp64 and to 1e-5 in fp32."""
     for errors in processes(devices, two_stage_errors, tmp_path):

@@ -54,6 +54,7 @@ def test_entries_are_well_formed(target: str) -> None:
 
 
 @pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.slow
 def test_every_problem_is_served(target: str) -> None:
     widths = (1, 24, 32, 39, 64, 80, 256, 512, 1000)
     for dtype, key, value, tokens in product(tiles.ARITHMETIC, widths, widths, (1, 49, 64, 144, 256, 300, 16384)):
