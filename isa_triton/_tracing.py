@@ -1,7 +1,7 @@
-"""Who is watching: compilers, transforms, modes that look at operators. All that rests on PyTorch's private names.
+"""Who is watching: compilers, transforms, modes that look at operators. PyTorch answers by private names, here only.
 
 A call that nobody watches may take short cuts; one that somebody watches must be made of what can be seen. When PyTorch
-moves, this is the file that breaks.
+moves these names, this is the file that breaks.
 """
 
 from __future__ import annotations

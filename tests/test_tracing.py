@@ -48,7 +48,7 @@ def within(question: Any, *contexts: AbstractContextManager[Any]) -> Any:
 
 
 @pytest.mark.parametrize("name", PRIVATE)
-def test_a_private_name_of_torch_is_used_in_one_file_only(name: str) -> None:
+def test_a_private_name_that_tells_who_watches_is_used_in_one_file_only(name: str) -> None:
     users = [path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py") if name in path.read_text()]
     assert users == ["_tracing.py"]
 
