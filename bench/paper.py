@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from bench import measure
+from bench import measure, terminal
 from bench.arguments import add_out
 from bench.compared.heads import CONTEXTS, Widths
-from bench.records import console, format_size, table, write
+from bench.records import format_size, write
+from bench.terminal import Table, Terminal
 
 CHANNELS = 2048
 MAPS = ((64, 128), (97, 97), (128, 128), (128, 256), (256, 256))
@@ -97,26 +98,29 @@ def parameters(module: nn.Module) -> int:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_out(parser, "paper.csv")
+    terminal.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> None:
-    terminal, path = console(), args.out / "paper.csv"
-    rows, lines = [], []
+    path = args.out / "paper.csv"
+    rows, lines = list[Row](), list[list[str]]()
     for i, map_ in enumerate(MAPS):
         for name, make in HEADS.items():
             counted, authors = count(make, *map_), AUTHORS[name][i]
             script, exact = counted.script / 1e9, counted.exact / 1e9
             rows.append(Row(name, *map_, authors, round(script, 3), round(exact, 3), counted.parameters))
-            where, off = format_size(map_) if name == next(iter(HEADS)) else "", f"{100 * (script / authors - 1):+.2f}%"
+            off = f"{100 * (script / authors - 1):+.2f}%"
             beyond = [f"{flops / 1e9:.2f}" if flops else "" for flops in counted.beyond.values()]
-            lines.append([where, name, f"{authors:.1f}", f"{script:.1f}", off, *beyond, f"{exact:.1f}"])
+            lines.append([format_size(map_), name, f"{authors:.1f}", f"{script:.1f}", off, *beyond, f"{exact:.1f}"])
         lines.append([])
+    write(path, Row, rows)
+    said = Terminal(args)
     title = f"GFLOPs of whole heads on {CHANNELS} x height x width: script + {' + '.join(BEYOND)} = exact"
-    terminal.print(table(title, ("map", "head", "authors", "script", "off by", *BEYOND, "exact"), lines, words=2))
-    learned = [f"{row.module} {row.parameters:,}" for row in rows[: len(HEADS)]]
+    said.show(Table(title, ("map", "head", "authors", "script", "off by", *BEYOND, "exact"), lines, words=2))
+    learned = [[row.module, f"{row.parameters:,}"] for row in rows[: len(HEADS)]]
     for name in ("ISA", "SA"):
         _, block = HEADS[name]().children()
-        learned.append(f"{name} without its 3x3 convolution {parameters(block):,}")
-    terminal.print("Parameters:", *learned, sep="\n  ")
-    write(path, Row, rows)
-    terminal.print(f"Wrote {path}")
+        learned.append([f"{name} without its 3x3 convolution", f"{parameters(block):,}"])
+    said.show(Table("", ("head", "parameters"), learned))
+    worst = max(abs(row.script_gflops / row.authors_gflops - 1) for row in rows)
+    said.end(f"The authors' figures, counted by their conventions, agree to {worst:.2%} at worst.", path)
