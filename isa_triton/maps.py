@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ._tracing import leaf_of_fx
+from ._tracing import leaf_of_fx, wants_torch_operators
 from .functional import partitioned_attention
 from .partition import Partition, ceil_div
 
@@ -49,17 +49,25 @@ class Conv1x1(nn.Conv2d):
 
     @leaf_of_fx
     def forward(self, *inputs: Tensor) -> Tensor:
-        size = inputs[0].shape[2:]
-        weights = self.weight.flatten(1).split([x.shape[1] for x in inputs], dim=1)  # [out, C_i]
+        weights = self.weight.split([x.shape[1] for x in inputs], dim=1)  # [out, C_i, 1, 1]
+        if torch.compiler.is_compiling() or wants_torch_operators():
+            return self._convolved(inputs, weights)
         y = self.bias  # then [B, H W, out]
         for x, weight in zip(inputs, weights, strict=True):
             pixels = x.permute(0, 2, 3, 1).flatten(1, 2)  # [B, H W, C_i], NCHW or channels_last
-            weight = weight.t().expand(
-                x.shape[0], -1, -1
-            )  # a batched GEMM takes NCHW transposed; folding B would copy it
-            y = torch.bmm(pixels, weight) if y is None else torch.baddbmm(y, pixels, weight)
+            matrix = weight.flatten(1).t().expand(x.shape[0], -1, -1)  # [B, C_i, out]
+            # a batched GEMM takes NCHW transposed; folding B would copy it
+            y = torch.bmm(pixels, matrix) if y is None else torch.baddbmm(y, pixels, matrix)
         assert y is not None
-        return y.unflatten(1, size).permute(0, 3, 1, 2)
+        return y.unflatten(1, inputs[0].shape[2:]).permute(0, 3, 1, 2)
+
+    def _convolved(self, inputs: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+        """For graphs of any batch and size: inductor (torch 2.14) cannot keep a view for backward, tracers not `expand`."""
+        first, *others = (x.contiguous(memory_format=torch.channels_last) for x in inputs)
+        y = F.conv2d(first, weights[0], self.bias)
+        for x, weight in zip(others, weights[1:], strict=True):
+            y = y + F.conv2d(x, weight)
+        return y
 
 
 class ConvNormReLU(nn.Sequential):

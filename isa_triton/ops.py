@@ -122,8 +122,11 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
         q, k, v, bias, ctx.call = inputs
-        kept = output if _keeps_output(q, v, ctx.call) else (None, None)
-        ctx.save_for_backward(q, k, v, bias, *kept)
+        keeps = _keeps_output(q, v, ctx.call)
+        # A compiler keeps out for what comes after it anyway; told so, it does not keep a view instead, whose strides
+        # of any size inductor (torch 2.14) cannot compare.
+        out = output[0] if keeps or torch.compiler.is_compiling() else None
+        ctx.save_for_backward(q, k, v, bias, out, output[1] if keeps else None)
         ctx.save_for_forward(q, k, v, bias)
         ctx.set_materialize_grads(False)
         if not ctx.call.with_lse:
