@@ -101,9 +101,9 @@ DEFECTS = (
         f"{KEYLESS}[torch.float32-many blocks]",
     ),
     Defect(
-        "scores with a bias times log2(e)",
+        "scores in another unit than their exponentials",
         "backend/kernels/common.py",
-        "LOG2_E if bias is None else 1.0",
+        "LOG2_E if bias is None else LOG2_E / 2",
         "LOG2_E",
         f"{NAMED}[a bias]",
     ),

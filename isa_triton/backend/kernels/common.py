@@ -141,17 +141,17 @@ def pairs(numbers, index, query, key):
 
 @triton.jit
 def unit(bias):
-    """What scores are multiplied by: log2(e), so that exp2 takes them as they are; with a bias 1.
+    """What scores are multiplied by: log2(e), so that exp2 takes them as they are; with a bias half of it.
 
-    For log2(e) times a bias may be beyond fp32, and beside the addition of one a later multiplication costs no more.
+    For log2(e) times a bias may be beyond fp32. (1 would save `exp` an addition, but some kernels then spill.)
     """
-    return LOG2_E if bias is None else 1.0
+    return LOG2_E if bias is None else LOG2_E / 2
 
 
 @triton.jit
 def exp(score, bias):
-    """e to the power of a difference of scores; tl.exp would take more instructions, for results that are denormal."""
-    return tl.exp2(score) if bias is None else tl.exp2(score * LOG2_E)
+    """e to the power of a difference of scores."""
+    return tl.exp2(score) if bias is None else tl.exp2(score + score)
 
 
 @triton.jit
@@ -166,7 +166,7 @@ def biased(product, scale, bias_block, key):
     """unit * (scale * q k^T + bias), and minus infinity for keys outside the map; the bias as loaded, or None."""
     score = product * (scale * unit(bias_block))
     if bias_block is not None:
-        score += bias_block
+        score += bias_block * unit(bias_block)
     return tl.where(key.inside, score, float("-inf"))
 
 
@@ -190,7 +190,7 @@ def weigh(score, row_max, bias):
 def fold_softmax(score, row_max, row_sum, bias):
     """Fold a block of keys into each row's maximum and sum; `shrink` adapts what was summed under the old maximum."""
     weight, new_max = weigh(score, row_max, bias)
-    shrink = exp(tl.maximum(row_max - new_max, LOWEST / 2), bias)  # no less, for log2(e) times LOWEST is infinite
+    shrink = exp(tl.maximum(row_max - new_max, LOWEST / 2), bias)  # no less, or the double is infinite
     return weight, shrink, new_max, row_sum * shrink + tl.sum(weight, 1)
 
 
