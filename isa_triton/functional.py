@@ -30,12 +30,17 @@ def partitioned_attention(
     ``out = softmax(scale * q k^T + bias) v`` inside each group (Huang et al., arXiv 1907.12273, equations 1-3 with the
     permutations left out). Tokens of a group that lie outside the map do not exist: they are never attended.
 
+    A bias of minus infinity forbids a key. A query without any key has output 0, lse minus infinity and no part in any
+    gradient, as in torch's own scaled_dot_product_attention; this holds for every backend, dtype and derivative. No
+    finite bias gives NaN.
+
     Args:
         q: [B, H, W, heads, K], any strides; fp16, bf16, fp32 or fp64.
         k: [B, H, W, heads, K], dtype and device of q.
         v: [B, H, W, heads, V], dtype and device of q; V may differ from K.
         partition: which pixels attend which, for maps of H x W.
-        bias: [heads, tokens, tokens], added to the scores; tokens outside the map have their rows and columns too.
+        bias: [heads, tokens, tokens], added to the scores, finite or minus infinity; tokens outside the map have their
+            rows and columns too.
         scale: factor of the scores; default K**-0.5.
         backend: "triton" (the kernels), "eager" (PyTorch, any device and dtype) or "auto": the kernels for CUDA, ROCm
             and XPU tensors of the dtypes they take (fp16, bf16, fp32) where triton is installed, eager otherwise.
@@ -78,7 +83,8 @@ def partitioned_attention_with_lse(
 
     Returns:
         out as above, and lse [B, H, W, heads], natural logarithm, fp32 (fp64 for fp64 inputs), differentiable too.
-        Attention over two disjoint sets of keys merges by it, with the weights ``softmax([lse_1, lse_2])``.
+        Attention over two disjoint sets of keys merges by it, with the weights ``softmax([lse_1, lse_2])``; where a
+        bias may forbid all keys of both, clamp the two at their dtype's lowest number first.
 
     Raises:
         TypeError: an argument of the wrong kind or dtype.

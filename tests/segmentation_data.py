@@ -1,4 +1,4 @@
-"""Folders as the publishers of Cityscapes and VOC 2012 lay them out, with small images whose colours say the labels."""
+"""Folders as the publishers of Cityscapes, LIP and VOC 2012 lay them out, of small images; colours say the labels."""
 
 from __future__ import annotations
 
@@ -45,6 +45,15 @@ def cityscapes(folder: Path) -> Path:
             name = f"aachen_{i:06d}_000019"
             save(folder / "leftImg8bit" / split / "aachen" / f"{name}_leftImg8bit.png", image)
             save(folder / "gtFine" / split / "aachen" / f"{name}_gtFine_labelIds.png", label)
+    return folder
+
+
+def lip(folder: Path) -> Path:
+    """1 image to train and 1 to validate, of noise that says nothing."""
+    rng = np.random.default_rng(2)
+    for split in ("train", "val"):
+        save(folder / f"{split}_images" / "a.jpg", rng.integers(0, 256, (*SIZE, 3)).astype(np.uint8))
+        save(folder / f"{split}_segmentations" / "a.png", rng.integers(0, 20, SIZE).astype(np.uint8))
     return folder
 
 

@@ -11,6 +11,7 @@ import pytest
 from bench.__main__ import main
 from bench.train import trainer
 from bench.train.data import DATA_SETS
+from tests import segmentation_data
 from tests.segmentation_data import SIZE, save
 from tests.small_network import small
 
@@ -71,3 +72,38 @@ def test_a_file_that_is_no_label_is_named_whoever_loads_it(
     printed = capsys.readouterr().err
     assert f"error: {tmp_path / 'train_segmentations' / 'a.png'} must" in printed
     assert message in printed
+
+
+def stopped_training(folder: Path, workers: int, capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line that a training on LIP says when it cannot go on."""
+    arguments = ["train", "--data", str(folder), "--data-set", "lip", "--out", str(folder), "--weights", "none"]
+    with pytest.raises(SystemExit) as stopped:
+        main([*arguments, "--batch", "2", "--crop", "32", "--workers", str(workers)])
+    assert stopped.value.code == 2
+    usage, _, message = capsys.readouterr().err.strip().partition("error: ")
+    assert usage.startswith("usage: ")
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("name", ["train_images/a.jpg", "train_segmentations/a.png", "val_images/a.jpg"])
+@pytest.mark.parametrize("lost", [900, 10**9])
+def test_a_truncated_file_is_named_before_training(
+    name: str, lost: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delattr(trainer, "Trainer")  # for nothing is trained
+    path = segmentation_data.lip(tmp_path) / name
+    content = path.read_bytes()
+    path.write_bytes(content[: max(20, len(content) - lost)])
+    said = stopped_training(tmp_path, 0, capsys)
+    assert said.startswith(f"{path} cannot be read: ")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_damage_amid_a_file_is_named_by_whoever_loads_it(
+    workers: int, tmp_path: Path, small_network: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = segmentation_data.lip(tmp_path) / "train_segmentations" / "a.png"
+    content = path.read_bytes()
+    path.write_bytes(content[:500] + bytes(500) + content[1000:])
+    assert stopped_training(tmp_path, workers, capsys).startswith(f"{path} cannot be read: ")

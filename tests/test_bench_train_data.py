@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import ExifTags, Image
 from torch import Tensor
 from torchvision import datasets, tv_tensors
 
@@ -137,3 +138,52 @@ def test_folders_are_found_as_their_layout_says(name: str, image: str, label: st
     pair[1].unlink()
     with pytest.raises(InputError, match=r"a\.png is not there; expected is"):
         data.paths(tmp_path, "val")
+
+
+@pytest.fixture
+def lip(tmp_path: Path) -> Path:
+    """An image and its label to train on, and a pair to validate with."""
+    return segmentation_data.lip(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["a.jpeg", "a.JPG", "a.png", "a.b.Png"])
+def test_images_end_as_they_like(name: str, lip: Path) -> None:
+    label = lip / "train_segmentations" / f"{Path(name).stem}.PNG"
+    image = lip / "train_images" / name
+    (lip / "train_images" / "a.jpg").rename(image)
+    (lip / "train_segmentations" / "a.png").rename(label)
+    assert DATA_SETS["lip"].paths(lip, "train") == [(image, label)]
+    image.with_suffix(".jpg").touch()
+    with pytest.raises(InputError, match=r"must be the one picture of its name, and there is a\."):
+        DATA_SETS["lip"].paths(lip, "train")
+
+
+@pytest.mark.parametrize("name", ["2007_000039.JPG", "2007_000039.png"])
+def test_images_of_a_listing_end_as_they_like(name: str, tmp_path: Path) -> None:
+    images = segmentation_data.voc(tmp_path) / "VOCdevkit" / "VOC2012" / "JPEGImages"
+    (images / "2007_000039.jpg").rename(images / name)
+    assert [image.name for image, _ in DATA_SETS["voc"].paths(tmp_path, "train")] == [
+        "2007_000032.jpg",
+        name,
+        "2007_000063.jpg",
+    ]
+    (images / name).unlink()
+    with pytest.raises(InputError, match=r"2007_000039\.jpg is not there; expected is"):
+        DATA_SETS["voc"].paths(tmp_path, "train")
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+@pytest.mark.parametrize("kind", ["jpg", "png"])
+def test_labels_that_are_upright_where_exif_turns_the_image_are_told_so(kind: str, orientation: int, lip: Path) -> None:
+    image, label = lip / "train_images" / "a.jpg", lip / "train_segmentations" / "a.png"
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    with Image.open(image) as picture:
+        picture.save(image.with_suffix(f".{kind}"), exif=exif)
+    if kind == "png":
+        image.unlink()
+    assert len(DATA_SETS["lip"].paths(lip, "train")) == 1  # the label is as the image is stored
+    save(label, np.zeros(SIZE[::-1], np.uint8))
+    with pytest.raises(InputError, match=r"the 80x48 pixels of a\.(jpg|png), got 48x80 of mode L") as raised:
+        DATA_SETS["lip"].paths(lip, "train")
+    assert ("EXIF turns that image when it is shown" in str(raised.value)) == (orientation == 6)

@@ -15,6 +15,7 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
 COPIED = ("isa_triton", "reference", "bench", "tests", "pyproject.toml")
 NAMED = "test_kernels.py::test_a_named_case_keeps_the_budget"
+KEYLESS = "test_rows_without_keys.py::test_the_same_in_kernels_of_every_form"
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ DEFECTS = (
         "tokens.y * pixels.y + tokens.x * pixels.x",
         "test_kernel_limits.py::test_offsets_may_exceed_31_bits[row-one block]",
     ),
-    Defect("wrong lse", "backend/kernels/forward.py", "row_max * LN_2", "row_max"),
+    Defect("wrong lse", "backend/kernels/common.py", "row_max * (1.0 / unit(bias))", "row_max"),
     Defect(
         "bias transposed",
         "backend/kernels/common.py",
@@ -84,6 +85,34 @@ DEFECTS = (
         "inside & (y >= 0) & (x >= 0)",
         "inside",
         f"{NAMED}[shifted windows]",
+    ),
+    Defect(
+        "nothing divided by nothing",
+        "backend/kernels/common.py",
+        "tl.maximum(row_sum, 1.0, propagate_nan=tl.PropagateNan.ALL)[:, None]",
+        "row_sum[:, None]",
+        f"{KEYLESS}[torch.float32-one block]",
+    ),
+    Defect(
+        "lse of minus infinity subtracted",
+        "backend/kernels/backward.py",
+        'tl.where(lse_m == float("-inf"), float("inf"), lse_m)',
+        "lse_m",
+        f"{KEYLESS}[torch.float32-many blocks]",
+    ),
+    Defect(
+        "scores in another unit than their exponentials",
+        "backend/kernels/common.py",
+        "LOG2_E if bias is None else LOG2_E / 2",
+        "LOG2_E",
+        f"{NAMED}[a bias]",
+    ),
+    Defect(
+        "p beyond 1",
+        "backend/kernels/backward.py",
+        "tl.exp2(exponent) if bias is None else at_most_one(exponent, bias)",
+        "exp(exponent, bias)",
+        "test_rows_without_keys.py::test_scores_that_rounding_moves_by_hundreds_give_finite_gradients[many blocks]",
     ),
     Defect("dlse forgotten", "backend/kernels/backward.py", "delta -= one_each", "delta -= 0 * one_each"),
 )

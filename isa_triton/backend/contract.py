@@ -67,6 +67,7 @@ class Backend(Protocol):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
         """``out = softmax(scale q k^T + bias) v`` inside every group, and lse, the log-sum-exp of its scores.
 
+        0 and minus infinity for a query whose bias is minus infinity for every key in the map; its gradients are 0.
         Both as `empty_outputs` makes them; lse means something if `call.with_lse`.
         """
 

@@ -160,6 +160,7 @@ class _Chunk:
         self._partition, self._piece, self._views, self._heads = partition, piece, views, heads
         self._tokens, self.query_blocks, self.scratch = piece[0].tokens * piece[1].tokens, query_blocks, scratch
         self.bias = None if bias is None else self.view_bias(bias).reshape(-1, self._tokens, self._tokens)
+        self._keyless = None if self.bias is None else (self.bias == -torch.inf).all(-1, keepdim=True)  # [heads, T, 1]
 
     def load(self, name: str) -> Tensor:
         """The chunk of a map as [n, T, width], copied to scratch memory."""
@@ -176,12 +177,15 @@ class _Chunk:
         return _crop(bias, self._partition, self._piece)[self._heads]
 
     def softmax_scores(self, q: Tensor, k: Tensor, rows: slice, scale: float) -> tuple[Tensor, Tensor]:
-        """Scores S = scale q k^T + bias of a block of queries, and softmax(S); both [n, rows, T]."""
+        """Scores S = scale q k^T + bias of a block of queries, and softmax(S), 0 without keys; both [n, rows, T]."""
         s = self.scratch("s", (*q.shape[:2], k.shape[1]))
         torch.baddbmm(s, q, k.mT, beta=0, alpha=scale, out=s)
         if self.bias is not None:
             s.unflatten(0, (-1, self.bias.shape[0])).add_(self.bias[:, rows])
-        return s, torch.softmax(s, -1, out=self.scratch("p", s.shape))
+        p = torch.softmax(s, -1, out=self.scratch("p", s.shape))
+        if self._keyless is not None:
+            p.unflatten(0, (-1, self._keyless.shape[0])).masked_fill_(self._keyless[:, rows], 0)
+        return s, p
 
 
 def _chunks(partition: Partition, maps: dict[str, Tensor], bias: Tensor | None) -> Iterator[_Chunk]:

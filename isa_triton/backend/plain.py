@@ -22,10 +22,16 @@ def attention(
     y, x, inside = partition.coordinates(group[:, None], token)  # [G, T]
     pixel = torch.where(inside, y * width + x, 0)
     qs, ks, vs = (t.flatten(1, 2)[:, pixel].transpose(2, 3) for t in (q, k, v))  # [B, G, heads, T, width]
-    s = scale * (qs @ ks.transpose(-1, -2))
-    s = (s if bias is None else s + bias).masked_fill(~inside[:, None, None], -torch.inf)
+    outside = ~inside[:, None, None]  # [G, 1, 1, T]
+    s = (scale * (qs @ ks.transpose(-1, -2))).to(lse_dtype(q.dtype))  # in which the largest bias and a score are finite
+    s = (s if bias is None else s + bias).masked_fill(outside, -torch.inf)
+    if bias is not None:  # softmax of no key is NaN, and so are its derivatives: it is not asked for
+        keyless = (outside | (bias == -torch.inf)).all(-1, keepdim=True)  # [G, heads, T, 1]
+        s = s.masked_fill(keyless, 0)
+    out, lse = s.softmax(-1).to(v.dtype) @ vs, s.logsumexp(-1)
+    if bias is not None:
+        out, lse = out.masked_fill(keyless, 0), lse.masked_fill(keyless.squeeze(-1), -torch.inf)
 
     y, x = torch.arange(height, device=device)[:, None], torch.arange(width, device=device)
     group, token = partition.seat(y, x)  # [H, W]
-    out, lse = s.softmax(-1) @ vs, s.to(lse_dtype(s.dtype)).logsumexp(-1)
     return out[:, group, :, token].permute(2, 0, 1, 3, 4), lse[:, group, :, token].permute(2, 0, 1, 3)

@@ -24,10 +24,12 @@ import triton
 import triton.language as tl
 
 from isa_triton.backend.kernels.common import (
-    LOG2_E,
+    LOWEST,
     across,
     anywhere,
+    divisor,
     down,
+    exp,
     inner_products,
     load,
     locate,
@@ -35,7 +37,9 @@ from isa_triton.backend.kernels.common import (
     rows,
     scores,
     store,
+    unit,
     unravel,
+    weigh,
 )
 
 
@@ -71,8 +75,8 @@ def backward_group_kernel(
 
         product = inner_products(q_rows, k_rows, K, BLOCK_K, PRECISION)
         score = scores(product, scale, bias, down(token), across(token))  # [BLOCK, BLOCK]
-        weight = tl.exp2(score - tl.max(score, 1)[:, None])
-        p = weight / tl.sum(weight, 1)[:, None]  # a query outside the map has one too, but its do is zero
+        weight = weigh(score, LOWEST, bias)[0]
+        p = weight / divisor(tl.sum(weight, 1))  # a query outside the map has one too, but its do is zero
 
         dp = tl.zeros([BLOCK, BLOCK], tl.float32)
         for chunk in range(0, V, BLOCK_V):
@@ -100,16 +104,29 @@ def backward_group_kernel(
 
 
 @triton.jit
+def load_lse(lse, query, bias):
+    """lse of queries whose p is to be zero as infinity: of those outside the map, or without keys by their bias."""
+    lse_m = one_each(lse, query, float("inf"))
+    return lse_m if bias is None else tl.where(lse_m == float("-inf"), float("inf"), lse_m)
+
+
+@triton.jit
 def probabilities(product, scale, bias, lse, query, key):
-    """p, or p^T, from q k^T and the saved lse; zero for tokens outside the map (a query there has lse = infinity)."""
-    return tl.exp2(scores(product, scale, bias, query, key) - lse * LOG2_E)
+    """p, or p^T, from q k^T and the saved lse; zero for tokens outside the map, where a query has lse = infinity."""
+    exponent = scores(product, scale, bias, query, key) - lse * unit(bias)
+    return tl.exp2(exponent) if bias is None else at_most_one(exponent, bias)
 
 
 @triton.jit
 def finite_probabilities(product, scale, bias, lse, query, key):
     """`probabilities`, but for keys outside the map something between 0 and 1; their rows of k and v are zero."""
-    exponent = scores(product, scale, bias, query, anywhere(key)) - lse * LOG2_E
-    return tl.exp2(tl.minimum(exponent, 0.0, propagate_nan=tl.PropagateNan.ALL))
+    return at_most_one(scores(product, scale, bias, query, anywhere(key)) - lse * unit(bias), bias)
+
+
+@triton.jit
+def at_most_one(exponent, bias):
+    """exp of what can be above zero: for keys outside the map, or by rounding, which a large bias makes large."""
+    return exp(tl.minimum(exponent, 0.0, propagate_nan=tl.PropagateNan.ALL), bias)
 
 
 @triton.jit
@@ -150,7 +167,7 @@ def backward_queries_kernel(
     query = locate(item, head, block * BLOCK_M, h, w, BLOCK_M)
     q_rows, do_rows = rows(q, query), rows(do, query)
     dtype: tl.constexpr = q.data.dtype.element_ty
-    lse_m = one_each(lse, query, float("inf"))
+    lse_m = load_lse(lse, query, bias)
 
     if ONE_BLOCK:
         key = locate(item, head, 0, h, w, BLOCK_N)
@@ -204,7 +221,7 @@ def backward_keys_kernel(
     if ONE_BLOCK:
         query = locate(item, head, 0, h, w, BLOCK_M)
         q_rows, do_rows = rows(q, query), rows(do, query)
-        lse_m = one_each(lse, query, float("inf"))
+        lse_m = load_lse(lse, query, bias)
         product = inner_products(k_rows, q_rows, K, BLOCK_K, PRECISION)
         p = probabilities(product, scale, bias, lse_m[None, :], across(query), down(key))  # [BLOCK_N, BLOCK_M]
         packed = pack(p.to(dtype))
@@ -227,7 +244,7 @@ def backward_keys_kernel(
         for start in range(0, tokens, BLOCK_M):
             query = locate(item, head, start, h, w, BLOCK_M)
             q_rows, do_rows = rows(q, query), rows(do, query)
-            lse_m = one_each(lse, query, float("inf"))
+            lse_m = load_lse(lse, query, bias)
             product = inner_products(k_rows, q_rows, K, BLOCK_K, PRECISION)
             p = probabilities(product, scale, bias, lse_m[None, :], across(query), down(key))  # [BLOCK_N, BLOCK_M]
             if dv is not None:
@@ -262,7 +279,7 @@ def backward_pairs_kernel(
     for item in tl.range(slot, items, slots, num_stages=1, disable_licm=True):
         query = locate(item, head, query_start, h, w, BLOCK_M)
         key = locate(item, head, key_start, h, w, BLOCK_N)
-        lse_m, delta_m = one_each(lse, query, float("inf")), one_each(delta, query, 0.0)
+        lse_m, delta_m = load_lse(lse, query, bias), one_each(delta, query, 0.0)
         product = inner_products(rows(q, query), rows(k, key), K, BLOCK_K, PRECISION)
         p = probabilities(product, scale, bias, lse_m[:, None], down(query), across(key))
         acc += p * (inner_products(rows(do, query), rows(v, key), V, BLOCK_V, PRECISION) - delta_m[:, None])

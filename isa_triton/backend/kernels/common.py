@@ -17,7 +17,6 @@ from isa_triton.partition import coordinates
 device_coordinates = triton.jit(FunctionType(coordinates.__code__, globals()))
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # of fp32: a maximum over no key yet
 
 
@@ -141,25 +140,70 @@ def pairs(numbers, index, query, key):
 
 
 @triton.jit
-def scores(product, scale, bias, query, key):
-    """log2(e) * (scale * q k^T + bias), and minus infinity for keys outside the map."""
-    score = product * (scale * LOG2_E)
-    if bias is not None:
-        pointer, exists = pairs(bias, query.head, query, key)
-        score += tl.load(pointer, exists, other=0.0).to(tl.float32) * LOG2_E
+def unit(bias):
+    """What scores are multiplied by: log2(e), so that exp2 takes them as they are; with a bias half of it.
+
+    For log2(e) times a bias may be beyond fp32. (1 would save `exp` an addition, but some kernels then spill.)
+    """
+    return LOG2_E if bias is None else LOG2_E / 2
+
+
+@triton.jit
+def exp(score, bias):
+    """e to the power of a difference of scores."""
+    return tl.exp2(score) if bias is None else tl.exp2(score + score)
+
+
+@triton.jit
+def load_bias(bias, query, key):
+    """The bias of every pair, zero where there is none."""
+    pointer, exists = pairs(bias, query.head, query, key)
+    return tl.load(pointer, exists, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def biased(product, scale, bias_block, key):
+    """unit * (scale * q k^T + bias), and minus infinity for keys outside the map; the bias as loaded, or None."""
+    score = product * (scale * unit(bias_block))
+    if bias_block is not None:
+        score += bias_block * unit(bias_block)
     return tl.where(key.inside, score, float("-inf"))
 
 
 @triton.jit
-def fold_softmax(score, row_max, row_sum):
-    """Fold a block of keys into each row's maximum and sum; `shrink` adapts what was summed under the old maximum.
+def scores(product, scale, bias, query, key):
+    """`biased`, with a bias that lies in memory."""
+    return biased(product, scale, None if bias is None else load_bias(bias, query, key), key)
 
-    The maximum is finite, at first LOWEST: a block whose keys all lie outside the map adds nothing, and no NaN.
+
+@triton.jit
+def weigh(score, row_max, bias):
+    """exp(score - maximum) of every key, and the maximum: of a row's scores and what it was, at first LOWEST.
+
+    It is finite, so keys outside the map or with a bias of minus infinity have weight zero, even where all are such.
     """
     new_max = tl.maximum(row_max, tl.max(score, 1))
-    weight = tl.exp2(score - new_max[:, None])
-    shrink = tl.exp2(row_max - new_max)
+    return exp(score - new_max[:, None], bias), new_max
+
+
+@triton.jit
+def fold_softmax(score, row_max, row_sum, bias):
+    """Fold a block of keys into each row's maximum and sum; `shrink` adapts what was summed under the old maximum."""
+    weight, new_max = weigh(score, row_max, bias)
+    shrink = exp(tl.maximum(row_max - new_max, LOWEST / 2), bias)  # no less, or the double is infinite
     return weight, shrink, new_max, row_sum * shrink + tl.sum(weight, 1)
+
+
+@triton.jit
+def divisor(row_sum):
+    """What weights are divided by: their sum. The largest is 1, so only rows without keys have less; they stay zero."""
+    return tl.maximum(row_sum, 1.0, propagate_nan=tl.PropagateNan.ALL)[:, None]
+
+
+@triton.jit
+def log_sum_exp(row_max, row_sum, bias):
+    """lse, natural; minus infinity for rows without keys."""
+    return row_max * (1.0 / unit(bias)) + tl.log(row_sum)
 
 
 @triton.jit

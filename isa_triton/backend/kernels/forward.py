@@ -5,19 +5,22 @@ import triton
 import triton.language as tl
 
 from isa_triton.backend.kernels.common import (
-    LN_2,
     LOWEST,
     across,
-    anywhere,
+    biased,
+    divisor,
     down,
     fold_softmax,
     inner_products,
     load,
+    load_bias,
     locate,
+    log_sum_exp,
     rows,
     scores,
     store,
     unravel,
+    weigh,
 )
 
 
@@ -43,7 +46,7 @@ def forward_kernel(
         key = locate(item, head, 0, h, w, BLOCK_N)
         product = inner_products(q_rows, rows(k, key), K, BLOCK_K, PRECISION)  # [BLOCK_M, BLOCK_N]
         score = scores(product, scale, bias, down(query), across(key))
-        weight, _, row_max, row_sum = fold_softmax(score, row_max, row_sum)
+        weight, _, row_max, row_sum = fold_softmax(score, row_max, row_sum, bias)
 
     for chunk in range(0, V, BLOCK_V):
         acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
@@ -56,13 +59,13 @@ def forward_kernel(
                 key = locate(item, head, start, h, w, BLOCK_N)
                 product = inner_products(q_rows, rows(k, key), K, BLOCK_K, PRECISION)
                 score = scores(product, scale, bias, down(query), across(key))
-                weight, shrink, row_max, row_sum = fold_softmax(score, row_max, row_sum)
+                weight, shrink, row_max, row_sum = fold_softmax(score, row_max, row_sum, bias)
                 values = load(rows(v, key), chunk, V, BLOCK_V)
                 acc = tl.dot(weight.to(values.dtype), values, acc * shrink[:, None], input_precision=PRECISION)
-        store(rows(out, query), chunk, acc / row_sum[:, None], V, BLOCK_V)
+        store(rows(out, query), chunk, acc / divisor(row_sum), V, BLOCK_V)
 
     if lse is not None:
-        tl.store(rows(lse, query).pointer, row_max * LN_2 + tl.log(row_sum), query.inside)
+        tl.store(rows(lse, query).pointer, log_sum_exp(row_max, row_sum, bias), query.inside)
 
 
 @triton.jit(do_not_specialize=["items", "slots"])
@@ -77,19 +80,16 @@ def forward_group_kernel(
     """
     _, head, slot = unravel(tl.program_id(0), 1, heads)
     token = locate(0, head, 0, h, w, BLOCK)
-    nothing = tl.zeros([BLOCK, BLOCK], tl.float32)
-    # Of tokens outside the map too: which these are, every group says for itself.
-    bias_score = scores(nothing, scale, bias, down(token), anywhere(across(token)))  # [BLOCK, BLOCK]
+    bias_block = load_bias(bias, down(token), across(token))  # [BLOCK, BLOCK]
     for item in tl.range(slot, items, slots, num_stages=1):
         token = locate(item, head, 0, h, w, BLOCK)
         product = inner_products(rows(q, token), rows(k, token), K, BLOCK_K, PRECISION)
-        score = scores(product, scale, None, down(token), across(token)) + bias_score
-        row_max = tl.max(score, 1)
-        weight = tl.exp2(score - row_max[:, None])
+        score = biased(product, scale, bias_block, across(token))
+        weight, row_max = weigh(score, LOWEST, bias)
         row_sum = tl.sum(weight, 1)
         for chunk in range(0, V, BLOCK_V):
             values = load(rows(v, token), chunk, V, BLOCK_V)
             acc = tl.dot(weight.to(values.dtype), values, input_precision=PRECISION)
-            store(rows(out, token), chunk, acc / row_sum[:, None], V, BLOCK_V)
+            store(rows(out, token), chunk, acc / divisor(row_sum), V, BLOCK_V)
         if lse is not None:
-            tl.store(rows(lse, token).pointer, row_max * LN_2 + tl.log(row_sum), token.inside)
+            tl.store(rows(lse, token).pointer, log_sum_exp(row_max, row_sum, bias), token.inside)
