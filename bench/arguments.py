@@ -118,11 +118,14 @@ def add_out(parser: argparse.ArgumentParser, what: str = "the results", default:
 
 
 def add_sizes(
-    parser: argparse.ArgumentParser, default: Sequence[tuple[int, int]], what: str = "maps in pixels"
+    parser: argparse.ArgumentParser,
+    default: Sequence[tuple[int, int]],
+    what: str = "maps in pixels",
+    nargs: str = "+",
 ) -> None:
     """Maps or images."""
     help_ = f"{what}, 64 or 64x128, height first"
-    parser.add_argument("--sizes", nargs="+", type=size, default=list(default), metavar="SIZE", help=help_)
+    parser.add_argument("--sizes", nargs=nargs, type=size, default=list(default), metavar="SIZE", help=help_)
 
 
 def add_partition_size(parser: argparse.ArgumentParser, what: str = "P of ISA") -> None:
