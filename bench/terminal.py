@@ -171,7 +171,8 @@ class Terminal:
         """A bar over `total` units, "rows", with the time that has gone and is left, and what runs now."""
         done = MofNCompleteColumn(), TextColumn(unit), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()
         columns = TextColumn("{task.description}"), BarColumn(20), *done
-        with Progress(*columns, console=self._beside, transient=True) as progress:
+        unseen = not self._beside.is_terminal  # a file wants no bar, and not the empty line that it leaves
+        with Progress(*columns, console=self._beside, transient=True, disable=unseen) as progress:
             yield Bar(progress, progress.add_task("", total=total))
 
 
