@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(prog="python -m bench", description="Measure attention over partitions of a map.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    parsers = {name: commands.add_parser(name, help=what) for name, what in COMMANDS.items()}
+    parsers = {name: commands.add_parser(name, help=what, allow_abbrev=False) for name, what in COMMANDS.items()}
     chosen = next(iter(argv), None)
     if chosen not in COMMANDS:
         parser.parse_args(argv)  # the help, or what is wrong
