@@ -9,8 +9,8 @@ number of threads. SIGTERM and SIGINT (Ctrl-C) end the iteration and save. For s
 
 Batch statistics are then those of all processes, and --batch is that of all together.
 
-A run leaves log.csv (every iteration), checkpoint.pt (network, momentum and where it was: to go on) and, when it ends or
-stops, network.pt (half as large: weights and recipe, to evaluate and to use); iou.csv when it ends; and where
+A run leaves log.csv (every iteration) and checkpoint.pt (network, momentum and where it was: to go on); when it stops,
+network.pt (half as large: weights and recipe, to evaluate and to use); when it ends, iou.csv as well; and where
 tensorboard is installed, its event files.
 """
 
