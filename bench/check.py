@@ -83,6 +83,7 @@ def run(args: argparse.Namespace) -> None:
         raise argparse.ArgumentError(None, missing)
     said, sheet, path = Terminal(args), Sheet(args.device), args.out / "check.csv"
     named = named_cases(large=gpu)
+    said.say(f"Every case is a row of {path}")
     written = [path] if args.cases is None else [path, args.out / "check.png"]
     with said.progress("cases", len(args.backends) * (args.cases or len(named))) as bar:
         for backend in args.backends:

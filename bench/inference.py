@@ -95,6 +95,8 @@ def run(args: argparse.Namespace) -> None:
         args.models = []
     work = {f"{BLOCK}, {format_size(map_)}": partial(block, args, map_) for map_ in args.sizes}
     work |= {name: partial(model, args, name) for name in args.models}
+    if not work:
+        raise argparse.ArgumentError(None, "--sizes and --models: neither names anything to measure")
     said.say(f"Every row goes to {path}")
     with said.progress("maps and models", len(work)) as bar:
         for name, measured in work.items():

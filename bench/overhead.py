@@ -55,6 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     said, path, rows = Terminal(args), args.out / "overhead.csv", list[Row]()
+    said.say(f"Every layer is a row of {path}")
     with _stubbed(args.device), said.progress("rounds", 2 * (1 + args.rounds)) as bar:
         passes = {"forward": forward(args.device), "training": training(args.device)}
         medians = {name: microseconds(layers, args.rounds, args.calls, bar) for name, layers in passes.items()}

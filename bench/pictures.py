@@ -36,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     said, paths = Terminal(args), [args.out / f"{name}.png" for name in PICTURES]
+    said.say(f"Every picture goes to {args.out}")
     with said.progress("pictures", len(PICTURES)) as bar:
         for path, draw in zip(paths, PICTURES.values(), strict=True):
             bar.now(path.name)

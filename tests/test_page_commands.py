@@ -1,7 +1,4 @@
-"""Every command that a page names runs to its last output, scaled down by what `SMALL` adds to it.
-
-Those of the workbench are run beside its tests, with binaries that need no compiler.
-"""
+"""Every command that a page names runs to its last output, scaled down by what `SMALL` adds to it."""
 
 from __future__ import annotations
 
@@ -25,7 +22,6 @@ TRAIN = "--device cpu --workers 0"
 LEARN = f"{TRAIN} --backbone resnet50 --weights none --channels 16 --crop 64 --batch 2 --iterations 1 --dtype float32"
 # What makes a command small that begins so, its longest beginning; of an option that comes twice the last one counts.
 SMALL = {
-    "paper": "",
     "scaling": f"--sizes 8 --providers dense-sdpa isa {SURVEY}",
     "partitions": f"--size 8 --partition-sizes 2 {SURVEY}",
     "accuracy": "--experiments keys --networks none ISA --seeds 1 --steps 2 --workers 1",
@@ -33,13 +29,13 @@ SMALL = {
     "train --data cityscapes/ --evaluate": TRAIN,
     "inference": f"--sizes 8 --models --rounds 1 {WIDTHS}",
     "photograph": "--sizes 33x49 --rounds 1",
-    "pictures": "",
     "sharding": "--size 16 --channels 16 --partition-size 2 --rounds 1 --devices 1 2 --simulated-sizes 64",
     "check": "--backends eager --cases 5",
     "overhead": "--rounds 1 --calls 1",
 }
-LINES = list(dict.fromkeys(shlex.join(words) for _, words in COMMANDS if words[0] != "tiles"))
-QUICK = {"paper", "check", "overhead"}
+# Whom others run as they stand: they take no options, or binaries that need no compiler.
+ELSEWHERE = {"paper": "test_bench_paper.py", "pictures": "test_bench.py", "tiles": "test_bench_tile_search.py"}
+LINES = list(dict.fromkeys(shlex.join(words) for _, words in COMMANDS if words[0] not in ELSEWHERE))
 
 
 def small(line: str) -> list[str]:
@@ -52,7 +48,7 @@ def small(line: str) -> list[str]:
 @pytest.mark.parametrize(
     "command",
     [
-        pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow])
+        pytest.param(name, marks=[] if name == "overhead" else [pytest.mark.slow])
         for name in dict.fromkeys(line.split()[0] for line in LINES)
     ],
 )
@@ -65,9 +61,14 @@ def test_every_command_on_a_page_runs_to_its_last_output(
     for line in LINES:
         if line.split()[0] == command:
             main(small(line))
-            *_, last = capsys.readouterr().out.split("Wrote ")
-            paths = re.split(r",?\s+", last.strip())
-            assert all(Path(path).stat().st_size for path in paths), line
+            *_, last = re.split(r"Wrote\s+", capsys.readouterr().out)
+            assert all(Path(path).stat().st_size for path in last.splitlines()[0].split(", ")), line
+
+
+@pytest.mark.parametrize(("command", "file"), ELSEWHERE.items())
+def test_what_is_run_elsewhere_is(command: str, file: str) -> None:
+    test = (ROOT / "tests" / file).read_text()
+    assert f'"{command}"' in test, f"{file} runs no {command}"
 
 
 def test_a_command_that_nothing_makes_small_is_named() -> None:
