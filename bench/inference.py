@@ -111,7 +111,8 @@ def run(args: argparse.Namespace) -> None:
 def sentence(rows: Sequence[Row]) -> str:
     """How much faster ours are, from the slowest to the fastest."""
     times = {name: [row.times for row in rows if row.provider == name] for name in FASTER}
-    spans = {name: f"{min(found):.2f} to {max(found):.2f}" for name, found in times.items() if found}
+    ends = {name: dict.fromkeys(f"{end(found):.2f}" for end in (min, max)) for name, found in times.items() if found}
+    spans = {name: " to ".join(both) for name, both in ends.items()}
     return f"In one interleaved run {', '.join(FASTER[name].format(span) for name, span in spans.items())}."
 
 
