@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import logging
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -25,27 +27,33 @@ COMMANDS = {  # modules of this folder, imported when they are chosen
 OF_KERNELS = ("check", "overhead", "tiles")
 
 
+def _hush() -> None:
+    """What torch says of a machine without a GPU is no news of a command: before torch is loaded."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler's: only what its own user asks to hear
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # CUDA_HOME without a GPU
+
+
 def main(argv: Sequence[str] | None = None) -> None:
+    _hush()
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(prog="python -m bench", description="Measure attention over partitions of a map.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    parsers = {name: commands.add_parser(name, help=what) for name, what in COMMANDS.items()}
+    parsers = {name: commands.add_parser(name, help=what, allow_abbrev=False) for name, what in COMMANDS.items()}
     chosen = next(iter(argv), None)
     if chosen not in COMMANDS:
         parser.parse_args(argv)  # the help, or what is wrong
         return
+    parser = parsers[chosen]  # whose usage stands above what is wrong
     if chosen in OF_KERNELS and not find_spec("triton"):
         parser.error(f"{chosen} looks at kernels and needs triton, which is not installed (pip install triton)")
-    command = import_module(f"bench.{chosen}")
-    parsers[chosen].description = command.__doc__
-    command.add_arguments(parsers[chosen])
-    args = parser.parse_args(argv)
+    command, arguments = import_module(f"bench.{chosen}"), import_module("bench.arguments")  # loads torch
+    parser.description, parser.formatter_class = command.__doc__, arguments.Help
+    command.add_arguments(parser)
+    args = parser.parse_args(argv[1:])
     try:
         command.run(args)
-    except argparse.ArgumentError as error:  # arguments that are wrong together
+    except (argparse.ArgumentError, OSError) as error:  # wrong together; a file that cannot be read or written
         parser.error(str(error))
-    except OSError as error:  # a file that cannot be read or written
-        parser.error(f"{args.command}: {error}")
     except KeyboardInterrupt:
         parser.exit(130, "interrupted\n")
 

@@ -1,18 +1,43 @@
-"""Types of command-line arguments: each turns a word into a value, or says what would be valid."""
+"""Command-line arguments: types, which turn a word into a value or say what would be valid, and options of several.
+
+An option that takes several values is a plural, one that takes one is a singular; its help needs no default: `Help`
+says it.
+"""
 
 from __future__ import annotations
 
 import argparse
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
+from bench.records import format_size
 from bench.workload import PASSES
 
+SHORT_DTYPES = {"fp64": "float64", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 MOST, LONGEST = 2**20, 2**15  # of anything, and a side: the scores of all pairs of pixels still have a size in 64 bits
+
+
+class Help(argparse.RawDescriptionHelpFormatter):
+    """Help that says every default, but those that a help says itself in words."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        said, default = action.help or "", action.default
+        if default in (None, False, argparse.SUPPRESS) or "default:" in said:
+            return said
+        return f"{said} (default: {_word(default)})".replace("%", "%%")
+
+
+def _word(value: object) -> str:
+    """A value as it is written on a command line."""
+    if isinstance(value, tuple) and all(isinstance(side, int) for side in value):
+        return format_size(value)
+    if isinstance(value, (list, tuple)):
+        return " ".join(map(_word, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def positive(text: str) -> int:
@@ -61,6 +86,11 @@ def size(text: str) -> tuple[int, int]:
     return int(sides[0]), int(sides[-1])
 
 
+def dtype(text: str) -> str:
+    """A dtype's name of its short form; what is valid is left to `choices`."""
+    return SHORT_DTYPES.get(text.lower(), text)
+
+
 def device(text: str) -> str:
     """The name of a device that this machine has."""
     try:
@@ -82,22 +112,62 @@ def folder(text: str) -> Path:
     return path
 
 
-def add_out(parser: argparse.ArgumentParser, what: str = "the results") -> None:
+def add_out(parser: argparse.ArgumentParser, what: str = "the results", default: str = "out") -> None:
     """Where a command writes."""
-    parser.add_argument("--out", type=folder, default="out", metavar="DIR", help=f"folder of {what} (default: out)")
+    parser.add_argument("--out", type=folder, default=default, metavar="DIR", help=f"folder of {what}")
+
+
+def add_sizes(
+    parser: argparse.ArgumentParser,
+    default: Sequence[tuple[int, int]],
+    what: str = "maps in pixels",
+    nargs: str = "+",
+) -> None:
+    """Maps or images."""
+    help_ = f"{what}, 64 or 64x128, height first"
+    parser.add_argument("--sizes", nargs=nargs, type=size, default=list(default), metavar="SIZE", help=help_)
+
+
+def add_partition_size(parser: argparse.ArgumentParser, what: str = "P of ISA") -> None:
+    """P of ISA."""
+    help_ = f"{what}, 8 or 8x4, height first"
+    parser.add_argument("--partition-size", type=size, default=(8, 8), metavar="P", help=help_)
+
+
+def add_dtype(parser: argparse.ArgumentParser, names: Sequence[str], what: str = "of all tensors") -> None:
+    """A dtype, the first of some by default."""
+    short = ", ".join(short for short, name in SHORT_DTYPES.items() if name in names)
+    help_ = f"{what}; for short {short}"
+    parser.add_argument("--dtype", type=dtype, choices=names, default=names[0], help=help_)
+
+
+def add_device(parser: argparse.ArgumentParser, what: str = "of the tensors", default: str = "cpu") -> None:
+    """A device of this machine."""
+    parser.add_argument("--device", type=device, default=default, help=what)
+
+
+def add_rounds(parser: argparse.ArgumentParser, default: int, what: str = "timed calls of each, interleaved") -> None:
+    """How often something is timed."""
+    parser.add_argument("--rounds", type=positive, default=default, metavar="N", help=f"at most so many {what}")
+
+
+def add_budget(parser: argparse.ArgumentParser, default: float) -> None:
+    """When enough time has been spent on repetitions."""
+    help_ = "nothing is repeated after so many seconds"
+    parser.add_argument("--budget", type=amount, default=default, metavar="S", help=help_)
 
 
 def add_passes(parser: argparse.ArgumentParser) -> None:
     """Which passes are measured."""
-    parser.add_argument("--passes", nargs="+", choices=PASSES, default=list(PASSES), help="default: both")
+    parser.add_argument("--passes", nargs="+", choices=PASSES, default=list(PASSES), help="what is measured")
 
 
 def add_widths(parser: argparse.ArgumentParser) -> None:
     """C, K and V of a workload."""
     add = parser.add_argument
-    add("--channels", type=positive, default=512, metavar="C", help="of a block, in and out (default: 512)")
-    add("--key-channels", type=positive, default=256, metavar="K", help="default: 256")
-    add("--value-channels", type=positive, default=512, metavar="V", help="default: 512")
+    add("--channels", type=positive, default=512, metavar="C", help="of a block, in and out")
+    add("--key-channels", type=positive, default=256, metavar="K", help="of queries and keys")
+    add("--value-channels", type=positive, default=512, metavar="V", help="of values")
 
 
 def check_partition_size(partition_size: tuple[int, int], size: tuple[int, int]) -> None:

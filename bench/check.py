@@ -1,8 +1,8 @@
 """``python -m bench check``: both backends against the formula in fp64, and on a GPU how long they take.
 
 Without --cases a few named cases are checked; with it hypothesis draws that many for each backend, and shrinks a wrong
-one; check.png shows how much of the budget was used. On the CPU the kernels are interpreted, on small maps and without
-bf16, which Triton's interpreter gets wrong.
+one; check.png shows how much of the budget was used. --verbose shows every case. On the CPU the kernels are
+interpreted, on small maps and without bf16, which Triton's interpreter gets wrong.
 """
 
 from __future__ import annotations
@@ -16,13 +16,11 @@ from importlib.util import find_spec
 from itertools import product
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
 
-from bench import figures, measure, records
-from bench.arguments import add_out, device, positive
+from bench import figures, measure, records, terminal
+from bench.arguments import add_device, add_out, positive
 from bench.cases import NAMES, Case, errors, strategy
+from bench.terminal import Bar, Table, Terminal
 from isa_triton import partitioned_attention
 from isa_triton.backend.triton import DEVICES
 
@@ -67,11 +65,12 @@ def named_cases(large: bool) -> list[Case]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--cases", type=positive, metavar="N", help="draw so many for each backend, instead of the named ones")
-    add("--seed", type=positive, default=1, help="of what is drawn (default: 1)")
-    add("--backends", nargs="+", choices=("triton", "eager"), default=["triton", "eager"], help="default: both")
-    add("--device", type=device, default="cpu", help="cpu interprets the kernels (default: cpu)")
+    add("--cases", type=positive, metavar="N", help="draw so many for each backend (default: the named ones)")
+    add("--seed", type=positive, default=1, metavar="N", help="of what is drawn")
+    add("--backends", nargs="+", choices=("triton", "eager"), default=["triton", "eager"], help="which are checked")
+    add_device(parser, "of the tensors; cpu interprets the kernels")
     add_out(parser, "check.csv")
+    terminal.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -82,20 +81,26 @@ def run(args: argparse.Namespace) -> None:
     if args.cases is not None and not find_spec("hypothesis"):
         missing = "--cases draws with hypothesis, which is not installed (pip install hypothesis)"
         raise argparse.ArgumentError(None, missing)
-    terminal, sheet, path = records.console(150), Sheet(args.device), args.out / "check.csv"
-    for backend in args.backends:
-        if args.cases is None:
-            for case in named_cases(large=gpu):
-                sheet.check(backend, case)
-        else:
-            draw(sheet, backend, args.cases, args.seed, terminal)
+    said, sheet, path = Terminal(args), Sheet(args.device), args.out / "check.csv"
+    named = named_cases(large=gpu)
+    said.say(f"Every case is a row of {path}")
+    written = [path] if args.cases is None else [path, args.out / "check.png"]
+    with said.progress("cases", len(args.backends) * (args.cases or len(named))) as bar:
+        for backend in args.backends:
+            bar.now(backend)
+            if args.cases is None:
+                for case in named:
+                    sheet.check(backend, case)
+                    bar.advance()
+            else:
+                draw(sheet, backend, args.cases, args.seed, bar)
     records.write(path, Row, sheet.rows)
     if args.cases is not None:
-        figures.error_budget(sheet.rows, NAMES, args.out / "check.png")
-    terminal.print(sheet.table() if args.cases is None else sheet.worst())
-    terminal.print(f"{len(sheet.rows)} cases, {len(sheet.wrong)} beyond the error budget. Wrote {path}")
+        figures.error_budget(sheet.rows, NAMES, written[1])
+    said.show(sheet.table() if args.verbose else sheet.worst())
+    said.end(f"{len(sheet.rows)} cases, {len(sheet.wrong)} beyond the error budget.", *written)
     for row, case in sheet.wrong[-1:]:
-        terminal.print(f"the last of them, on {row.backend}: {case!r}", style="red")
+        said.say(f"The last of them, on {row.backend}: {case!r}", style="red")
     if sheet.wrong:
         sys.exit(1)
 
@@ -122,10 +127,10 @@ class Sheet:
 
     def table(self) -> Table:
         """A line a case."""
-        title, cells = f"errors as parts of what is allowed, {self.device}", map(astuple, self.rows)
+        title, cells = f"Errors as parts of what is allowed, {self.device}", list(map(astuple, self.rows))
         wrong = {row for row, _ in self.wrong}
         styles = ["red" if row in wrong else None for row in self.rows]
-        return records.table(title, records.columns(Row), cells, words=3, styles=styles)
+        return Table(title, records.columns(Row), cells, words=3, styles=styles)
 
     def worst(self) -> Table:
         """The largest error of every backend and dtype."""
@@ -134,32 +139,30 @@ class Sheet:
             rows = [row for row in self.rows if (row.backend, row.dtype) == key]
             largest = [max(getattr(row, name) or 0.0 for row in rows) for name in NAMES]
             lines.append([*key, len(rows), *(f"{part:.3f}" for part in largest)])
-        title, names = "largest errors as parts of what is allowed", ("backend", "dtype", "cases", *NAMES)
-        return records.table(title, names, lines, words=2)
+        title = f"Largest errors as parts of what is allowed, {self.device}"
+        return Table(title, ("backend", "dtype", "cases", *NAMES), lines, words=2)
 
 
-def draw(sheet: Sheet, backend: str, cases: int, first: int, console: Console) -> None:
+def draw(sheet: Sheet, backend: str, cases: int, first: int, bar: Bar) -> None:
     """Check `cases` cases that hypothesis draws; after a wrong one it goes on to the smallest that is wrong as well."""
     from hypothesis import HealthCheck, given, seed, settings
 
     interpreted = backend == "triton" and torch.device(sheet.device).type == "cpu"
     dtypes = DTYPES[:2] if interpreted else DTYPES
-    with Progress(console=console, transient=True) as progress:
-        task = progress.add_task(f"{backend}, seed {first}", total=cases)
 
-        @seed(first)
-        @settings(max_examples=cases, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-        @given(strategy(dtypes, longest=6 if interpreted else 24))
-        def property_(case: Case) -> None:
-            right = sheet.check(backend, case)
-            progress.advance(task)
-            assert right
+    @seed(first)
+    @settings(max_examples=cases, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @given(strategy(dtypes, longest=6 if interpreted else 24))
+    def property_(case: Case) -> None:
+        right = sheet.check(backend, case)
+        bar.advance()
+        assert right
 
-        try:
-            property_()
-        except AssertionError:
-            if not sheet.wrong:
-                raise
+    try:
+        property_()
+    except AssertionError:
+        if not sheet.wrong:
+            raise
 
 
 def seconds(case: Case, backend: str, device: str) -> tuple[float, float]:

@@ -57,7 +57,7 @@ LOOKS = {
 STAGE_LOOKS = {
     "long-short": Look("long, then short range", "#0072B2", "D"),
     "short-long": Look("short, then long range", "#E69F00", "s", "--"),
-    "long": Look("long range alone", "#D55E00", "^", "-."),
+    "long": Look("long range alone", "#AA4499", "^", "-."),
     "short": Look("short range alone", "#009E73", "v", ":"),
 }
 BAND: dict[str, Any] = {"linewidth": 8, "alpha": 0.2, "zorder": 1}  # of a closed form, beneath the points

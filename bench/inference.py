@@ -12,15 +12,23 @@ from functools import partial
 from importlib.util import find_spec
 
 import torch
-from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import flop_registry
 
-from bench import measure
-from bench.arguments import add_out, add_widths, check_partition_size, device, positive, size
+from bench import measure, terminal
+from bench.arguments import (
+    add_device,
+    add_out,
+    add_partition_size,
+    add_rounds,
+    add_sizes,
+    add_widths,
+    check_partition_size,
+)
 from bench.compared import PROVIDERS, Provider, modules
 from bench.measure import Step
-from bench.records import console, format_size, short, table, write
+from bench.records import format_size, short, write
+from bench.terminal import Table, Terminal
 from bench.workload import OnMap, Workload
 from isa_triton.inference import fuse
 
@@ -37,9 +45,11 @@ BLOCKS: tuple[Provider, ...] = (
     replace(PROVIDERS["isa"], name="isa-folded", module=lambda workload: fuse(modules.isa_block(workload).eval())),
 )
 BLOCK = "ISA block"
+FASTER = {"isa-folded": "the folded block was {} times as fast as unfused", "accelerated": "timm's models {} times"}
 Makes = Mapping[str, Callable[[], Step]]
 Counts = Mapping[str, tuple[int, int]]
-HEADER = ("", "map", " ", "ms", "times", "GFLOPs", "MiB", "in matmuls", "GFLOP/s", "matmul's")
+HEADER = ("what", "map", "provider", "ms", "times", "GFLOPs", "MiB", "in matmuls", "GFLOP/s", "matmul's")
+RATES = 2  # columns at the end that only --verbose shows
 
 
 @dataclass(frozen=True)
@@ -65,30 +75,45 @@ class Row(OnMap):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
     add_out(parser, "inference.csv")
-    default = " ".join(map(format_size, SIZES))
-    add("--sizes", nargs="*", type=size, default=list(SIZES), metavar="SIZE", help=f"maps (default: {default})")
-    models = "of timm; none: leave them out (default: all)"
-    add("--models", nargs="*", choices=MODELS, default=list(MODELS), help=models)
+    add_sizes(parser, SIZES, "maps of the block in pixels", nargs="*")
+    models = "of timm; no name: leave them out"
+    parser.add_argument("--models", nargs="*", choices=MODELS, default=list(MODELS), metavar="NAME", help=models)
     add_widths(parser)
-    add("--partition-size", type=size, default=(8, 8), metavar="P", help="8 or 8x4, height first (default: 8)")
-    add("--rounds", type=positive, default=9, help="timed calls of each, interleaved (default: 9)")
-    add("--device", type=device, default="cpu", help="default: cpu")
+    add_partition_size(parser)
+    add_rounds(parser, 9)
+    add_device(parser)
+    terminal.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     for map_ in args.sizes:
         check_partition_size(args.partition_size, map_)
-    terminal, path = console(120), args.out / "inference.csv"
-    rows = [row for map_ in args.sizes for row in block(args, map_)]
+    said, path, rows = Terminal(args), args.out / "inference.csv", list[Row]()
     if args.models and not find_spec("timm"):
-        terminal.print("timm is not installed (pip install timm): its models are left out")
+        said.say("timm is not installed (pip install timm): its models are left out")
         args.models = []
-    rows += [row for name in args.models for row in model(args, name)]
-    terminal.print(*tables(rows))
-    write(path, Row, rows)
-    terminal.print(f"Wrote {path}")
+    work = {f"{BLOCK}, {format_size(map_)}": partial(block, args, map_) for map_ in args.sizes}
+    work |= {name: partial(model, args, name) for name in args.models}
+    if not work:
+        raise argparse.ArgumentError(None, "--sizes and --models: neither names anything to measure")
+    said.say(f"Every row goes to {path}")
+    with said.progress("maps and models", len(work)) as bar:
+        for name, measured in work.items():
+            bar.now(name)
+            rows += measured()
+            write(path, Row, rows)
+            bar.advance()
+    said.show(*tables(rows, args.verbose))
+    said.end(sentence(rows), path)
+
+
+def sentence(rows: Sequence[Row]) -> str:
+    """How much faster ours are, from the slowest to the fastest."""
+    times = {name: [row.times for row in rows if row.provider == name] for name in FASTER}
+    ends = {name: dict.fromkeys(f"{end(found):.2f}" for end in (min, max)) for name, found in times.items() if found}
+    spans = {name: " to ".join(both) for name, both in ends.items()}
+    return f"In one interleaved run {', '.join(FASTER[name].format(span) for name, span in spans.items())}."
 
 
 def block(args: argparse.Namespace, map_: tuple[int, int]) -> list[Row]:
@@ -144,8 +169,11 @@ def matmul_share(step: Step, device: str) -> float:
     return sum(time for name, time in times.items() if name in matmuls or "conv" in name) / sum(times.values())
 
 
-def tables(rows: Sequence[Row]) -> list[Table]:
+def tables(rows: Sequence[Row], rates: bool) -> list[Table]:
     """One for the block and one for the models."""
-    blocks, models = ([row.cells() for row in rows if (row.what == BLOCK) == of_block] for of_block in (True, False))
+    shown = len(HEADER) if rates else -RATES
+    blocks, models = (
+        [row.cells()[:shown] for row in rows if (row.what == BLOCK) == of_block] for of_block in (True, False)
+    )
     titled = {"ISA block, times unfused": blocks, "timm's models, times timm": models}
-    return [table(title, HEADER, cells, words=3) for title, cells in titled.items() if cells]
+    return [Table(title, HEADER[:shown], cells, words=3) for title, cells in titled.items() if cells]

@@ -18,8 +18,10 @@ from unittest.mock import patch
 import torch
 from triton.runtime.jit import KernelInterface
 
-from bench import records
-from bench.arguments import add_out, device, positive
+from bench import terminal
+from bench.arguments import add_device, add_out, add_rounds, positive
+from bench.records import write
+from bench.terminal import Bar, Table, Terminal
 from isa_triton import Partition, ops, partitioned_attention, tiles
 from isa_triton.backend import triton as triton_backend
 from isa_triton.backend.contract import Call
@@ -28,7 +30,8 @@ from isa_triton.backend.kernels import launch
 KERNELS = tuple(name for name, value in vars(launch).items() if isinstance(value, KernelInterface))
 PARTITION, WIDTHS = Partition.interlaced((8, 16), stride=(2, 4)), (32, 64)  # of keys and values
 CALL, TARGET = Call(0.1, PARTITION, with_lse=False, backend="triton"), triton_backend.INTERPRETED_TARGET
-BARE = "bare Python call"
+BARE, CHECKED, LEARNED = "bare Python call", "partitioned_attention: checks", "and its backward"
+CALLS = {"forward": CHECKED, "training": LEARNED}  # the whole of each pass
 Layers = dict[str, Callable[[], Any]]
 
 
@@ -43,26 +46,27 @@ class Row:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
     add_out(parser, "overhead.csv")
-    add("--rounds", type=positive, default=100, help="medians are taken over so many (default: 100)")
-    add("--calls", type=positive, default=100, help="calls of a layer in a round (default: 100)")
-    add("--device", type=device, default="cpu", help="of the tensors (default: cpu)")
+    add_rounds(parser, 100, "rounds, over which medians are taken")
+    parser.add_argument("--calls", type=positive, default=100, metavar="N", help="of a layer in a round")
+    add_device(parser)
+    terminal.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> None:
-    with _stubbed(args.device):
+    said, path, rows = Terminal(args), args.out / "overhead.csv", list[Row]()
+    said.say(f"Every layer is a row of {path}")
+    with _stubbed(args.device), said.progress("rounds", 2 * (1 + args.rounds)) as bar:
         passes = {"forward": forward(args.device), "training": training(args.device)}
-        medians = {name: microseconds(layers, args.rounds, args.calls) for name, layers in passes.items()}
-    terminal, path, rows = records.console(), args.out / "overhead.csv", []
+        medians = {name: microseconds(layers, args.rounds, args.calls, bar) for name, layers in passes.items()}
     for name, times in medians.items():
-        found = [Row(name, layer, round(us, 3), round(us - times[BARE], 3)) for layer, us in times.items()]
-        lines = [(row.layer, f"{row.microseconds:.2f}", f"{row.above_bare:.2f}") for row in found]
-        title = f"{name}, {args.device}, medians of {args.rounds}"
-        terminal.print(records.table(title, ("layer", "us", "above a bare call"), lines))
-        rows += found
-    records.write(path, Row, rows)
-    terminal.print(f"Wrote {path}")
+        rows += [Row(name, layer, round(us, 3), round(us - times[BARE], 3)) for layer, us in times.items()]
+    write(path, Row, rows)
+    lines = [(row.pass_, row.layer, f"{row.microseconds:.2f}", f"{row.above_bare:.2f}") for row in rows]
+    title = f"Microseconds a call, {args.device}, medians of {args.rounds}"
+    said.show(Table(title, ("pass", "layer", "us", "above a bare call"), lines, words=2))
+    calls = " and ".join(f"{medians[name][call]:.0f} us" for name, call in CALLS.items())
+    said.end(f"A call costs the host {calls} with its backward, the kernel's launch left out.", path)
 
 
 def forward(device: str) -> Layers:
@@ -75,7 +79,7 @@ def forward(device: str) -> Layers:
         "backend: outputs, tile, device": lambda: triton_backend.forward(q, k, v, None, CALL),
         "operator: dispatch": lambda: torch.ops.isa_triton.forward.default(q, k, v, None, *CALL.flat()),
         "ops.attention: autograd": lambda: ops.attention(q, k, v, None, CALL),
-        "partitioned_attention: checks": lambda: partitioned_attention(q, k, v, PARTITION, backend="triton"),
+        CHECKED: lambda: partitioned_attention(q, k, v, PARTITION, backend="triton"),
     }
 
 
@@ -97,12 +101,12 @@ def training(device: str) -> Layers:
         "backend: gradients, tiles, device": lambda: triton_backend.backward(*given, CALL),
         "operator: dispatch": lambda: torch.ops.isa_triton.backward.default(*given, *CALL.flat()),
         "partitioned_attention, recorded": attend,
-        "and its backward": lambda: torch.autograd.grad(attend(), leaves, do),
+        LEARNED: lambda: torch.autograd.grad(attend(), leaves, do),
         "torch's own multiplication and its backward": lambda: torch.autograd.grad(c * 2.0, c, do),
     }
 
 
-def microseconds(layers: Layers, rounds: int, calls: int) -> dict[str, float]:
+def microseconds(layers: Layers, rounds: int, calls: int, bar: Bar) -> dict[str, float]:
     """Median microseconds of CPU time a call of each, over interleaved rounds of many calls.
 
     CPU time, not time of day: what else runs on the machine is nobody's overhead.
@@ -114,6 +118,7 @@ def microseconds(layers: Layers, rounds: int, calls: int) -> dict[str, float]:
             for _ in range(calls):
                 call()
             samples[name].append((time.process_time() - begin) / calls * 1e6)
+        bar.advance()
     return {name: statistics.median(times[1:]) for name, times in samples.items()}  # without the warm-up
 
 

@@ -21,10 +21,11 @@ from matplotlib import pyplot as plt
 from matplotlib.cbook import get_sample_data
 from torch import Tensor, nn
 
-from bench import measure, records
-from bench.arguments import add_out, device, positive, size
+from bench import measure, terminal
+from bench.arguments import add_budget, add_device, add_out, add_rounds, add_sizes
 from bench.compared.heads import CONTEXTS, DENSE_AS_PUBLISHED, Widths, classified, head
-from bench.records import format_size, short
+from bench.records import format_size, short, write
+from bench.terminal import Table, Terminal
 from bench.workload import OnMap
 from isa_triton.models.ianet import ianet
 
@@ -52,31 +53,38 @@ class Row(OnMap):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add_out(parser, "photograph.csv")
-    default = " ".join(map(format_size, SIZES))
-    add("--sizes", nargs="+", type=size, default=list(SIZES), metavar="SIZE", help=f"of images (default: {default})")
-    add("--heads", nargs="+", choices=CONTEXTS, default=["ISA", "SA"], help="beside each other (default: ISA SA)")
-    add("--backbone", default="resnet50", metavar="NAME", help="a ResNet of torchvision (default: resnet50)")
-    add("--rounds", type=positive, default=3, help="at most so many timed calls of each (default: 3)")
-    add("--budget", type=positive, default=40, metavar="S", help="repeat no head after so many seconds (default: 40)")
-    add("--device", type=device, default="cpu", help="default: cpu")
+    add_sizes(parser, SIZES, "images in pixels")
+    add("--heads", nargs="+", choices=CONTEXTS, default=["ISA", "SA"], help="beside each other")
+    add("--backbone", default="resnet50", metavar="NAME", help="a ResNet of torchvision")
+    add_rounds(parser, 3)
+    add_budget(parser, 40.0)
+    add_device(parser)
+    terminal.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> None:
-    terminal, path = records.console(), args.out / "photograph.csv"
+    said, path = Terminal(args), args.out / "photograph.csv"
     try:
         network = ianet(WIDTHS[2], name=args.backbone, head=head("ISA", *WIDTHS), auxiliary=False)
     except (ImportError, ValueError) as error:
         raise argparse.ArgumentError(None, str(error)) from error
     network.eval().to(args.device)
     rows: list[Row] = []
-    for image in args.sizes:
-        rows += compare(network, image, args)
-        terminal.print(f"{format_size(image)}: the whole network, once, {rows[-1].network_seconds:.1f} s")
-    title = f"Heads behind {args.backbone}, {rows[0].device}, {torch.get_num_threads()} threads"
-    header = ("image", "map", "head", "s", "times", "GFLOPs", "MiB", "times")
-    terminal.print(records.table(title, header, lines(rows), words=3))
-    records.write(path, Row, rows)
-    terminal.print(f"Wrote {path}")
+    said.say(f"Every row goes to {path}")
+    with said.progress("images", len(args.sizes)) as bar:
+        for image in args.sizes:
+            bar.now(format_size(image))
+            rows += compare(network, image, args)
+            write(path, Row, rows)
+            bar.advance()
+    title = (
+        f"Heads behind {args.backbone}, {rows[0].device}, {torch.get_num_threads()} threads; times: the first head's"
+    )
+    header = ("image", "map", "head", "s", "times s", "GFLOPs", "MiB", "times MiB")
+    said.show(Table(title, header, list(lines(rows)), words=3))
+    networks = {format_size(row.size): f"{row.network_seconds:.1f} s" for row in rows}
+    once = " and ".join(f"{seconds} at {image}" for image, seconds in networks.items())
+    said.end(f"The whole network with ISA's head, once: {once}.", path)
 
 
 def photograph(image: tuple[int, int]) -> Tensor:
@@ -123,8 +131,7 @@ def lines(rows: list[Row]) -> Iterator[list[str | None]]:
         first, *others = (row for row in rows if row.size == image)
         for row in (first, *others):
             sizes = image, (row.map_height, row.map_width)
-            where = map(format_size, sizes) if row is first else ["", ""]
             times = [None if row.seconds is None else short(row.seconds / unit) for unit in (1, first.seconds or 1)]
             size = [f"{row.peak_bytes / 2**20:,.0f}", short(row.peak_bytes / first.peak_bytes)]
-            yield [*where, row.head, *times, short(row.flops / 1e9), *size]
+            yield [*map(format_size, sizes), row.head, *times, short(row.flops / 1e9), *size]
         yield []

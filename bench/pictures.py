@@ -10,12 +10,13 @@ import matplotlib
 import numpy as np
 import torch
 from matplotlib.cbook import get_sample_data
-from matplotlib.colors import ListedColormap, to_rgba
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import FuncNorm, ListedColormap, to_rgba
 from matplotlib.patches import Patch, Rectangle
-from rich.console import Console
 from torch import Tensor
 
-from bench.arguments import folder
+from bench.arguments import add_out
+from bench.terminal import Terminal
 from isa_triton import Partition
 from reference import affinity, long_range_groups, short_range_groups
 
@@ -23,21 +24,27 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # after the choice of a backend without a display
 
 CHOSEN = "#0072B2"
+FAINT = 0.01  # weights, in parts of the largest, that are not shown
 # Okabe and Ito's other colours: distinct without colour vision; the letters in the cells say the same in grey
 OTHERS = ("#E69F00", "#009E73", "#CC79A7", "#999999", "#D55E00", "#F0E442", "#56B4E9", "#7F5FA0")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=folder, default="out", metavar="DIR", help="folder of the PNGs (default: out)")
+    add_out(parser, "the PNGs")
 
 
 def run(args: argparse.Namespace) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
-    for name, draw in PICTURES.items():
-        figure = draw()
-        figure.savefig(args.out / f"{name}.png", dpi=130)
-        plt.close(figure)
-        Console().print(f"Wrote {args.out / name}.png", highlight=False)
+    said, paths = Terminal(args), [args.out / f"{name}.png" for name in PICTURES]
+    said.say(f"Every picture goes to {args.out}")
+    with said.progress("pictures", len(PICTURES)) as bar:
+        for path, draw in zip(paths, PICTURES.values(), strict=True):
+            bar.now(path.name)
+            figure = draw()
+            figure.savefig(path, dpi=130)
+            plt.close(figure)
+            bar.advance()
+    said.end(f"{len(paths)} pictures of whom a pixel attends.", *paths)
 
 
 def draw_partitions() -> Any:
@@ -125,8 +132,9 @@ def draw_constructors() -> Any:
         "local((6, 8), window=(3, 4), shift=(1, 2))",
         "columns((6, 8))",
     )
-    figure, panels = plt.subplots(2, 3, figsize=(12, 6.8), layout="constrained")
+    figure, panels = plt.subplots(2, 3, figsize=(12, 7.2), layout="constrained")
     figure.get_layout_engine().set(h_pad=0.12, w_pad=0.1)
+    figure.suptitle("Pixels of one colour attend each other; the group of one pixel is blue and outlined", fontsize=13)
     for axes, call in zip(panels.flat, calls, strict=True):
         partition = eval(f"Partition.{call}", {"Partition": Partition})  # what the title says, and nothing else
         _draw_groups(axes, partition, (2, 4))
@@ -166,8 +174,9 @@ def draw_supports() -> Any:
     figure, axes = plt.subplots(2, 3, figsize=(12.5, 9), layout="constrained")
     figure.get_layout_engine().set(h_pad=0.12, w_pad=0.08)
     figure.suptitle(
-        f"Who attends whom on a map of {size[0]} by {size[1]} pixels, P = {p}: rows are queries, columns are keys",
-        fontsize=15,
+        f"Who attends whom on a map of {size[0]} by {size[1]} pixels, P = {p}: rows are queries, columns are keys,"
+        " blue is attended",
+        fontsize=13,
     )
     for column, (name, matrix, partition) in enumerate(stages):
         support = (matrix[0, 0] > 0).int()
@@ -222,22 +231,27 @@ def draw_photo() -> Any:
         affinity(q, k, groups, p, 1.0)[0, 0] for groups in (long_range_groups, short_range_groups)
     )
     pixel = y * width + x
+    heat = ListedColormap(matplotlib.colormaps["inferno"](np.linspace(0.3, 1, 256)))
+    strengths = FuncNorm((np.sqrt, np.square), FAINT, 1)
     panels = (
         ("dense", torch.softmax(k.flatten(0, 3) @ q[0, y, x, 0], 0)),
         ("long range", long_range[pixel]),
         ("short range", short_range[pixel]),
         ("long, then short range", short_range[pixel] @ long_range),
     )
-    figure, axes = plt.subplots(1, 5, figsize=(15, 4.5), layout="constrained")
-    figure.suptitle("Whom the pixel in the circle attends: the brighter, the more", fontsize=15)
+    figure, axes = plt.subplots(1, 5, figsize=(16, 4.3), layout="constrained")
+    figure.suptitle("Whom the pixel in the green circle attends: the brighter, the more", fontsize=15)
     axes[0].imshow(photo)
     axes[0].set_title(f"a photograph\n{height} by {width} pixels, P = {p}", fontsize=13)
     for panel, (title, weights) in zip(axes[1:], panels, strict=True):
-        strength = (weights / weights.max()).sqrt().view(height, width, 1).numpy()
-        heat = matplotlib.colormaps["inferno"](0.25 + 0.75 * strength[..., 0])[..., :3]
+        share = (weights / weights.max()).view(height, width).numpy()
         shadow = 0.35 * photo.mean(-1, keepdims=True)
-        panel.imshow(np.where(strength > 0.1, heat, shadow))
+        panel.imshow(np.where(share[..., None] > FAINT, heat(strengths(share))[..., :3], shadow))
         panel.set_title(f"{title}\n{int((weights > 0).sum())} keys", fontsize=13)
+    bar = figure.colorbar(ScalarMappable(strengths, heat), ax=axes, ticks=(FAINT, 0.1, 0.25, 0.5, 1), format="{x:g}")
+    bar.set_label(
+        f"weight, in parts of the panel's largest\n(less than {FAINT:g}: the photograph in grey)", fontsize=11
+    )
     for panel in axes:
         panel.scatter(x, y, s=70, facecolors="none", edgecolors="#56FF89", linewidths=2)
         panel.set_xticks([])

@@ -19,7 +19,15 @@ import rich.table
 from rich import box
 from rich.console import Console
 from rich.measure import Measurement
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 FORMATS = ("table", "csv", "json", "markdown")
 UNBOUNDED = 1000  # the width of what is no terminal, but a file or a pipe
@@ -53,6 +61,12 @@ class Table:
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows([self.header, *filter(None, self.rows)])
         return f"# {self.title}\n{text.getvalue()}" if self.title else text.getvalue()
+
+    def markdown(self) -> str:
+        whole = Console(file=io.StringIO(), width=UNBOUNDED, color_system=None)
+        with whole.capture() as text:
+            whole.print(self.rendered(range(len(self.header)), box.MARKDOWN))
+        return text.get()
 
     def as_dict(self) -> dict[str, object]:
         rows = [dict(zip(self.header, row, strict=True)) for row in self.rows if row]
@@ -131,7 +145,7 @@ class Terminal:
                 if each.title:
                     self._print(each.title)
                 if self.format == "markdown":
-                    self._tables.print(each.rendered(range(len(each.header)), box.MARKDOWN))
+                    self._print(each.markdown(), end="")
                 else:
                     self._tables.print(*each.parts(self._tables))
 
@@ -155,9 +169,10 @@ class Terminal:
     @contextmanager
     def progress(self, unit: str, total: float | None = None) -> Iterator[Bar]:
         """A bar over `total` units, "rows", with the time that has gone and is left, and what runs now."""
-        of_units = TextColumn("{task.completed:.0f}/{task.total:.0f} " + unit)
-        columns = TextColumn("{task.description}"), BarColumn(20), of_units, TimeElapsedColumn(), TextColumn("left")
-        with Progress(*columns, TimeRemainingColumn(), console=self._beside, transient=True) as progress:
+        done = MofNCompleteColumn(), TextColumn(unit), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()
+        columns = TextColumn("{task.description}"), BarColumn(20), *done
+        unseen = not self._beside.is_terminal  # a file wants no bar, and not the empty line that it leaves
+        with Progress(*columns, console=self._beside, transient=True, disable=unseen) as progress:
             yield Bar(progress, progress.add_task("", total=total))
 
 
@@ -171,6 +186,10 @@ class Bar:
     def now(self, what: str) -> None:
         """Says what runs now."""
         self.progress.update(self.task, description=what)
+
+    def expect(self, units: int) -> None:
+        """Says that there are so many more to come, where the total was not known at once."""
+        self.progress.update(self.task, total=(self.progress.tasks[self.task].total or 0) + units)
 
     def advance(self, units: float = 1) -> None:
         self.progress.advance(self.task, units)

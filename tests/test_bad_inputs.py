@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 from collections.abc import Callable
@@ -12,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from bench import sharding
+from bench import arguments, sharding
+from bench.__main__ import COMMANDS as BENCH
 from bench.__main__ import main
 from bench.records import columns as columns_of
 from bench.workload import Cost
@@ -168,6 +170,7 @@ COMMANDS = [
     ([], "required: COMMAND"),
     (["fly"], "invalid choice: 'fly'"),
     (["scaling", "--sizes", "64y"], "must be a side or HEIGHTxWIDTH in pixels"),
+    (["scaling", "--colour"], "unrecognized arguments: --colour"),
     (["scaling", "--sizes", "0"], "got '0'"),
     (["scaling", "--sizes", "8x8x8"], "got '8x8x8'"),
     (["scaling", "--providers", "nobody"], "invalid choice: 'nobody'"),
@@ -189,6 +192,8 @@ COMMANDS = [
     (["check", "--cases", "-1"], "must be a whole number from 1, got '-1'"),
     (["check", "--backends", "cuda"], "invalid choice: 'cuda'"),
     (["overhead", "--rounds", "many"], "must be a whole number from 1, got 'many'"),
+    (["inference", "--sizes", "--models"], "--sizes and --models: neither names anything to measure"),
+    (["scaling", "--size", "8"], "unrecognized arguments: --size 8"),
     (["tiles"], "required: TOOL"),
     (["tiles", "verify", "--shapes", "ISA 65"], "invalid choice: 'ISA 65'"),
 ]
@@ -201,12 +206,29 @@ def test_bad_calls_are_refused(call: Callable[[], Any], error: type[Exception], 
     assert type(caught.value) is error
 
 
-@pytest.mark.parametrize(("arguments", "words"), COMMANDS, ids=lambda part: " ".join(part) if part else "none")
-def test_bad_commands_exit_with_2(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("line", "words"), COMMANDS, ids=lambda part: " ".join(part) if part else "none")
+def test_bad_commands_exit_with_2(line: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
-        main(arguments)
+        main(line)
     assert caught.value.code == 2
-    assert words in " ".join(capsys.readouterr().err.split())
+    said = capsys.readouterr().err
+    assert words in " ".join(said.split())
+    command = [word for word in line[:1] if word in BENCH]
+    assert f"usage: {' '.join(['python -m bench', *command])} " in said
+
+
+def test_dtypes_have_short_forms_and_defaults_are_said(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = argparse.ArgumentParser(formatter_class=arguments.Help)
+    arguments.add_dtype(parser, ("float32", "bfloat16"))
+    arguments.add_partition_size(parser)
+    assert parser.parse_args(["--dtype", "bf16"]).dtype == parser.parse_args(["--dtype", "bfloat16"]).dtype
+    assert parser.parse_args([]).dtype == "float32"
+    said = " ".join(parser.format_help().split())
+    assert "of all tensors; for short fp32, bf16 (default: float32)" in said
+    assert "(default: 8x8)" in said
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--dtype", "fp16"])
+    assert "invalid choice: 'float16'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["scaling", "sharding"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import csv
 from functools import partial
 
@@ -12,16 +11,15 @@ from torch import nn
 
 import reference
 from bench import measure
+from bench.__main__ import main
 from bench.compared import PROVIDERS
 from bench.paper import (
     AUTHORS,
     CHANNELS,
     HEADS,
     MAPS,
-    add_arguments,
     count,
     parameters,
-    run,
 )
 from bench.workload import Workload
 from tests.cases import relative_error
@@ -38,10 +36,8 @@ pytestmark = pytest.mark.slow  # every head of the paper is built and counted
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int, int], dict[str, str]]:
     """The rows of one run's paper.csv."""
-    out = tmp_path_factory.mktemp("paper")
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    run(parser.parse_args(["--out", str(out)]))
+    out = tmp_path_factory.mktemp("results")
+    main(["paper", "--out", str(out)])
     with (out / "paper.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     return {(row["module"], int(row["height"]), int(row["width"])): row for row in rows}

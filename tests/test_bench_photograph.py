@@ -29,7 +29,7 @@ def test_a_run_leaves_a_csv_and_a_table(tmp_path: Path, capsys: pytest.CaptureFi
     assert rows["SA"]["flops"] == rows["SA, scores in memory"]["flops"]
     assert int(rows["none"]["flops"]) == 2 * 5 * 7 * 512 * (9 * WIDTHS[0] + WIDTHS[2])
     printed = capsys.readouterr().out
-    assert "33x49: the whole network, once" in printed
+    assert " s at 33x49." in printed
     assert "SA, scores in memory" in printed
 
 

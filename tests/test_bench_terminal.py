@@ -55,6 +55,17 @@ def test_a_terminal_leaves_out_words_that_the_row_above_says(capsys: pytest.Capt
     assert ["64x128", "ISA", "9.75", "56", "6"] in lines
 
 
+@pytest.mark.parametrize("format_", ["csv", "json", "markdown"])
+def test_what_is_read_on_is_whole_on_the_narrowest_terminal(
+    format_: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = shown(format_, capsys)
+    monkeypatch.setenv("FORCE_COLOR", "1")  # a terminal, as rich sees it
+    monkeypatch.setenv("COLUMNS", "12")
+    assert Terminal()._tables.width == 12
+    assert shown(format_, capsys).rstrip() == elsewhere.rstrip()
+
+
 @pytest.mark.parametrize("width", [16, 28, 80])
 def test_a_table_wider_than_the_terminal_goes_on_below_with_its_words(width: int) -> None:
     console = Console(width=width, file=io.StringIO(), color_system=None)
@@ -79,3 +90,12 @@ def test_progress_leaves_no_trace_among_the_tables(format_: str, capsys: pytest.
         bar.now("64x64")
         bar.advance()
     assert capsys.readouterr().out.strip() == ""
+
+
+def test_a_bar_grows_by_what_is_still_to_come() -> None:
+    with Terminal().progress("rows") as bar:
+        assert bar.progress.tasks[0].total is None
+        bar.expect(3)
+        bar.advance()
+        bar.expect(2)
+        assert (bar.progress.tasks[0].completed, bar.progress.tasks[0].total) == (1, 5)

@@ -22,7 +22,8 @@ def small_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def mistakes() -> Iterator[tuple[list[str], str]]:
-    yield [], "--data-set must be one of cityscapes, ade20k, lip, voc, coco"
+    yield [], "one of the arguments --data-set --evaluate is required"
+    yield ["--data-set", "voc", "--evaluate", "network.pt"], "not allowed with argument"
     yield ["--data-set", "voc", "--channels", "40"], "--channels must be a multiple of 16, got 40"
     yield ["--data-set", "voc", "--batch", "1", "--head", "PPM"], "--batch must be at least 2"
     yield ["--data-set", "voc", "--lr", "-1"], "must be a number above 0, got '-1'"

@@ -13,7 +13,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -114,12 +116,12 @@ def test_a_voc_folder_trains_and_its_checkpoint_evaluates_alone(
     voc: Path, tmp_path: Path, small_network: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["train", "--data", str(voc), "--workers", "0", "--crop", "32x48"]
-    more = ["--data-set", "voc", "--iterations", "60", "--batch", "4", "--lr", "0.05", "--precision", "bfloat16"]
+    more = ["--data-set", "voc", "--iterations", "60", "--batch", "4", "--lr", "0.05", "--dtype", "bf16"]
     main([*arguments, *more, "--out", str(tmp_path / "a"), "--weights", "none"])
     loss = [float(row[2]) for row in losses(tmp_path / "a")[1:]]
     assert np.mean(loss[-10:]) < 0.6 * loss[0]
-    capsys.readouterr()
-    evaluation = ["--evaluate", str(tmp_path / "a" / "checkpoint.pt"), "--scales", "0.75", "1.5", "--flip"]
+    assert re.search(rf"iteration 60/60: loss {np.mean(loss):.4f}, .* images/s, 0:00:00 left", capsys.readouterr().out)
+    evaluation = ["--evaluate", str(tmp_path / "a" / "network.pt"), "--scales", "0.75", "1.5", "--flip"]
     main([*arguments, *evaluation, "--out", str(tmp_path / "b")])
     for out in ("a", "b"):
         ious = dict(read(tmp_path / out / "iou.csv")[1:])
@@ -132,6 +134,29 @@ def test_a_voc_folder_trains_and_its_checkpoint_evaluates_alone(
     printed = capsys.readouterr().out
     assert "1 images in windows of 32x48, scaled by 0.75 1.5, flipped and not" in printed
     assert re.search(r"aeroplane +0\.\d{4}", printed)
+
+
+def test_the_network_is_a_file_without_the_momentum(city: Path, tmp_path: Path, small_network: None) -> None:
+    main(command(city, tmp_path, "--workers", "0", "--iterations", "1"))
+    network, checkpoint = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("network", "checkpoint"))
+    assert checkpoint.keys() - network.keys() == {"optimiser", "scaler"}
+    small(19).load_state_dict(network["network"])
+
+
+def test_tensorboard_is_told_of_every_iteration(
+    city: Path, tmp_path: Path, small_network: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[tuple[str, float, int]] = []
+
+    def writer(folder: str, purge_step: int) -> Any:
+        assert (folder, purge_step) == (str(tmp_path), 1)
+        return nullcontext(SimpleNamespace(add_scalar=lambda *scalar: told.append(scalar)))
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=writer))
+    monkeypatch.setattr(trainer, "find_spec", lambda name: name)
+    main(command(city, tmp_path, "--workers", "0", "--iterations", "2"))
+    logged = [(int(i), float(rate), float(loss)) for i, rate, loss in losses(tmp_path)[1:]]
+    assert told == [scalar for i, rate, loss in logged for scalar in (("loss", loss, i), ("learning rate", rate, i))]
 
 
 def test_a_checkpoint_is_written_whole_or_not_at_all(tmp_path: Path) -> None:

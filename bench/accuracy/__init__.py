@@ -29,12 +29,18 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from matplotlib import pyplot as plt
-from rich.table import Table
 from torch import Generator
 
-from bench import records
-from bench.accuracy.experiments import EXPERIMENTS, HEADS, IGNORED, MOSAICS, QUESTIONS, Drawn, share_reached
+from bench import records, terminal
+from bench.accuracy.experiments import EXPERIMENTS, HEADS, IGNORED, MOSAICS, QUESTIONS, Drawn, Question, share_reached
 from bench.arguments import add_out, positive
+from bench.figures import LOOKS, STAGE_LOOKS
+from bench.terminal import Table, Terminal
+
+_PROVIDERS = {"dense": "dense", "NL": "nonlocal", "SA": "sa", "RCCA": "rcca", "CGNL": "cgnl"}
+COLOURS = {name: LOOKS[provider].colour for name, provider in _PROVIDERS.items()}  # as everywhere; others are grey
+COLOURS |= {f"{name}{twice}": look.colour for name, look in STAGE_LOOKS.items() for twice in ("", " twice")}
+COLOURS |= dict.fromkeys(("ISA", "1 block", "3 blocks"), LOOKS["isa"].colour)
 
 
 @dataclass(frozen=True)
@@ -109,14 +115,15 @@ def learn_all(runs: Sequence[Run], workers: int) -> Iterator[Row]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add_out(parser)
-    add("--experiments", nargs="+", choices=EXPERIMENTS, default=list(EXPERIMENTS), help="default: all")
+    add("--experiments", nargs="+", choices=EXPERIMENTS, default=list(EXPERIMENTS), help="what is learned")
     names = list(dict.fromkeys(name for experiment in EXPERIMENTS.values() for name in experiment.networks))
     add("--networks", nargs="+", choices=names, metavar="NAME", help=f"of {', '.join(names)} (default: all)")
     add("--seeds", type=positive, metavar="N", help="runs of every network (default: 3; 1 with --quick)")
     steps = ", ".join(f"{experiment.steps} of {name}" for name, experiment in EXPERIMENTS.items())
-    add("--steps", type=positive, help=f"training steps of a run (default: {steps})")
+    add("--steps", type=positive, metavar="N", help=f"training steps of a run (default: {steps})")
     add("--workers", type=positive, default=os.cpu_count(), metavar="N", help="processes (default: one a core)")
     add("--quick", action="store_true", help="one seed of a few networks unless told otherwise")
+    terminal.add_arguments(parser)
 
 
 def plan(args: argparse.Namespace) -> list[Run]:
@@ -142,22 +149,26 @@ def plan(args: argparse.Namespace) -> list[Run]:
 
 
 def run(args: argparse.Namespace) -> None:
-    console, rows = records.console(), list[Row]()
+    said, rows, runs = Terminal(args), list[Row](), plan(args)
     written = [args.out / "accuracy.csv"]
-    for row in learn_all(plan(args), args.workers):
-        rows.append(row)
-        result = f"{row.accuracy:.3f} in {row.cpu_seconds:.0f} CPU s"
-        console.print(f"seed {row.seed}, {row.experiment}, {row.network}: {result}")
-        records.write(written[0], Row, rows)
-    for name in dict.fromkeys(row.experiment for row in rows):
-        console.print(summary([row for row in rows if row.experiment == name]))
+    said.say(f"Every run is a row of {written[0]}")
+    with said.progress("runs", len(runs)) as bar:
+        bar.now(f"{args.workers} at a time")
+        for row in learn_all(runs, args.workers):
+            rows.append(row)
+            result = f"{row.accuracy:.3f} in {row.cpu_seconds:.0f} CPU s"
+            said.detail(f"seed {row.seed}, {row.experiment}, {row.network}: {result}")
+            records.write(written[0], Row, rows)
+            bar.advance()
+    said.show(*(summary([row for row in rows if row.experiment == name]) for name in dict.fromkeys(args.experiments)))
     for name, question in QUESTIONS.items():
         networks = question.networks or EXPERIMENTS[question.experiment].networks
         wanted = [(question.experiment, network) for network in networks]
         if shown := [row for pair in wanted for row in rows if (row.experiment, row.network) == pair]:
             written.append(args.out / f"accuracy_{name}.png")
-            plot(shown, question.title, written[-1])
-    console.print("Wrote", *written, sep="\n  ")
+            plot(shown, question, written[-1])
+    best = max(rows, key=lambda row: row.accuracy)
+    said.end(f"Best of {len(rows)} runs: {best.network} in {best.experiment}, {best.accuracy:.3f}.", *written)
 
 
 def by_network(rows: Sequence[Row]) -> dict[str, list[Row]]:
@@ -180,30 +191,32 @@ def summary(rows: Sequence[Row]) -> Table:
         ceiling = mean("{:.3f}", [row.ceiling for row in runs])
         spread = f"{statistics.stdev(accuracies):.3f}" if len(runs) > 1 else None
         seconds = mean("{:.0f}", [row.cpu_seconds for row in runs])
-        known = f"{runs[0].parameters:,}", reached, ceiling, mean("{:.3f}", accuracies), spread, len(runs), seconds
-        lines.append((network, *known))
+        lines.append(
+            (network, runs[0].parameters, reached, ceiling, mean("{:.3f}", accuracies), spread, len(runs), seconds)
+        )
     guess = f"a guess is right in 1 of {EXPERIMENTS[experiment].task.classes}"
     header = ("network", "parameters", "reached", "ceiling", "accuracy", "spread", "seeds", "CPU s a run")
-    return records.table(f"{experiment}: accuracy after {rows[0].steps} steps; {guess}", header, lines)
+    return Table(f"{experiment}: accuracy after {rows[0].steps} steps; {guess}", header, lines)
 
 
-def plot(rows: Sequence[Row], title: str, path: Path) -> None:
-    """Draw a network a line: a dot for every seed, a bar to their mean, and a mark at the ceiling."""
+def plot(rows: Sequence[Row], question: Question, path: Path) -> None:
+    """Draw a network a line: a dot for every seed, a bar to their mean, a mark at the ceiling; the answer on top."""
     networks = by_network(rows)
-    figure, axes = plt.subplots(figsize=(8, 1.4 + 0.42 * len(networks)), layout="constrained")
+    means = {network: statistics.mean(row.accuracy for row in runs) for network, runs in networks.items()}
+    figure, axes = plt.subplots(figsize=(8, 1.6 + 0.42 * len(networks)), layout="constrained")
     for network, runs in networks.items():
-        accuracies, ceilings = [row.accuracy for row in runs], [row.ceiling for row in runs if row.ceiling is not None]
-        colour = "#0072B2" if network.startswith("ISA") else "0.75"
-        axes.barh(network, statistics.mean(accuracies), color=colour, height=0.6)
-        axes.plot(accuracies, [network] * len(runs), "o", color="black", markersize=4, label="a seed")
-        if ceilings:
-            style = {"label": "ceiling: what the head's reach allows", "color": "#D55E00", "markersize": 20}
+        axes.barh(network, means[network], color=COLOURS.get(network, "0.75"), height=0.6)
+        dots = {"label": "a seed", "color": "white", "markeredgecolor": "black", "markersize": 5}
+        axes.plot([row.accuracy for row in runs], [network] * len(runs), "o", **dots)
+        if ceilings := [row.ceiling for row in runs if row.ceiling is not None]:
+            style = {"label": "ceiling: what the head's reach allows", "color": "black", "markersize": 20}
             axes.plot([statistics.mean(ceilings)], [network], "|", markeredgewidth=2.5, **style)
     guess = 1 / EXPERIMENTS[rows[0].experiment].task.classes
     axes.axvline(guess, color="0.4", linewidth=1, linestyle=(0, (2, 2)), label="a guess")
     axes.invert_yaxis()
     axes.set(xlim=(0, 1.02), xlabel="accuracy on images that no training has seen")
-    figure.suptitle(title, fontsize=12)
+    answer = ", ".join(f"{name} {means[name]:.2f}" for name in question.answers if name in means)
+    figure.suptitle("\n".join(filter(None, (question.title, answer))), fontsize=12)
     handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))  # one of each kind
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     figure.savefig(path, dpi=110)

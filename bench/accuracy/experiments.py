@@ -241,10 +241,11 @@ class Experiment(NamedTuple):
 
 
 class Question(NamedTuple):
-    """A plot: its title, the experiment that answers it, and the networks that it shows, None: all."""
+    """A plot: what is asked, of which experiment, whose accuracies answer it, and who is shown, None: all."""
 
     title: str
     experiment: str
+    answers: tuple[str, ...]
     networks: tuple[str, ...] | None = None
 
 
@@ -257,13 +258,13 @@ EXPERIMENTS = {
     "mosaics": Experiment(MOSAICS, {name: _SEGMENTERS[name] for name in _FEW}, ("none", "ISA"), steps=200),
     "blocks": Experiment(MOSAICS, _CLASSIFIERS, ("no block", "1 block"), steps=200, of_images=True),
 }
-_COMPARED = ("none", "NL", "SA", "RCCA", "CGNL", "dense", "ISA")
-_STAGES = ("none", "ISA", "short-long", "long", "long twice", "short", "short twice", "dense")
-_OF_STAGES = "Keys: the order of the stages, and one alone (twice: with the parameters of both)"
+_COMPARED = ("none", "dense", "NL", "SA", "RCCA", "CGNL", "ISA")
+_STAGES = ("none", "dense", "long", "long twice", "short", "short twice", "short-long", "ISA")
 QUESTIONS = {
-    "heads": Question("Keys: ISA against what it is compared with", "keys", _COMPARED),
-    "stages": Question(_OF_STAGES, "keys", _STAGES),
-    "partition_sizes": Question("Keys: the partition size", "keys", ("ISA P=2", "ISA P=4", "ISA", "ISA P=4, 8")),
-    "mosaics": Question("Mosaics of digits: the class of a stroke", "mosaics"),
-    "blocks": Question("Mosaics of digits: ISA blocks in a classifier", "blocks"),
+    "heads": Question("Keys: does ISA learn what dense attention does?", "keys", ("dense", "ISA"), _COMPARED),
+    "stages": Question(
+        "Keys: is one stage enough, once or twice?", "keys", ("long twice", "short twice", "ISA"), _STAGES
+    ),
+    "mosaics": Question("Mosaics: does context tell the class of a stroke?", "mosaics", ("none", "dense", "ISA")),
+    "blocks": Question("Mosaics: do ISA blocks help a classifier?", "blocks", ("no block", "1 block", "3 blocks")),
 }

@@ -8,6 +8,10 @@ number of threads. SIGTERM and SIGINT (Ctrl-C) end the iteration and save. For s
     torchrun --nproc-per-node N -m bench train ...
 
 Batch statistics are then those of all processes, and --batch is that of all together.
+
+A run leaves log.csv (every iteration) and checkpoint.pt (network, momentum and where it was: to go on); when it stops,
+network.pt (half as large: weights and recipe, to evaluate and to use); when it ends, iou.csv as well; and where
+tensorboard is installed, its event files.
 """
 
 from __future__ import annotations
@@ -19,41 +23,41 @@ from pathlib import Path
 
 import torch
 
-from bench import records
-from bench.arguments import device, folder, from_zero, number, positive, size
+from bench import terminal
+from bench.arguments import add_device, add_dtype, add_out, add_partition_size, from_zero, number, positive, size
 from bench.compared.heads import CONTEXTS
+from bench.terminal import Terminal
 from bench.train.recipe import RECIPES, InputError, Recipe
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    here = "cuda" if torch.cuda.is_available() else "cpu"
-    add = parser.add_argument
-    add("--data", type=Path, required=True, metavar="DIR", help="folder of the data set, as its publishers lay it out")
-    add("--data-set", choices=RECIPES, help="which one it is, and whose recipe is followed unless told otherwise")
-    add("--out", type=folder, default="out/train", metavar="DIR", help="folder of the results (default: out/train)")
-    add("--evaluate", type=Path, metavar="CHECKPOINT", help="do not train: evaluate an earlier run by its own recipe")
-    add("--head", choices=CONTEXTS, default="ISA", help="default: ISA; none is a fully convolutional network")
-    add("--backbone", default="resnet101", metavar="NAME", help="a ResNet of torchvision (default: resnet101)")
-    weights = "its first, or none (default: IMAGENET1K_V1)"
-    add("--weights", type=name_or_none, default="IMAGENET1K_V1", metavar="NAME", help=weights)
-    add("--channels", type=positive, default=512, metavar="C", help="of the head (default: 512)")
-    add("--partition-size", type=size, default=(8, 8), metavar="P", help="of ISA: 8 or 8x4, height first (default: 8)")
-    add("--output-stride", type=int, choices=(8, 16, 32), help="(default: the recipe's)")
+    required, add = parser.add_argument_group("required"), parser.add_argument
+    layout = "folder of the data set, as its publishers lay it out"
+    required.add_argument("--data", type=Path, required=True, metavar="DIR", help=layout)
+    what = required.add_mutually_exclusive_group(required=True)
+    what.add_argument("--data-set", choices=RECIPES, help="train: which one it is, and whose recipe is followed")
+    evaluated = "do not train: network.pt or checkpoint.pt of an earlier run, by its own recipe"
+    what.add_argument("--evaluate", type=Path, metavar="FILE", help=evaluated)
+    add_out(parser, default="out/train")
+    add("--head", choices=CONTEXTS, default="ISA", help="what attends; none is a fully convolutional network")
+    add("--backbone", default="resnet101", metavar="NAME", help="a ResNet of torchvision")
+    add("--weights", type=name_or_none, default="IMAGENET1K_V1", metavar="NAME", help="its first, or none")
+    add("--channels", type=positive, default=512, metavar="C", help="of the head")
+    add_partition_size(parser)
+    add("--output-stride", type=int, choices=(8, 16, 32), help="of the backbone (default: the recipe's)")
     add("--crop", type=size, metavar="SIZE", help="what is seen at once (default: the recipe's)")
-    add("--batch", type=positive, metavar="B", help="crops in an iteration, of all processes (the recipe's)")
-    add("--lr", type=number, metavar="R", help="learning rate at first (the recipe's)")
-    add("--weight-decay", type=number, metavar="W", help="(the recipe's)")
-    add("--iterations", type=positive, metavar="N", help="(the recipe's)")
-    precisions = ("float32", "bfloat16", "float16")
-    add("--precision", choices=precisions, default="float32", help="of autocast (default: float32)")
-    add("--seed", type=from_zero, default=0, help="of first weights, order, augmentation and dropout (default: 0)")
-    add("--scales", type=number, nargs="+", default=[1.0], metavar="S", help="of evaluated images (default: 1)")
+    add("--batch", type=positive, metavar="B", help="crops in an iteration, of all processes (default: the recipe's)")
+    add("--lr", type=number, metavar="R", help="learning rate at first (default: the recipe's)")
+    add("--weight-decay", type=number, metavar="W", help="of every parameter (default: the recipe's)")
+    add("--iterations", type=positive, metavar="N", help="until it is done (default: the recipe's)")
+    add_dtype(parser, ("float32", "bfloat16", "float16"), "of autocast")
+    add("--seed", type=from_zero, default=0, metavar="N", help="of first weights, order, augmentation and dropout")
+    add("--scales", type=number, nargs="+", default=[1.0], metavar="S", help="of evaluated images")
     add("--flip", action="store_true", help="evaluate every image flipped as well")
-    add("--save-every", type=positive, default=1000, metavar="N", help="iterations (default: 1000)")
-    workers = "processes that load images (default: 2; 0: this one)"
-    add("--workers", type=from_zero, default=2, metavar="N", help=workers)
-    add("--device", type=device, default=here, help=f"default: {here}")
+    add("--save-every", type=positive, default=1000, metavar="N", help="iterations")
+    add("--workers", type=from_zero, default=2, metavar="N", help="processes that load images, or 0: this one")
+    add_device(parser, "of the network", "cuda" if torch.cuda.is_available() else "cpu")
+    terminal.add_arguments(parser)
 
 
 def name_or_none(text: str) -> str | None:
@@ -67,17 +71,17 @@ def run(args: argparse.Namespace) -> None:
     from bench.train.trainer import build, evaluate, join, read_checkpoint, train  # which need them
 
     with join(args.device) as process:
-        console = records.console(quiet=process.rank > 0)
+        said = Terminal(args, quiet=process.rank > 0)
         if args.evaluate:
             checkpoint = read_checkpoint(args.evaluate, process.device)
             network = build(checkpoint["recipe"]).to(process.device)
             network.load_state_dict(checkpoint["network"])
-            evaluate(network, checkpoint["recipe"], args, process, console)
+            evaluate(network, checkpoint["recipe"], args, process, said)
         else:
             recipe = recipe_of(args, process.world_size)
-            trainer = train(recipe, args, process, console)
+            trainer = train(recipe, args, process, said)
             if trainer.iteration == recipe.iterations:
-                evaluate(trainer.network, recipe, args, process, console)
+                evaluate(trainer.network, recipe, args, process, said)
 
 
 def recipe_of(args: argparse.Namespace, world_size: int) -> Recipe:
@@ -86,8 +90,6 @@ def recipe_of(args: argparse.Namespace, world_size: int) -> Recipe:
     Raises:
         InputError: arguments that are wrong together.
     """
-    if args.data_set is None:
-        raise InputError(f"--data-set must be one of {', '.join(RECIPES)}")
     names = {field.name for field in fields(Recipe)}
     given = {name: value for name, value in vars(args).items() if name in names and value is not None}
     recipe = Recipe(**RECIPES[args.data_set] | given)

@@ -54,7 +54,7 @@ class Recipe:
     iterations: int
     output_stride: int
     weights: str | None = None  # the backbone's first, by torchvision's name
-    precision: str = "float32"  # of autocast
+    dtype: str = "float32"  # of autocast
     seed: int = 0
     momentum: float = 0.9
     power: float = 0.9
@@ -67,8 +67,8 @@ class Recipe:
 
     def autocast(self, device: torch.device) -> torch.autocast:
         """Mixed precision on a device."""
-        half = self.precision != "float32"
-        return torch.autocast(device.type, getattr(torch, self.precision) if half else None, enabled=half)
+        half = self.dtype != "float32"
+        return torch.autocast(device.type, getattr(torch, self.dtype) if half else None, enabled=half)
 
     def loss(self, logits: dict[str, Tensor], labels: Tensor) -> Tensor:
         """Cross-entropy of "out", and `auxiliary` times that of "aux": [B, classes, H, W] each; labels [B, H, W]."""

@@ -1,6 +1,7 @@
 """Runs of a recipe, in one process or several.
 
-Training from the data on to checkpoint.pt and log.csv, until it is done or a signal comes; evaluation to iou.csv.
+Training from the data on to log.csv, checkpoint.pt and network.pt, until it is done or a signal comes; evaluation to
+iou.csv.
 """
 
 from __future__ import annotations
@@ -10,18 +11,19 @@ import math
 import os
 import pickle
 import signal
+import statistics
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
@@ -29,11 +31,14 @@ from torch.utils.data import DataLoader, Subset
 
 from bench import records
 from bench.compared import heads
+from bench.terminal import Table, Terminal
 from bench.train.data import DATA_SETS, RandomSamples, Samples, batches
 from bench.train.evaluation import intersection_over_union, probabilities
 from bench.train.recipe import InputError, Recipe, Stream, seed_of
 from isa_triton.models.ianet import IANet, ianet
 from isa_triton.sharding import ShardedBatchNorm2d
+
+SPOKEN = 100  # iterations to a line for who watches
 
 # -- a process, a network ----------------------------------------------------------------------------------------------
 
@@ -117,7 +122,7 @@ class Trainer:
             self.model = DistributedDataParallel(self.network)
         parameters = self.network.parameters()
         self.optimiser = torch.optim.SGD(parameters, recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay)
-        self.scaler = torch.amp.GradScaler(process.device.type, enabled=recipe.precision == "float16")
+        self.scaler = torch.amp.GradScaler(process.device.type, enabled=recipe.dtype == "float16")
         if checkpoint:
             for name, part in self._parts().items():
                 part.load_state_dict(checkpoint[name])
@@ -143,9 +148,10 @@ class Trainer:
         self.iteration += 1
         return loss.detach()
 
-    def save(self, path: Path) -> None:
-        """Write everything that the next iteration depends on, whole or not at all."""
-        states = {name: part.state_dict() for name, part in self._parts().items()}
+    def save(self, path: Path, *names: str) -> None:
+        """Write parts, by default everything that the next iteration depends on, whole or not at all."""
+        parts = self._parts()
+        states = {name: parts[name].state_dict() for name in names or parts}
         with records.replacing(path) as temporary:
             torch.save({"recipe": asdict(self.recipe), "iteration": self.iteration} | states, temporary)
 
@@ -184,12 +190,12 @@ class IoU:
     iou: float | None
 
 
-def train(recipe: Recipe, args: argparse.Namespace, process: Process, console: Console) -> Trainer:
+def train(recipe: Recipe, args: argparse.Namespace, process: Process, said: Terminal) -> Trainer:
     """Train until the recipe is fulfilled or a signal comes, from the checkpoint in --out on if there is one."""
     data = DATA_SETS[recipe.data_set]
     paths = data.paths(args.data, "train")
     data.paths(args.data, "val")  # missing ones are better noticed before training than after
-    checkpoint, log = args.out / "checkpoint.pt", args.out / "log.csv"
+    log, checkpoint, network = (args.out / name for name in ("log.csv", "checkpoint.pt", "network.pt"))
     saved = read_checkpoint(checkpoint, process.device) if checkpoint.exists() else None
     if saved and saved["recipe"] != recipe:
         pairs = zip(*(vars(one).items() for one in (saved["recipe"], recipe)), strict=True)
@@ -207,36 +213,70 @@ def train(recipe: Recipe, args: argparse.Namespace, process: Process, console: C
         pin_memory=process.device.type == "cuda",
         worker_init_fn=leave_process_group,
     )
-    bar = progress(console, "iteration", "loss {task.fields[loss]:.4f}")
-    task = bar.add_task("", total=recipe.iterations, completed=trainer.iteration, loss=math.nan)
-    with stop_signals() as asked, bar:
-        console.print(
-            f"{recipe.head} on {recipe.backbone}, {recipe.data_set} with {len(paths)} images: {recipe.iterations}"
-            f" iterations of {recipe.batch} crops of {records.format_size(recipe.crop)}, learning rate {recipe.lr},"
-            f" weight decay {recipe.weight_decay}"
-            + (f"; goes on after iteration {trainer.iteration}" if saved else ""),
-            soft_wrap=True,
-        )
+    said.say(
+        f"{recipe.head} on {recipe.backbone}, {recipe.data_set} with {len(paths)} images: {recipe.iterations}"
+        f" iterations of {recipe.batch} crops of {records.format_size(recipe.crop)}, learning rate {recipe.lr},"
+        f" weight decay {recipe.weight_decay}, to {args.out}"
+        + (f"; goes on after iteration {trainer.iteration}" if saved else "")
+    )
+    stopping, first = False, trainer.iteration + 1
+    bars, drawn = said.progress("iterations", recipe.iterations - trainer.iteration), events(args.out, process, first)
+    with stop_signals() as asked, bars as bar, drawn as draw:
         begin = time.perf_counter()
         for images, labels in loader:
             loss = trainer.step(images, labels)
-            total, stopping = process.sum(loss, torch.tensor(asked.is_set()))
-            mean, end = total / process.world_size, time.perf_counter()
+            total, stopped = process.sum(loss, torch.tensor(asked.is_set()))
+            mean, end, stopping = total / process.world_size, time.perf_counter(), stopped > 0
             if not math.isfinite(mean):
                 raise InputError(f"the loss became {mean} in iteration {trainer.iteration}: try a lower --lr")
             rate = recipe.learning_rate(trainer.iteration - 1)
             rows.append(Iteration(trainer.iteration, rate, mean, round(end - begin, 4)))
-            bar.update(task, advance=1, loss=mean)
+            draw(rows[-1])
+            bar.now(f"loss {mean:.4f}")
+            bar.advance()
             begin = end
             done = stopping or trainer.iteration == recipe.iterations
+            if done or trainer.iteration % SPOKEN == 0:
+                said.say(spoken(rows[-SPOKEN:], recipe))
             if process.rank == 0 and (done or trainer.iteration % args.save_every == 0):
                 records.write(log, Iteration, rows)  # first: a run that goes on drops what the checkpoint does not know
                 trainer.save(checkpoint)
             if stopping:
-                console.print(f"Stopped after iteration {trainer.iteration}; the same command goes on")
                 break
-    console.print("Wrote", log, checkpoint, sep="\n  ")
+    if process.rank == 0:
+        trainer.save(network, "network")
+        how = f"Stopped after iteration {trainer.iteration}; the same command goes on" if stopping else "Trained"
+        sizes = (f"{path.name} {path.stat().st_size / 1e6:.0f} MB" for path in (checkpoint, network))
+        said.end(f"{how}: {', '.join(sizes)}.", log, checkpoint, network)
     return trainer
+
+
+def spoken(rows: Sequence[Iteration], recipe: Recipe) -> str:
+    """The last iterations, for who watches: their mean loss, how fast they were, and how long the rest will take."""
+    last, seconds = rows[-1], statistics.mean(row.seconds for row in rows)
+    left = timedelta(seconds=round(seconds * (recipe.iterations - last.iteration)))
+    loss = statistics.mean(row.loss for row in rows)
+    return (
+        f"iteration {last.iteration}/{recipe.iterations}: loss {loss:.4f}, learning rate {last.learning_rate:.3g},"
+        f" {recipe.batch / max(seconds, 1e-9):.3g} images/s, {left} left"
+    )
+
+
+@contextmanager
+def events(folder: Path, process: Process, first: int) -> Iterator[Callable[[Iteration], None]]:
+    """Draws iterations from `first` on for TensorBoard, in the first process and where it is installed."""
+    if process.rank or not find_spec("tensorboard"):
+        yield lambda row: None
+        return
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(folder), purge_step=first) as writer:
+
+        def draw(row: Iteration) -> None:
+            writer.add_scalar("loss", row.loss, row.iteration)
+            writer.add_scalar("learning rate", row.learning_rate, row.iteration)
+
+        yield draw
 
 
 @contextmanager
@@ -262,12 +302,7 @@ def leave_process_group(worker: int) -> None:
         os.setpgrp()
 
 
-def progress(console: Console, what: str, more: str = "") -> Progress:
-    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TextColumn(more), TimeRemainingColumn())
-    return Progress(*columns, console=console)
-
-
-def evaluate(network: nn.Module, recipe: Recipe, args: argparse.Namespace, process: Process, console: Console) -> None:
+def evaluate(network: nn.Module, recipe: Recipe, args: argparse.Namespace, process: Process, said: Terminal) -> None:
     """Mean IoU over the validation images, printed and written to iou.csv."""
     data = DATA_SETS[recipe.data_set]
     images = Samples(data, data.paths(args.data, "val"))
@@ -277,18 +312,20 @@ def evaluate(network: nn.Module, recipe: Recipe, args: argparse.Namespace, proce
     network.eval()
 
     def predicted() -> Iterator[tuple[Tensor, Tensor]]:
-        for image, label in bar.track(loader, total=len(mine)):
+        for image, label in loader:
             x = image.unsqueeze(0).to(process.device)
             y = probabilities(lambda x: network(x)["out"], x, recipe.crop, args.scales, mirror)
             yield y[0].argmax(0), label.to(process.device)
+            bar.advance()
 
-    with torch.inference_mode(), recipe.autocast(process.device), progress(console, "evaluated") as bar:
+    with torch.inference_mode(), recipe.autocast(process.device), said.progress("images", len(mine)) as bar:
         ious, mean = intersection_over_union(predicted(), len(data.ids), process.device)
     scales = " ".join(f"{scale:g}" for scale in args.scales) + (", flipped and not" if args.flip else "")
-    console.print(f"{len(images)} images in windows of {records.format_size(recipe.crop)}, scaled by {scales}")
+    title = f"IoU of {len(images)} images in windows of {records.format_size(recipe.crop)}, scaled by {scales}"
     rows = [*map(IoU, data.names, ious), IoU("mean", mean)]
     lines = [(row.class_, None if row.iou is None else f"{row.iou:.4f}") for row in rows]
-    console.print(records.table("", ("class", "IoU"), [*lines[:-1], (), lines[-1]]))
+    said.show(Table(title, ("class", "IoU"), [*lines[:-1], (), lines[-1]]))
+    path = args.out / "iou.csv"
     if process.rank == 0:
-        records.write(args.out / "iou.csv", IoU, rows)
-    console.print(f"Wrote {args.out / 'iou.csv'}")
+        records.write(path, IoU, rows)
+    said.end(f"Mean IoU {mean:.4f}.", path)
