@@ -17,7 +17,8 @@ from bench import figures, records, survey
 from bench.arguments import add_out, check_partition_size, size
 from bench.compared import Provider
 from bench.compared.modules import in_stages
-from bench.workload import BLOCK_LEVELS, Workload
+from bench.terminal import Table, Terminal
+from bench.workload import BLOCK_LEVELS, QUANTITIES, Cost, Workload
 from isa_triton import InterlacedSparseSelfAttention, ISAModule, SelfAttention2d, partitioned_attention
 
 WINDOWS = ((2, 2), (4, 4), (8, 8), (12, 12), (16, 16), (32, 32), (64, 64))
@@ -71,8 +72,26 @@ def run(args: argparse.Namespace) -> None:
     for level, pass_, window in product(BLOCK_LEVELS, args.passes, windows):
         modules = MODULES if level == "module" and window == args.partition_size else ()
         plan.append((survey.workload(args, level, pass_, args.size, window), STAGES + modules))
-    rows = survey.conduct(args, args.out / "partitions.csv", plan)
-    for pass_ in args.passes:
-        picture = args.out / f"partition_sizes_{pass_}.png"
+    said, path = Terminal(args), args.out / "partitions.csv"
+    rows = survey.conduct(args, said, path, plan)
+    pictures = {pass_: args.out / f"partition_sizes_{pass_}.png" for pass_ in args.passes}
+    for pass_, picture in pictures.items():
         figures.partition_sizes([row for row in rows if row.pass_ == pass_], args.partition_size, picture)
-        records.console().print(f"Wrote {picture}")
+    said.show(*summary(rows))
+    said.end(f"{survey.tally(rows)} {figures.cheapest(rows)}.", path, *pictures.values())
+
+
+def summary(rows: Sequence[Cost]) -> list[Table]:
+    """A table for each level and pass: what every variant costs at every partition size."""
+    panels = {row.panel: [other for other in rows if other.panel == row.panel] for row in rows}
+    header = ("variant", "partition", *(quantity.unit for quantity in QUANTITIES))
+    return [
+        Table(f"{level} level, {pass_}", header, [_line(row) for row in members], words=2)
+        for (level, pass_), members in panels.items()
+    ]
+
+
+def _line(row: Cost) -> list[str | None]:
+    values = (quantity.of(row) for quantity in QUANTITIES)
+    numbers = [None if value is None else records.short(value) for value in values]
+    return [row.provider, row.partition_size, *numbers[:-1], f"{numbers[-1]}?" if row.doubtful else numbers[-1]]
