@@ -100,13 +100,14 @@ def test_more_work_in_less_time_is_measured_again(conduct: Conduct) -> None:
     assert not rows["isa", 16].doubtful
 
 
-@pytest.mark.parametrize("before", [[("isa", 8)], []], ids=["a smaller map is known", "nothing else to go by"])
 def test_what_is_skipped_is_not_predicted_from_a_disturbed_sample(
-    conduct: Conduct, before: list[tuple[str, int]]
+    conduct: Conduct, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    script: Clock = {cell: [0.1, 0.1] for cell in before}
-    rows = conduct({**script, ("isa", 16): [40.0, 0.4, 0.4], ("isa", 32): [1.6] * 3}, *SLOW)
-    assert rows["isa", 32].seconds == 1.6
+    rows = conduct({("isa", 16): [40.0, 0.4, 0.4], ("isa", 32): [1.6, 1.6]}, *SLOW)
+    assert (rows["isa", 32].seconds, rows["isa", 32].samples) == (1.6, 2)  # as soon as the samples of 16x16 differed
+    monkeypatch.setattr(survey, "AGAIN", 0)
+    rows = conduct({("isa", 8): [0.1], ("isa", 16): [40.0], ("isa", 32): [1.6]}, *SLOW, "--fresh")
+    assert rows["isa", 32].seconds == 1.6  # at once, where a smaller map says better
 
 
 def test_what_is_predicted_to_take_long_is_a_row_with_its_reason(conduct: Conduct) -> None:
