@@ -58,9 +58,9 @@ LOOKS = {
 }
 STAGE_LOOKS = {
     "long-short": Look("long, then short range", "#0072B2", "D"),
-    "short-long": Look("short, then long range", "#E69F00", "s", "--"),
-    "long": Look("long range alone", "#D55E00", "^", "-."),
-    "short": Look("short range alone", "#009E73", "v", ":"),
+    "short-long": Look("short, then long range", "#88CCEE", "s", "--"),
+    "long": Look("long range alone", "#AA4499", "^", "-."),
+    "short": Look("short range alone", "#B8860B", "v", ":"),
 }
 DEVICE_LOOKS = tuple(LOOKS[name] for name in ("isa", "dense-sdpa", "isa-triton", "dense"))  # distinct, no more
 FUSED = "dense-sdpa"  # dense attention that keeps no scores
