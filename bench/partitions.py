@@ -14,7 +14,7 @@ from itertools import product
 from torch import nn
 
 from bench import figures, records, survey
-from bench.arguments import add_out, check_partition_size, size
+from bench.arguments import add_out, add_partition_size, check_partition_size, size
 from bench.compared import Provider
 from bench.compared.modules import in_stages
 from bench.terminal import Table, Terminal
@@ -56,10 +56,10 @@ MODULES = tuple(
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add_out(parser)
-    add("--size", type=size, default=(128, 128), metavar="SIZE", help="the map, 64 or 64x128 (default: 128)")
+    add("--size", type=size, default=(128, 128), metavar="SIZE", help="the map, 64 or 64x128")
     default = f"{' '.join(map(records.format_size, WINDOWS))}, as far as the map has room"
     add("--partition-sizes", nargs="+", type=size, metavar="P", help=f"8 or 8x4, height first (default: {default})")
-    add("--partition-size", type=size, default=(8, 8), metavar="P", help="of the ISA modules (default: 8)")
+    add_partition_size(parser, "P of the ISA modules")
     survey.add_arguments(parser)
 
 
@@ -78,7 +78,8 @@ def run(args: argparse.Namespace) -> None:
     for pass_, picture in pictures.items():
         figures.partition_sizes([row for row in rows if row.pass_ == pass_], args.partition_size, picture)
     said.show(*summary(rows))
-    said.end(f"{survey.tally(rows)} {figures.cheapest(rows)}.", path, *pictures.values())
+    written = [] if args.redraw else [path]
+    said.end(f"{survey.tally(rows)} {figures.cheapest(rows)}.", *written, *pictures.values())
 
 
 def summary(rows: Sequence[Cost]) -> list[Table]:

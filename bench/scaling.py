@@ -8,7 +8,7 @@ from itertools import product
 from pathlib import Path
 
 from bench import figures, survey
-from bench.arguments import add_out, check_partition_size, size
+from bench.arguments import add_out, add_partition_size, add_sizes, check_partition_size
 from bench.compared import DRAWN, PROVIDERS
 from bench.records import format_size, short
 from bench.terminal import Table, Terminal
@@ -22,10 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_out(parser)
     who = f"who is measured and drawn, of {' '.join(PROVIDERS)} (default: all, drawn {' '.join(DRAWN)})"
     add("--providers", nargs="+", choices=PROVIDERS, metavar="NAME", help=who)
-    maps = f"maps in pixels, 64 or 64x128, height first (default: {' '.join(map(format_size, SIZES))})"
-    add("--sizes", nargs="+", type=size, default=list(SIZES), metavar="SIZE", help=maps)
-    add("--levels", nargs="+", choices=LEVELS, default=list(BLOCK_LEVELS), help="default: attention module")
-    add("--partition-size", type=size, default=(8, 8), metavar="P", help="8 or 8x4, height first (default: 8)")
+    add_sizes(parser, SIZES)
+    add("--levels", nargs="+", choices=LEVELS, default=list(BLOCK_LEVELS), help="of what is measured")
+    add_partition_size(parser)
     survey.add_arguments(parser)
 
 
@@ -43,8 +42,9 @@ def run(args: argparse.Namespace) -> None:
     shown = args.providers or (PROVIDERS if args.verbose else figures.HEADLINE)
     said.show(*summary([row for row in rows if row.provider in shown]))
     pictures = draw([row for row in rows if row.provider in (args.providers or DRAWN)], args.out)
+    written = [] if args.redraw else [path]
     said.end(survey.tally(rows))
-    said.end("\n".join(figures.message(rows, each) for each in QUANTITIES if rows), path, *pictures)
+    said.end("\n".join(figures.message(rows, each) for each in QUANTITIES if rows), *written, *pictures)
 
 
 def draw(rows: Sequence[Cost], folder: Path) -> list[Path]:

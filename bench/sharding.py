@@ -29,7 +29,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import figures, measure, terminal
-from bench.arguments import add_out, add_passes, add_redraw, number, positive, size
+from bench.arguments import add_out, add_partition_size, add_passes, add_redraw, add_rounds, number, positive, size
 from bench.compared.modules import isa_block
 from bench.records import format_size, read, short, write
 from bench.terminal import Table, Terminal
@@ -148,22 +148,21 @@ def bound(workload: Workload, devices: int) -> int:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add_out(parser)
-    add("--size", type=size, default=(128, 96), metavar="SIZE", help="map that is run, 64 or 64x128 (default: 128x96)")
-    add("--channels", type=positive, default=128, metavar="C", help="of the run, K = C / 2, V = C (default: 128)")
-    add("--partition-size", type=size, default=(8, 8), metavar="P", help="of the run (default: 8)")
-    add("--rounds", type=positive, default=5, help="timed calls of each (default: 5)")
+    add("--size", type=size, default=(128, 96), metavar="SIZE", help="map that is run, 64 or 64x128")
+    add("--channels", type=positive, default=128, metavar="C", help="of the run, K = C / 2, V = C")
+    add_partition_size(parser, "P of the run")
+    add_rounds(parser, 5)
     add_passes(parser)
-    maps, help_maps = [(4096, 4096), (8192, 8192)], "maps that are simulated (default: 4096 8192)"
-    devices, help_ = [1, 2, 4, 8, 16, 32, 64], "simulated; none: leave the simulation out (default: 1 2 4 8 16 32 64)"
-    add("--devices", nargs="*", type=positive, default=devices, metavar="N", help=help_)
-    add("--simulated-sizes", nargs="+", type=size, default=maps, metavar="SIZE", help=help_maps)
-    add("--simulated-channels", type=positive, default=512, metavar="C", help="K = C / 2, V = C (default: 512)")
-    add("--simulated-partition-size", type=size, default=(64, 64), metavar="P", help="default: 64")
-    links = f"assumed of a link, GB/s each way (default: {' '.join(f'{link:g}' for link in LINKS)})"
-    add("--rate", type=number, default=100.0, metavar="TFLOPS", help="assumed of a device, TFLOP/s (default: 100)")
+    devices, maps = [1, 2, 4, 8, 16, 32, 64], [(4096, 4096), (8192, 8192)]
+    simulated = "simulated; none: leave the simulation out"
+    add("--devices", nargs="*", type=positive, default=devices, metavar="N", help=simulated)
+    add("--simulated-sizes", nargs="+", type=size, default=maps, metavar="SIZE", help="maps that are simulated")
+    add("--simulated-channels", type=positive, default=512, metavar="C", help="of these, K = C / 2, V = C")
+    add("--simulated-partition-size", type=size, default=(64, 64), metavar="P", help="of these")
+    add("--rate", type=number, default=100.0, metavar="TFLOPS", help="assumed of a device, TFLOP/s")
+    add("--links", nargs="+", type=number, default=list(LINKS), metavar="GBS", help="assumed of a link, GB/s each way")
     add_redraw(parser)
     terminal.add_arguments(parser)
-    add("--links", nargs="+", type=number, default=list(LINKS), metavar="GBS", help=links)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from bench import measure, records, terminal
-from bench.arguments import add_passes, add_redraw, add_widths, amount, device, positive
+from bench.arguments import add_budget, add_device, add_dtype, add_passes, add_redraw, add_rounds, add_widths, amount
 from bench.compared import Provider
 from bench.terminal import Terminal
 from bench.workload import Cost, Level, Pass, Workload
@@ -33,13 +33,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments that a survey and its workloads read."""
     add_passes(parser)
     add_widths(parser)
+    add_dtype(parser, DTYPES)
+    add_device(parser, "where seconds are measured; the rest is counted")
+    add_rounds(parser, 5)
+    add_budget(parser, 0.8)
     add = parser.add_argument
-    add("--dtype", choices=DTYPES, default="float32", help="default: float32")
-    add("--device", type=device, default="cpu", help="where seconds are measured (default: cpu); the rest is counted")
-    add("--rounds", type=positive, default=5, help="at most so many timed calls of each, interleaved (default: 5)")
-    add("--budget", type=amount, default=0.8, metavar="S", help="no call is repeated at once after S (default: 0.8)")
-    add("--longest-call", type=amount, default=5.0, metavar="S", help="skip calls predicted longer (default: 5)")
-    add("--memory-limit", type=amount, default=6.0, metavar="GB", help="skip calls that need more (default: 6)")
+    add("--longest-call", type=amount, default=5.0, metavar="S", help="calls predicted longer are not made")
+    add("--memory-limit", type=amount, default=6.0, metavar="GB", help="calls that need more are not made")
     add("--fresh", action="store_true", help="forget the CSV in DIR (default: measure what it lacks or doubts)")
     add_redraw(parser)
     terminal.add_arguments(parser)
