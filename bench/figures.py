@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
@@ -68,10 +69,10 @@ HEADLINE = ("dense", FUSED, "rcca", OURS)  # who is in the figure of one panel
 MAPS = "map, height x width (axis: number of pixels)"
 DOUBTFUL: dict[str, Any] = {
     "linestyle": "", "marker": "o", "markersize": 16, "markerfacecolor": "none", "markeredgecolor": "0.5",
-    "label": "doubtful: samples differ, or more work takes less (note in the CSV)",
+    "label": "doubtful (why: note in the CSV)",
 }  # fmt: skip
 NOT_RUN: dict[str, Any] = {
-    "linestyle": "", "marker": "x", "markersize": 6, "label": "not run: too long, too large or failed (note in the CSV)"
+    "linestyle": "", "marker": "x", "markersize": 6, "label": "not run (why: note in the CSV)"
 }  # fmt: skip
 BAND: dict[str, Any] = {"linewidth": 8, "alpha": 0.2, "zorder": 1}  # of a closed form, beneath the points
 LEVEL_TITLES = {
@@ -126,7 +127,7 @@ def _plain_ticks(axis: Any) -> None:
     """Of a logarithmic axis: 600, not 6x10^2; between decades too where there are few."""
     low, high = axis.get_view_interval()
     between = (2.0, 5.0) if high / low > 10 else (2.0, 3.0, 4.0, 6.0, 8.0)
-    axis.set_major_locator(LogLocator(subs=(1.0, *(between if high / low < 300 else ()))))
+    axis.set_major_locator(LogLocator(subs=(1.0, *(between if high / low < 300 else ())), numticks=24))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
     axis.set_minor_locator(NullLocator())
 
@@ -149,7 +150,7 @@ def _widths(row: Cost) -> str:
 def _where(rows: Sequence[Cost]) -> str:
     """Where seconds come from; more than one place is said too."""
     timed = [row for row in rows if row.seconds is not None]
-    places = {f"{row.host}, {row.threads} threads" if row.host else f"a {row.device} without a name" for row in timed}
+    places = {f"{row.host} (threads: {row.threads})" if row.host else f"a {row.device} without a name" for row in timed}
     return "measured on " + " and ".join(sorted(places)) if places else "not measured"
 
 
@@ -201,7 +202,7 @@ def scaling(rows: Sequence[Cost], quantity: Quantity, path: Path) -> None:
     """
     levels = [level for level in LEVELS if any(row.level == level for row in rows)]
     passes = [pass_ for pass_ in PASSES if any(row.pass_ == pass_ for row in rows)]
-    size = (1 + 6 * len(levels), 2.2 + 4.4 * len(passes))
+    size = (2 + 6 * len(levels), 2.2 + 4.4 * len(passes))
     how = _where(rows) if quantity.column == "seconds" else "counted on fake tensors"
     with _saved(path, len(passes), len(levels), 130, figsize=size, sharex=True) as (figure, panels):
         for panel, (pass_, level) in zip(panels.flat, product(passes, levels), strict=True):
@@ -212,11 +213,12 @@ def scaling(rows: Sequence[Cost], quantity: Quantity, path: Path) -> None:
             panel.set_ylabel(f"{quantity.title} [{quantity.unit}]")
         for panel in panels[-1]:
             panel.set_xlabel(MAPS)
-        _legend(figure, panels)
-        lines = [message(rows, quantity), f"{_widths(rows[0])}; {how}; numbers: {FUSED} or dense, in times {OURS}"]
+        _legend(figure, panels, columns=len(levels) + 1)
+        numbers = f"numbers: {FUSED} or dense, in times {OURS}"
+        lines = [message(rows, quantity), f"{_widths(rows[0])}; {how}", numbers]
         if quantity.column == "flops" and any(row.provider == FUSED for row in rows):
             lines.append(_chunks(rows[0]))
-        figure.suptitle("\n".join(lines), fontsize=12)
+        figure.suptitle("\n".join(textwrap.fill(line, 70 * len(levels)) for line in lines), fontsize=12)
 
 
 def _chunks(row: Cost) -> str:

@@ -74,7 +74,9 @@ def run(args: argparse.Namespace) -> None:
         plan.append((survey.workload(args, level, pass_, args.size, window), STAGES + modules))
     said, path = Terminal(args), args.out / "partitions.csv"
     rows = survey.conduct(args, said, path, plan)
-    pictures = {pass_: args.out / f"partition_sizes_{pass_}.png" for pass_ in args.passes}
+    there = {row.panel for row in rows}  # a CSV that is drawn again may have less
+    passes = [pass_ for pass_ in args.passes if {(level, pass_) for level in BLOCK_LEVELS} <= there]
+    pictures = {pass_: args.out / f"partition_sizes_{pass_}.png" for pass_ in passes}
     for pass_, picture in pictures.items():
         figures.partition_sizes([row for row in rows if row.pass_ == pass_], args.partition_size, picture)
     said.show(*summary(rows))

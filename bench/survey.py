@@ -74,7 +74,7 @@ def conduct(args: argparse.Namespace, said: Terminal, path: Path, plan: Plan) ->
             raise argparse.ArgumentError(None, f"--redraw: {path} has no row of these workloads")
         return rows
     survey = Survey(args, earlier)
-    said.say(f"On {survey.conditions['host']}, {survey.conditions['threads']} threads; every row goes to {path}")
+    said.say(f"On {survey.conditions['host']} (threads: {survey.conditions['threads']}); every row goes to {path}")
     for _ in range(1 + AGAIN):
         with said.progress("rows", total=sum(len(providers) for _, providers in plan)) as bar:
             for workload, providers in plan:

@@ -330,6 +330,12 @@ def test_partitions_writes_its_csv_and_a_plot(tmp_path: Path) -> None:
         assert (flops["long", window], flops["short", window]) == (long, short)
         assert flops["long-short", window] == flops["short-long", window] == long + short
     assert [row.partition_size for row in rows if row.provider.startswith("module")] == ["2x3"] * 3
+    picture = tmp_path / "partition_sizes_forward.png"
+    picture.unlink()
+    main(
+        ["partitions", *TINY, "--out", str(tmp_path), *sizes[:-1], "training", "forward", "--redraw"]
+    )  # none of training
+    assert {path.name for path in tmp_path.glob("*.png")} == {picture.name}
 
 
 @pytest.mark.slow
