@@ -157,6 +157,11 @@ def add_budget(parser: argparse.ArgumentParser, default: float) -> None:
     parser.add_argument("--budget", type=amount, default=default, metavar="S", help=help_)
 
 
+def add_redraw(parser: argparse.ArgumentParser) -> None:
+    """Pictures of a CSV that is there."""
+    parser.add_argument("--redraw", action="store_true", help="draw from the CSV in DIR, and measure nothing")
+
+
 def add_passes(parser: argparse.ArgumentParser) -> None:
     """Which passes are measured."""
     parser.add_argument("--passes", nargs="+", choices=PASSES, default=list(PASSES), help="what is measured")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from fractions import Fraction
 from itertools import product
 from pathlib import Path
 from statistics import median
@@ -20,7 +22,8 @@ from bench.workload import BLOCK_LEVELS, LEVELS, OURS, PASSES, QUANTITIES, Cost,
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # after the choice of a backend without a display
-from matplotlib.ticker import NullLocator
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 if TYPE_CHECKING:
     from bench import check, sharding
@@ -37,7 +40,7 @@ class Look(NamedTuple):
 
 LOOKS = {
     "dense": Look("dense (non-local, scores in memory)", "#D55E00"),
-    "dense-sdpa": Look("dense-sdpa (the same, by torch's scaled_dot_product_attention)", "#E69F00", "s", "--"),
+    "dense-sdpa": Look("dense-sdpa (the same, fused: torch's sdpa)", "#E69F00", "s", "--"),
     "nonlocal": Look("nonlocal (the non-local block)", "#8C510A", "p", ":"),
     "nonlocal-triton": Look("nonlocal-triton (the same, our kernels on a GPU)", "#BF812D", "P", "--"),
     "sa": Look("sa (Base-OC, the authors' dense baseline)", "#5E3C08", "h", "-."),
@@ -56,10 +59,21 @@ LOOKS = {
 }
 STAGE_LOOKS = {
     "long-short": Look("long, then short range", "#0072B2", "D"),
-    "short-long": Look("short, then long range", "#E69F00", "s", "--"),
+    "short-long": Look("short, then long range", "#88CCEE", "s", "--"),
     "long": Look("long range alone", "#AA4499", "^", "-."),
-    "short": Look("short range alone", "#009E73", "v", ":"),
+    "short": Look("short range alone", "#B8860B", "v", ":"),
 }
+DEVICE_LOOKS = tuple(LOOKS[name] for name in ("isa", "dense-sdpa", "isa-triton", "dense"))  # distinct, no more
+FUSED = "dense-sdpa"  # dense attention that keeps no scores
+HEADLINE = ("dense", FUSED, "rcca", OURS)  # who is in the figure of one panel
+MAPS = "map, height x width (axis: number of pixels)"
+DOUBTFUL: dict[str, Any] = {
+    "linestyle": "", "marker": "o", "markersize": 16, "markerfacecolor": "none", "markeredgecolor": "0.5",
+    "label": "doubtful (why: note in the CSV)",
+}  # fmt: skip
+NOT_RUN: dict[str, Any] = {
+    "linestyle": "", "marker": "x", "markersize": 6, "label": "not run (why: note in the CSV)"
+}  # fmt: skip
 BAND: dict[str, Any] = {"linewidth": 8, "alpha": 0.2, "zorder": 1}  # of a closed form, beneath the points
 LEVEL_TITLES = {
     "attention": "attention alone (q, k, v → context)",
@@ -84,27 +98,98 @@ def _saved(path: Path, rows: int, columns: int, dpi: int, **options: Any) -> Ite
 def _draw_lines(
     panel: Any, rows: Sequence[Cost], quantity: Quantity, x: Callable[[Cost], float], looks: Mapping[str, Look]
 ) -> None:
-    """A line a provider over x; equal costs lie on one another, and the larger hollow marker stays visible."""
-    for name in dict.fromkeys(row.provider for row in rows if row.provider in looks):
-        mine, (title, colour, marker, line) = [row for row in rows if row.provider == name], looks[name]
-        if points := sorted((x(row), value) for row in mine if (value := quantity.of(row)) is not None):
-            size, face = (6, colour) if line == "-" else (10, "none")
-            style = {"color": colour, "marker": marker, "linestyle": line, "label": title}
-            panel.plot(*zip(*points, strict=True), markersize=size, markerfacecolor=face, **style)
+    """A line a provider over x, ours on top; equal costs lie on one another, and the larger hollow markers show.
+
+    Doubtful seconds are ringed, and what was not run has a cross at the top, a row of them a provider.
+    """
+    high = 1.0
+    for name, (title, colour, marker, line) in looks.items():
+        mine = sorted((row for row in rows if row.provider == name), key=x)
+        points = [(x(row), value) for row in mine if (value := quantity.of(row)) is not None]
+        if not points:
+            continue
+        size, face, top = (6, colour, 4) if line == "-" else (10, "none", 3)
+        style = {"color": colour, "marker": marker, "linestyle": line, "label": title, "zorder": top}
+        panel.plot(*zip(*points, strict=True), markersize=size, markerfacecolor=face, **style)
+        if quantity.column != "seconds":
+            continue
+        if doubtful := [(x(row), quantity.of(row)) for row in mine if row.doubtful]:
+            panel.plot(*zip(*doubtful, strict=True), **DOUBTFUL)
+        if missing := [x(row) for row in mine if row.seconds is None]:
+            high -= 0.035
+            panel.plot(missing, [high] * len(missing), color=colour, transform=panel.get_xaxis_transform(), **NOT_RUN)
+    if high < 1:  # room for the crosses
+        bottom, top = panel.get_ylim()
+        panel.set_ylim(bottom, top * (top / bottom) ** (1.3 * (1 - high)))
 
 
-def _legend(figure: Any, panels: Any) -> None:
-    """One below all panels, with every label once."""
+def _plain_ticks(axis: Any) -> None:
+    """Of a logarithmic axis: 600, not 6x10^2; between decades too where there are few."""
+    low, high = axis.get_view_interval()
+    between = (2.0, 5.0) if high / low > 10 else (2.0, 3.0, 4.0, 6.0, 8.0)
+    axis.set_major_locator(LogLocator(subs=(1.0, *(between if high / low < 300 else ())), numticks=24))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+    axis.set_minor_locator(NullLocator())
+
+
+def _legend(figure: Any, panels: Any, columns: int = 3) -> None:
+    """One below all panels, with every label once, and marks that any line may have last."""
     entries = [entry for panel in panels.flat for entry in zip(*panel.get_legend_handles_labels(), strict=True)]
     lines = {label: line for line, label in entries}
-    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=3, frameon=False, fontsize=10)
+    for mark in (DOUBTFUL, NOT_RUN):
+        if lines.pop(mark["label"], None):
+            lines[mark["label"]] = Line2D([], [], **{"color": "0.4"} | mark)
+    style = {"ncols": columns, "frameon": False, "fontsize": 10}
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", **style)
 
 
 def _widths(row: Cost) -> str:
     return f"C={row.channels}, K={row.key_channels}, V={row.value_channels}, {row.dtype}"
 
 
+def _where(rows: Sequence[Cost]) -> str:
+    """Where seconds come from; more than one place is said too."""
+    timed = [row for row in rows if row.seconds is not None]
+    places = {f"{row.host} (threads: {row.threads})" if row.host else f"a {row.device} without a name" for row in timed}
+    return "measured on " + " and ".join(sorted(places)) if places else "not measured"
+
+
 # -- costs over the size of the map ------------------------------------------------------------------------------------
+
+
+def headline(rows: Sequence[Cost], path: Path) -> None:
+    """Draw one panel, the first of the rows, for those whom everyone knows: seconds, or FLOPs where none were measured.
+
+    Args:
+        rows: what a CSV held.
+        path: the PNG to write.
+    """
+    rows = [row for row in rows if row.panel == rows[0].panel]
+    flops, _, time = QUANTITIES
+    quantity = time if any(row.seconds is not None for row in rows if row.provider == OURS) else flops
+    looks = {name: look for name, look in LOOKS.items() if name in HEADLINE}
+    with _saved(path, 1, 1, 150, figsize=(8, 6.2)) as (figure, panels):
+        panel = panels[0, 0]
+        _draw_scaling(panel, rows, quantity, looks)
+        panel.set(xlabel=MAPS, ylabel=f"{quantity.title} [{quantity.unit}]")
+        _legend(figure, panels, columns=2)
+        how = _where(rows) if quantity is time else "counted"
+        level, pass_ = rows[0].panel
+        figure.suptitle(message(rows, quantity), fontsize=13)
+        panel.set_title(f"{LEVEL_TITLES[level]}, {PASS_TITLES[pass_]}; {_widths(rows[0])}\n{how}", fontsize=9)
+
+
+def message(rows: Sequence[Cost], quantity: Quantity) -> str:
+    """What a figure says, in a line: ours beside the fused dense, on the largest map of the first panel with both."""
+    known = {(row.provider, row.size): row for row in rows if row.panel == rows[0].panel and quantity.of(row)}
+    both = [size for name, size in known if name == OURS and (FUSED, size) in known]
+    if not both:
+        return f"{quantity.title} of attention over a feature map"
+    size = max(both, key=math.prod)
+    ratio = (quantity.of(known[FUSED, size]) or 0) / (quantity.of(known[OURS, size]) or 1)
+    times = f"PyTorch's fused dense attention takes {short(ratio)} times ISA's {quantity.title.lower()}"
+    times = times.replace("flops", "FLOPs") + f" on {format_size(size)}"
+    return times + (": ISA saves FLOPs and time, not memory" if quantity.column == "peak_bytes" and ratio < 2 else "")
 
 
 def scaling(rows: Sequence[Cost], quantity: Quantity, path: Path) -> None:
@@ -117,31 +202,45 @@ def scaling(rows: Sequence[Cost], quantity: Quantity, path: Path) -> None:
     """
     levels = [level for level in LEVELS if any(row.level == level for row in rows)]
     passes = [pass_ for pass_ in PASSES if any(row.pass_ == pass_ for row in rows)]
-    size = (1 + 6 * len(levels), 1.8 + 4.2 * len(passes))
-    how = f"measured on {rows[0].device}" if quantity.column == "seconds" else "counted on fake tensors"
-    with _saved(path, len(passes), len(levels), 130, figsize=size, sharex=True, sharey=True) as (figure, panels):
+    size = (2 + 6 * len(levels), 2.2 + 4.4 * len(passes))
+    how = _where(rows) if quantity.column == "seconds" else "counted on fake tensors"
+    with _saved(path, len(passes), len(levels), 130, figsize=size, sharex=True) as (figure, panels):
         for panel, (pass_, level) in zip(panels.flat, product(passes, levels), strict=True):
-            _draw_scaling(panel, [row for row in rows if row.panel == (level, pass_)], quantity)
+            _draw_scaling(panel, [row for row in rows if row.panel == (level, pass_)], quantity, LOOKS)
             panel.set_title(f"{LEVEL_TITLES[level]}, {PASS_TITLES[pass_]}", fontsize=11)
-            panel.tick_params(labelbottom=True, labelleft=True)
+            panel.tick_params(labelbottom=True)
         for panel in panels[:, 0]:
             panel.set_ylabel(f"{quantity.title} [{quantity.unit}]")
         for panel in panels[-1]:
-            panel.set_xlabel("map, height x width (axis: number of pixels)")
-        _legend(figure, panels)
-        figure.suptitle(f"{quantity.title} of attention over a feature map ({_widths(rows[0])}; {how})", fontsize=13)
+            panel.set_xlabel(MAPS)
+        _legend(figure, panels, columns=len(levels) + 1)
+        numbers = f"numbers: {FUSED} or dense, in times {OURS}"
+        lines = [message(rows, quantity), f"{_widths(rows[0])}; {how}", numbers]
+        if quantity.column == "flops" and any(row.provider == FUSED for row in rows):
+            lines.append(_chunks(rows[0]))
+        figure.suptitle("\n".join(textwrap.fill(line, 70 * len(levels)) for line in lines), fontsize=12)
 
 
-def _draw_scaling(panel: Any, rows: Sequence[Cost], quantity: Quantity) -> None:
+def _chunks(row: Cost) -> str:
+    """Why the fused dense attention has more FLOPs than the plain one."""
+    K, V = row.key_channels, row.value_channels
+    number = -(-V // K)
+    more = f"{FUSED} spends {Fraction(2 * number * K, K + V)} of dense's FLOPs"
+    return f"{more}: sdpa wants values as wide as keys, and each of {number} chunks of V computes the scores again"
+
+
+def _draw_scaling(panel: Any, rows: Sequence[Cost], quantity: Quantity, looks: Mapping[str, Look]) -> None:
     panel.set(xscale="log", yscale="log")
     sizes = {row.pixels: row.size for row in sorted(rows, key=lambda row: row.pixels)}
-    if rows and rows[0].level == "attention":
+    if rows and rows[0].level == "attention" and looks is LOOKS:
         _draw_closed_form(panel, rows[0], np.geomspace(min(sizes), max(sizes), 200), quantity)
-    _draw_lines(panel, rows, quantity, lambda row: row.pixels, LOOKS)
+    _draw_lines(panel, rows, quantity, lambda row: row.pixels, looks)
+    bottom, top = panel.get_ylim()
+    panel.set_ylim(bottom * (bottom / top) ** 0.06, top)  # room for numbers
     _draw_ratios(panel, rows, quantity)
-    ticks = _apart(list(sizes), 1.6)
-    panel.set_xticks(ticks, [format_size(sizes[tick]) for tick in ticks], fontsize=8)
-    panel.minorticks_off()
+    panel.set_xticks(list(sizes), list(map(format_size, sizes.values())), fontsize=8, rotation=90)
+    panel.xaxis.set_minor_locator(NullLocator())
+    _plain_ticks(panel.yaxis)
     panel.grid(color="0.92")
     panel.set_axisbelow(True)
 
@@ -161,17 +260,24 @@ def _draw_closed_form(panel: Any, row: Cost, pixels: Any, quantity: Quantity) ->
 
 
 def _draw_ratios(panel: Any, rows: Sequence[Cost], quantity: Quantity) -> None:
-    """An arrow from ours up to dense with their ratio, at sizes far enough apart to be read."""
+    """How many times ours the fused dense takes, and the dense with its scores where that is more than the fused.
+
+    An arrow from ours up, or where the lines are close a number at the bottom, at sizes far enough apart to be read.
+    """
     known = {(row.provider, row.pixels): value for row in rows if (value := quantity.of(row)) is not None}
-    both = sorted(pixels for name, pixels in known if name == OURS and ("dense", pixels) in known)
-    for pixels in _apart(both, 3.5):
-        low, high = known[OURS, pixels], known["dense", pixels]
-        if high / low >= 2:  # closer lines leave no room
-            style = {"arrowstyle": "<->", "color": "0.45", "linewidth": 0.8, "shrinkA": 4, "shrinkB": 4}
-            panel.annotate("", (pixels, high), (pixels, low), arrowprops=style)
-            box = {"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none", "alpha": 0.9}
-            middle = (low * high) ** 0.5
-            panel.text(pixels, middle, f"{short(high / low)}x", ha="center", va="center", fontsize=10, bbox=box)
+    box = {"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none", "alpha": 0.9}
+    for name in (FUSED, "dense"):
+        both = sorted(pixels for other, pixels in known if other == OURS and (name, pixels) in known)
+        for pixels in _apart(both, 3.5):
+            low, high, fused = known[OURS, pixels], known[name, pixels], known.get((FUSED, pixels), 0)
+            style = {"ha": "center", "va": "center", "fontsize": 9, "color": LOOKS[name].colour, "zorder": 5}
+            text = f"{short(high / low)}x"
+            if high / low < 2 and name == FUSED:
+                panel.text(pixels, 0.03, text, transform=panel.get_xaxis_transform(), **style)
+            elif high / low >= 2 and (name == FUSED or high >= 2 * fused):
+                arrow = {"arrowstyle": "<->", "color": "0.45", "linewidth": 0.8, "shrinkA": 4, "shrinkB": 4}
+                panel.annotate("", (pixels, high), (pixels, low), arrowprops=arrow)
+                panel.text(pixels, (low * high) ** 0.5, text, bbox=box, **style)
 
 
 def _apart(values: Sequence[int], factor: float) -> list[int]:
@@ -196,10 +302,15 @@ def partition_sizes(rows: Sequence[Cost], window: tuple[int, int], path: Path) -
         for panel, quantity in zip(panels[2], QUANTITIES, strict=True):
             _draw_bars(panel, at_window, quantity)
             panel.set_title(f"{quantity.title} of blocks and modules, P = {format_size(window)}", fontsize=12)
-        _legend(figure, panels[:1, :1])
-        what, how = format_size(rows[0].size), f"{PASS_TITLES[rows[0].pass_]}; {_widths(rows[0])}"
-        title = f"The partition size on a map of {what} ({how}; time measured on {rows[0].device})"
-        figure.suptitle(title, fontsize=14)
+        _legend(figure, panels[:1])
+        how = f"{PASS_TITLES[rows[0].pass_]}; {_widths(rows[0])}; time {_where(rows)}"
+        figure.suptitle(f"{cheapest(rows)}\n{how}", fontsize=14)
+
+
+def cheapest(rows: Sequence[Cost]) -> str:
+    """The partition size with the fewest FLOPs of both stages' attention, in a sentence without its full stop."""
+    best = min((row for row in rows if row.provider == "long-short"), key=lambda row: row.flops)
+    return f"On {format_size(best.size)} the attention of both stages has the fewest FLOPs at P = {best.partition_size}"
 
 
 def _draw_sizes(panel: Any, rows: Sequence[Cost], quantity: Quantity) -> None:
@@ -216,7 +327,9 @@ def _draw_sizes(panel: Any, rows: Sequence[Cost], quantity: Quantity) -> None:
     panel.axvline(optimum, color="0.4", linewidth=1, linestyle=(0, (2, 2)), label="optimum, $P_hP_w = \\sqrt{HW}$")
     if quantity.column == "peak_bytes":  # hardly varies, and a logarithm would hide that
         panel.set_yscale("linear")
-        panel.set_ylim(bottom=0)
+        panel.set_ylim(0, 1.1 * panel.get_ylim()[1])
+    else:
+        _plain_ticks(panel.yaxis)
     panel.set_xticks(list(areas), list(areas.values()), fontsize=9, rotation=30)
     panel.xaxis.set_minor_locator(NullLocator())
     panel.grid(color="0.92")
@@ -225,11 +338,13 @@ def _draw_sizes(panel: Any, rows: Sequence[Cost], quantity: Quantity) -> None:
 def _draw_bars(panel: Any, rows: Sequence[Cost], quantity: Quantity) -> None:
     """A bar a variant with its value beside it."""
     values = {row.provider: quantity.of(row) for row in rows}
+    marks = {row.provider: " ?" if row.doubtful and quantity.column == "seconds" else "" for row in rows}
     lengths = [value or 0.0 for value in values.values()]
     colours = [STAGE_LOOKS[name].colour if name in STAGE_LOOKS else "#999999" for name in values]
     panel.barh(list(values), lengths, color=colours, height=0.7)
     for name, value in values.items():
-        panel.text(value or 0.0, name, " not run" if value is None else f" {short(value)}", va="center", fontsize=10)
+        text = " not run" if value is None else f" {short(value)}{marks[name]}"
+        panel.text(value or 0.0, name, text, va="center", fontsize=10)
     panel.invert_yaxis()
     panel.set(xlabel=quantity.unit, xlim=(0, 1.18 * max(lengths, default=1) or 1))
 
@@ -238,45 +353,68 @@ def _draw_bars(panel: Any, rows: Sequence[Cost], quantity: Quantity) -> None:
 
 
 def sharding_costs(rows: Sequence[sharding.Row], rate: float, links: Sequence[float], path: Path) -> None:
-    """Draw what was run above, and below what was simulated: peak bytes, bytes sent and predicted seconds."""
+    """Draw what was run above, and below what was simulated: peak bytes, bytes sent and predicted seconds.
+
+    Times of more processes than cores say nothing of devices: they are hollow and grey.
+    """
     run, simulated = ([row for row in rows if row.source == source] for source in ("run", "simulated"))
     strong, weak = ([row for row in run if row.scaling == scaling] for scaling in ("strong", "weak"))
     sent = [row for row in simulated if row.devices > 1]
     drawn: tuple[tuple[list[sharding.Row], str, str, float, str], ...] = (
-        (strong, "seconds", "ms", 1e-3, "strong scaling, run on this CPU with gloo"),
-        (weak, "seconds", "ms", 1e-3, "weak scaling, run on this CPU with gloo"),
-        (strong, "peak_bytes", "MiB", 2**20, "peak bytes of a device, run (strong)"),
-        (simulated, "peak_bytes", "GiB", 2**30, "peak bytes of a device, simulated (grey: 1/N)"),
-        (sent, "sent_bytes", "GiB", 2**30, "bytes a device sends, simulated (grey: 2 (N-1)/N local maps)"),
+        (strong, "seconds", "ms", 1e-3, "time, the map stays (strong), run"),
+        (weak, "seconds", "ms", 1e-3, "time, the map grows with N (weak), run"),
+        (strong, "peak_bytes", "MiB", 2**20, "peak memory of a device, run (strong)"),
+        (simulated, "peak_bytes", "GiB", 2**30, "peak memory of a device, simulated"),
+        (sent, "sent_bytes", "GiB", 2**30, "what a device sends, simulated"),
     )
-    with _saved(path, 2, 3, 110, figsize=(16, 9)) as (_, panels):
+    with _saved(path, 2, 3, 110, figsize=(16, 10)) as (figure, panels):
         for panel, (these, column, unit, scale, title) in zip(panels.flat, drawn, strict=False):
-            panel.set(title=title, ylabel=unit)
-            for label in dict.fromkeys(map(_of_line, these)):
-                line = [row for row in these if _of_line(row) == label]
-                devices, values = [row.devices for row in line], [getattr(row, column) / scale for row in line]
-                panel.plot(devices, values, "o-", label=label)
-                best = {"peak_bytes": [values[0] * devices[0] / N for N in devices],
-                        "sent_bytes": [row.bound_bytes / scale for row in line]}  # fmt: skip
-                if column in best:
-                    panel.plot(devices, best[column], color="0.8", linewidth=6, zorder=0)
+            panel.set_title(title, fontsize=12)
+            panel.set_ylabel(unit)
+            for label, look in zip(dict.fromkeys(map(_of_line, these)), DEVICE_LOOKS, strict=False):
+                _draw_devices(panel, [row for row in these if _of_line(row) == label], column, scale, label, look)
         if simulated:
             largest, pass_ = max((row.size for row in simulated), key=math.prod), simulated[0].pass_
             line = [row for row in simulated if row.size == largest and row.pass_ == pass_]
-            for link in links:
+            for link, look in zip(links, DEVICE_LOOKS, strict=False):
                 times = [row.predicted(rate, link) for row in line]
-                panels[1, 2].plot([row.devices for row in line], times, "o-", label=f"{link:g} GB/s")
-            title = f"PREDICTED {pass_} of {format_size(largest)}, {rate:g} TFLOP/s assumed"
-            panels[1, 2].set(title=title, ylabel="s")
+                style = {"color": look.colour, "marker": look.marker, "linestyle": look.line}
+                panels[1, 2].plot([row.devices for row in line], times, label=f"{link:g} GB/s", **style)
+            panels[1, 2].set_title(f"PREDICTED {pass_} of {format_size(largest)} at {rate:g} TFLOP/s", fontsize=12)
+            panels[1, 2].set_ylabel("s")
         for panel in panels.flat:
-            panel.set(xlabel="devices N")
-            panel.title.set_fontsize(11)
+            panel.set_xlabel("devices N")
             if panel.lines:
                 panel.set_xscale("log", base=2)
                 panel.set_yscale("log")
+                panel.set_xticks(sorted({int(x) for line in panel.lines for x in line.get_xdata()}))
                 panel.xaxis.set_major_formatter("{x:g}")
+                panel.xaxis.set_minor_locator(NullLocator())
+                _plain_ticks(panel.yaxis)
                 panel.grid(color="0.92")
                 panel.legend(frameon=False, fontsize=9)
+        hosts = sorted({f"{row.host or 'a CPU without a name'}, {row.cores} cores" for row in run})
+        where = f"run with gloo on {' and '.join(hosts)}; the rest counted on fake tensors"
+        figure.suptitle(f"Memory and traffic of a device fall as 1/N when devices share a map\n{where}", fontsize=14)
+
+
+def _draw_devices(panel: Any, line: Sequence[sharding.Row], column: str, scale: float, label: str, look: Look) -> None:
+    """A line over devices; beneath it the best that can be, and hollow what was run on too few cores."""
+    devices, values = [row.devices for row in line], [getattr(row, column) / scale for row in line]
+    best = {
+        "peak_bytes": ([values[0] * devices[0] / N for N in devices], "1/N"),
+        "sent_bytes": ([row.bound_bytes / scale for row in line], "every pixel leaves and returns once"),
+    }
+    fair = sum(column != "seconds" or not row.oversubscribed for row in line)
+    style = {"color": look.colour, "marker": look.marker, "markersize": 6}
+    panel.plot(devices[:fair], values[:fair], linestyle=look.line, label=label, **style)
+    if fair < len(line):
+        title = "more processes than cores" if look is DEVICE_LOOKS[0] else None
+        hollow = {"color": "0.6", "marker": look.marker, "linestyle": ":", "markerfacecolor": "none"}
+        panel.plot(devices[max(fair - 1, 0) :], values[max(fair - 1, 0) :], label=title, zorder=1, **hollow)
+    if column in best:
+        bound, name = best[column]
+        panel.plot(devices, bound, color="0.8", linewidth=6, zorder=0, label=name if look is DEVICE_LOOKS[0] else None)
 
 
 def _of_line(row: sharding.Row) -> str:

@@ -6,11 +6,16 @@ that inputs, parameters and gradients are seen like every other tensor.
 
 from __future__ import annotations
 
+import platform
 import statistics
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from datetime import UTC, datetime
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -120,10 +125,15 @@ class Counter(TorchDispatchMode):
         self.live_bytes -= nbytes
 
 
-def seconds(
-    steps: Mapping[str, Step], *, rounds: int = 7, budget: float = 2.0, device: str = "cpu"
-) -> dict[str, float]:
-    """Median seconds of each step over interleaved rounds (A B C C B A), so that a drifting machine is fair to all.
+def samples(
+    steps: Mapping[str, Step],
+    *,
+    rounds: int = 7,
+    budget: float = 2.0,
+    device: str = "cpu",
+    failures: dict[str, str] | None = None,
+) -> dict[str, list[float]]:
+    """Seconds of calls of each step in interleaved rounds (A B C C B A), so that a drifting machine is fair to all.
 
     The first call of each is a warm-up, and its only sample where the budget allows no second.
 
@@ -132,13 +142,60 @@ def seconds(
         rounds: the most samples of each, warm-up apart.
         budget: seconds after which a step is not repeated.
         device: where the steps run; devices other than the CPU are timed with their own events.
+        failures: takes what a step raised, in a line; the step has no samples then. Without it, it is raised.
     """
-    samples: dict[str, list[float]] = {name: [] for name in steps}
+    times: dict[str, list[float]] = {name: [] for name in steps}
     for round_ in range(1 + rounds):
         for name, call in list(steps.items())[:: -1 if round_ % 2 else 1]:
-            if not samples[name] or sum(samples[name]) < budget:
-                samples[name].append(_timed(call, device))
-    return {name: statistics.median(times[1:] or times) for name, times in samples.items()}
+            if name in times and (not times[name] or sum(times[name]) < budget):
+                try:
+                    times[name].append(_timed(call, device))
+                except Exception as error:  # anyone's code runs here
+                    if failures is None:
+                        raise
+                    failures[name] = " ".join([f"{type(error).__name__}:", *str(error).splitlines()[:1]])
+                    del times[name]
+    return {name: each[1:] or each for name, each in times.items()}
+
+
+def seconds(
+    steps: Mapping[str, Step], *, rounds: int = 7, budget: float = 2.0, device: str = "cpu"
+) -> dict[str, float]:
+    """The medians of `samples`."""
+    times = samples(steps, rounds=rounds, budget=budget, device=device)
+    return {name: statistics.median(each) for name, each in times.items()}
+
+
+def spread(times: Sequence[float]) -> float:
+    """How far the median is above the fastest, as a part of it: what disturbs a call makes it slower, never faster."""
+    return statistics.median(times) / min(times) - 1
+
+
+def conditions(device: str = "cpu") -> dict[str, Any]:
+    """Under which a row is found, by column: the model of the device, threads, versions, and the day."""
+    on_cpu = torch.device(device).type == "cpu"
+    host = _cpu() if on_cpu else torch.get_device_module(device).get_device_name(device)
+    versions = ", ".join(f"{name} {_version(name)}" for name in ("torch", "triton", "isa_triton"))
+    day = datetime.now(UTC).date().isoformat()
+    return {"host": host, "threads": torch.get_num_threads(), "versions": versions, "date": day}
+
+
+@cache
+def _cpu() -> str:
+    """The model of this CPU, as Linux names it; elsewhere its architecture."""
+    described = Path("/proc/cpuinfo")
+    lines = described.read_text().splitlines() if described.exists() else []
+    models = (
+        value.strip() for name, _, value in (line.partition(":") for line in lines) if name.strip() == "model name"
+    )
+    return next(models, platform.processor() or platform.machine())
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "none"
 
 
 def matmul_rate(dtype: torch.dtype, device: str = "cpu", size: int = 1024) -> float:

@@ -14,10 +14,11 @@ from itertools import product
 from torch import nn
 
 from bench import figures, records, survey
-from bench.arguments import add_out, check_partition_size, size
+from bench.arguments import add_out, add_partition_size, check_partition_size, size
 from bench.compared import Provider
 from bench.compared.modules import in_stages
-from bench.workload import BLOCK_LEVELS, Workload
+from bench.terminal import Table, Terminal
+from bench.workload import BLOCK_LEVELS, QUANTITIES, Cost, Workload
 from isa_triton import InterlacedSparseSelfAttention, ISAModule, SelfAttention2d, partitioned_attention
 
 WINDOWS = ((2, 2), (4, 4), (8, 8), (12, 12), (16, 16), (32, 32), (64, 64))
@@ -55,10 +56,10 @@ MODULES = tuple(
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add_out(parser)
-    add("--size", type=size, default=(128, 128), metavar="SIZE", help="the map, 64 or 64x128 (default: 128)")
+    add("--size", type=size, default=(128, 128), metavar="SIZE", help="the map, 64 or 64x128")
     default = f"{' '.join(map(records.format_size, WINDOWS))}, as far as the map has room"
     add("--partition-sizes", nargs="+", type=size, metavar="P", help=f"8 or 8x4, height first (default: {default})")
-    add("--partition-size", type=size, default=(8, 8), metavar="P", help="of the ISA modules (default: 8)")
+    add_partition_size(parser, "P of the ISA modules")
     survey.add_arguments(parser)
 
 
@@ -71,8 +72,29 @@ def run(args: argparse.Namespace) -> None:
     for level, pass_, window in product(BLOCK_LEVELS, args.passes, windows):
         modules = MODULES if level == "module" and window == args.partition_size else ()
         plan.append((survey.workload(args, level, pass_, args.size, window), STAGES + modules))
-    rows = survey.conduct(args, args.out / "partitions.csv", plan)
-    for pass_ in args.passes:
-        picture = args.out / f"partition_sizes_{pass_}.png"
+    said, path = Terminal(args), args.out / "partitions.csv"
+    rows = survey.conduct(args, said, path, plan)
+    there = {row.panel for row in rows}  # a CSV that is drawn again may have less
+    passes = [pass_ for pass_ in args.passes if {(level, pass_) for level in BLOCK_LEVELS} <= there]
+    pictures = {pass_: args.out / f"partition_sizes_{pass_}.png" for pass_ in passes}
+    for pass_, picture in pictures.items():
         figures.partition_sizes([row for row in rows if row.pass_ == pass_], args.partition_size, picture)
-        records.console().print(f"Wrote {picture}")
+    said.show(*summary(rows))
+    written = [] if args.redraw else [path]
+    said.end(f"{survey.tally(rows)} {figures.cheapest(rows)}.", *written, *pictures.values())
+
+
+def summary(rows: Sequence[Cost]) -> list[Table]:
+    """A table for each level and pass: what every variant costs at every partition size."""
+    panels = {row.panel: [other for other in rows if other.panel == row.panel] for row in rows}
+    header = ("variant", "partition", *(quantity.unit for quantity in QUANTITIES))
+    return [
+        Table(f"{level} level, {pass_}", header, [_line(row) for row in members], words=2)
+        for (level, pass_), members in panels.items()
+    ]
+
+
+def _line(row: Cost) -> list[str | None]:
+    values = (quantity.of(row) for quantity in QUANTITIES)
+    numbers = [None if value is None else records.short(value) for value in values]
+    return [row.provider, row.partition_size, *numbers[:-1], f"{numbers[-1]}?" if row.doubtful else numbers[-1]]

@@ -42,6 +42,7 @@ def write(path: Path, kind: type[Record], rows: Iterable[Record]) -> None:
 _TYPES: dict[str, Callable[[str], Any]] = {
     "int": int,
     "float": float,
+    "int | None": lambda text: int(text) if text else None,
     "float | None": lambda text: float(text) if text else None,
 }
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,7 +21,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from rich.table import Table
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
@@ -28,14 +28,16 @@ from torch.distributed.tensor.parallel import parallelize_module
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench import figures, measure
-from bench.arguments import add_out, add_passes, number, positive, size
+from bench import figures, measure, terminal
+from bench.arguments import add_out, add_partition_size, add_passes, add_redraw, add_rounds, number, positive, size
 from bench.compared.modules import isa_block
-from bench.records import console, format_size, read, short, table, write
+from bench.records import format_size, read, short, write
+from bench.terminal import Table, Terminal
 from bench.workload import OnMap, Pass, Workload
 from isa_triton.sharding import MapParallel
 from isa_triton.sharding.layouts import even_cuts
 
+CORES = os.cpu_count() or 1
 LINKS = (25.0, 50.0, 450.0)  # GB/s each way: two speeds of networks between machines, one of links within
 
 
@@ -58,12 +60,23 @@ class Row(OnMap):
     peak_bytes: int
     sent_bytes: int  # to other devices in all-to-alls; as many are received
     bound_bytes: int  # of sending every pixel that is elsewhere's: 2 (N - 1) / N of the local map, in a pass
-    seconds: float | None  # where it was run
+    seconds: float | None  # where it was run: the median
+    spread: float | None = None  # of the samples, as `measure.spread` has it
+    samples: int | None = None
+    cores: int | None = None  # of the host; each process has one thread
+    host: str = ""
+    versions: str = ""
+    date: str = ""
 
     @property
-    def cell(self) -> Row:
+    def cell(self) -> tuple[object, ...]:
         """What was measured without what was found."""
-        return replace(self, flops=0, peak_bytes=0, sent_bytes=0, bound_bytes=0, seconds=None)
+        return self.source, self.scaling, self.pass_, self.devices, self.size, self.channels, self.partition_size
+
+    @property
+    def oversubscribed(self) -> bool:
+        """Whether processes had to share cores, so that the time says nothing of devices."""
+        return self.cores is not None and self.devices > self.cores
 
     def parts(self, rate: float, link: float) -> tuple[float, float]:
         """Seconds of computing at `rate` TFLOP/s, and of sending at `link` GB/s."""
@@ -135,18 +148,21 @@ def bound(workload: Workload, devices: int) -> int:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add_out(parser)
-    add("--size", type=size, default=(128, 96), metavar="SIZE", help="map that is run, 64 or 64x128 (default: 128x96)")
-    add("--channels", type=positive, default=128, metavar="C", help="of the run, K = C / 2, V = C (default: 128)")
-    add("--partition-size", type=size, default=(8, 8), metavar="P", help="of the run (default: 8)")
-    add("--rounds", type=positive, default=5, help="timed calls of each (default: 5)")
+    add("--size", type=size, default=(128, 96), metavar="SIZE", help="map that is run, 64 or 64x128")
+    add("--channels", type=positive, default=128, metavar="C", help="of the run, K = C / 2, V = C")
+    add_partition_size(parser, "P of the run")
+    add_rounds(parser, 5)
     add_passes(parser)
-    devices, help_ = [1, 2, 4, 8, 16, 32, 64], "simulated; none: leave the simulation out (default: 1 2 4 8 16 32 64)"
-    add("--devices", nargs="*", type=positive, default=devices, metavar="N", help=help_)
-    add("--simulated-sizes", nargs="+", type=size, default=[(4096, 4096), (8192, 8192)], metavar="SIZE")
-    add("--simulated-channels", type=positive, default=512, metavar="C", help="K = C / 2, V = C (default: 512)")
-    add("--simulated-partition-size", type=size, default=(64, 64), metavar="P", help="default: 64")
-    add("--rate", type=number, default=100.0, metavar="TFLOPS", help="assumed of a device, TFLOP/s (default: 100)")
+    devices, maps = [1, 2, 4, 8, 16, 32, 64], [(4096, 4096), (8192, 8192)]
+    simulated = "simulated; none: leave the simulation out"
+    add("--devices", nargs="*", type=positive, default=devices, metavar="N", help=simulated)
+    add("--simulated-sizes", nargs="+", type=size, default=maps, metavar="SIZE", help="maps that are simulated")
+    add("--simulated-channels", type=positive, default=512, metavar="C", help="of these, K = C / 2, V = C")
+    add("--simulated-partition-size", type=size, default=(64, 64), metavar="P", help="of these")
+    add("--rate", type=number, default=100.0, metavar="TFLOPS", help="assumed of a device, TFLOP/s")
     add("--links", nargs="+", type=number, default=list(LINKS), metavar="GBS", help="assumed of a link, GB/s each way")
+    add_redraw(parser)
+    terminal.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -158,26 +174,35 @@ def run(args: argparse.Namespace) -> None:
         earlier = read(path, Row)
     except ValueError as error:
         raise argparse.ArgumentError(None, f"{error}; move it away") from error
+    if args.redraw:
+        if not earlier:
+            raise argparse.ArgumentError(None, f"--redraw: {path} is not there")
+        figures.sharding_costs(earlier, args.rate, args.links, picture)
+        Terminal(args).end("Drawn again.", picture)
+        return
     rank, devices = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     options: dict[str, Any] = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    terminal = console(120, quiet=rank != 0)
+    said = Terminal(args, quiet=rank != 0)
     torch.set_num_threads(1)
-    terminal.print(f"{devices} processes of one thread on {os.cpu_count()} cores, gloo on the CPU")
+    said.say(f"{devices} processes of one thread on {CORES} cores, gloo on the CPU; rows go to {path}")
     with _process_group("gloo", **options):
-        rows = list(_measured(args, devices))
+        rows = list(_measured(args, devices, said))
     if rank != 0:  # gloo sometimes aborts a process that ends in good order, and torchrun would then end all others
         os._exit(0)
-    terminal.print(_table("Run on this CPU", rows))
+    tables = [_table("Run on this CPU", rows)]
     if args.devices:
-        simulated = list(_simulated(args))
+        simulated = list(_simulated(args, said))
         title = "Simulated: counted on fake tensors, of the first and last device the larger"
-        terminal.print(_table(title, simulated), _predictions(simulated, args.rate, args.links))
+        tables += [_table(title, simulated), _predictions(simulated, args.rate, args.links)]
         rows += simulated
+    shared = f", and their times say nothing: {devices} processes share {CORES} cores" if devices > CORES else ""
+    sentence = f"{len(rows)} rows, {sum(row.source == 'run' for row in rows)} of them run{shared}."
     cells = {row.cell: row for row in (*earlier, *rows)}  # what is new takes the place of what was found before
     rows = sorted(cells.values(), key=lambda row: (row.source, row.scaling, row.pass_, row.height, row.devices))
     write(path, Row, rows)
     figures.sharding_costs(rows, args.rate, args.links, picture)
-    terminal.print("Wrote", path, picture, sep="\n  ")
+    said.show(*tables)
+    said.end(sentence, path, picture)
 
 
 def _workload(pass_: Pass, size: tuple[int, int], channels: int, partition_size: tuple[int, int]) -> Workload:
@@ -185,34 +210,47 @@ def _workload(pass_: Pass, size: tuple[int, int], channels: int, partition_size:
     return Workload("module", pass_, *size, channels, max(channels // 2, 1), channels, partition_size)
 
 
-def _measured(args: argparse.Namespace, devices: int) -> Iterator[Row]:
+def _measured(args: argparse.Namespace, devices: int, said: Terminal) -> Iterator[Row]:
     """Rows of maps that all processes of this run share."""
     mesh = init_device_mesh("cpu", (devices,))
-    for scaling, pass_ in product(("strong", "weak"), args.passes):
+    for scaling, pass_ in _visited(said, "rows run", [*product(("strong", "weak"), args.passes)]):
         map_ = args.size[0] * (devices if scaling == "weak" else 1), args.size[1]
         workload = _workload(pass_, map_, args.channels, args.partition_size)
         with Wire(mesh.get_local_rank()) as wire, measure.Counter() as counter:
             call = step(workload, mesh)
             call()
-        times = measure.seconds({"": call}, rounds=args.rounds, budget=float("inf"))
-        found = torch.tensor([counter.flops, counter.peak_bytes, wire.sent_bytes, times[""]], dtype=torch.float64)
-        dist.all_reduce(found, dist.ReduceOp.MAX)
-        *counts, seconds = found.tolist()
-        yield _row(scaling, workload, devices, map(int, counts), seconds)
+        times = torch.tensor(measure.samples({"": call}, rounds=args.rounds, budget=float("inf"))[""])
+        found = torch.tensor([counter.flops, counter.peak_bytes, wire.sent_bytes], dtype=torch.int64)
+        for each in (times, found):  # a pass has ended when its last device has
+            dist.all_reduce(each, dist.ReduceOp.MAX)
+        yield _row(scaling, workload, devices, found.tolist(), times.tolist())
 
 
-def _simulated(args: argparse.Namespace) -> Iterator[Row]:
-    for map_, pass_, devices in product(args.simulated_sizes, args.passes, args.devices):
+def _simulated(args: argparse.Namespace, said: Terminal) -> Iterator[Row]:
+    cells = [*product(args.simulated_sizes, args.passes, args.devices)]
+    for map_, pass_, devices in _visited(said, "rows simulated", cells):
         workload = _workload(pass_, map_, args.simulated_channels, args.simulated_partition_size)
         counts = [simulate(workload, devices, rank, backend="triton") for rank in {0, devices - 1}]
-        yield _row("strong", workload, devices, map(max, zip(*counts, strict=True)), None)
+        yield _row("strong", workload, devices, map(max, zip(*counts, strict=True)), [])
 
 
-def _row(scaling: str, workload: Workload, devices: int, counts: Iterable[int], seconds: float | None) -> Row:
-    source = "simulated" if seconds is None else "run"
-    counted = dict(zip(("flops", "peak_bytes", "sent_bytes"), counts, strict=True))
-    found: dict[str, Any] = {**counted, "bound_bytes": bound(workload, devices), "seconds": seconds}
-    return Row(source=source, scaling=scaling, devices=devices, **workload.columns(), **found)
+def _visited(said: Terminal, unit: str, cells: Sequence[Any]) -> Iterator[Any]:
+    """The cells, under a progress bar that names each."""
+    with said.progress(unit, total=len(cells)) as bar:
+        for cell in cells:
+            bar.now(" ".join(format_size(each) if isinstance(each, tuple) else str(each) for each in cell))
+            yield cell
+            bar.advance()
+
+
+def _row(scaling: str, workload: Workload, devices: int, counts: Iterable[int], times: Sequence[float]) -> Row:
+    source = "run" if times else "simulated"
+    found: dict[str, Any] = dict(zip(("flops", "peak_bytes", "sent_bytes"), counts, strict=True))
+    found |= {"bound_bytes": bound(workload, devices), "seconds": statistics.median(times) if times else None}
+    if times:
+        found |= {"spread": round(measure.spread(times), 3), "samples": len(times)}
+    where = {name: value for name, value in measure.conditions().items() if name != "threads"} | {"cores": CORES}
+    return Row(source=source, scaling=scaling, devices=devices, **workload.columns(), **found, **where)
 
 
 def _table(title: str, rows: Sequence[Row]) -> Table:
@@ -224,7 +262,7 @@ def _table(title: str, rows: Sequence[Row]) -> Table:
         time = None if row.seconds is None else short(1e3 * row.seconds)
         lines.append([row.scaling, row.pass_, format_size(row.size), row.devices, *figures, *sent, time])
     names = ("scaling", "pass", "map", "N", "GFLOPs", "peak MiB", "x N", "sent MiB", "/ bound", "ms")
-    return table(title, names, lines, words=0)
+    return Table(title, names, lines, words=3)
 
 
 def _predictions(rows: Sequence[Row], rate: float, links: Sequence[float]) -> Table:
@@ -236,4 +274,4 @@ def _predictions(rows: Sequence[Row], rate: float, links: Sequence[float]) -> Ta
         times = [f"{short(row.predicted(rate, link))} ({row.hidden(rate, link):.0%})" for link in links]
         lines.append([row.pass_, format_size(row.size), row.devices, alone, *times])
     header = ("pass", "map", "N", "FLOPs alone", *(f"{link:g} GB/s" for link in links))
-    return table(title, header, lines, words=0)
+    return Table(title, header, lines, words=2)

@@ -1,36 +1,48 @@
-"""Rows of workloads: what is counted, what is timed, what an earlier run has already found out."""
+"""Rows of workloads: what is counted, what is timed, what an earlier run has already found out.
+
+A disturbed sample is no figure: a row whose samples differ, that has one sample, or that takes longer than more work
+does is doubtful, measured again a few times, by a later run too, and marked where it stays so.
+"""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Sequence
+import statistics
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from bench import measure, records
-from bench.arguments import add_passes, add_widths, amount, device, positive
+from bench import measure, records, terminal
+from bench.arguments import add_budget, add_device, add_dtype, add_passes, add_redraw, add_rounds, add_widths, amount
 from bench.compared import Provider
+from bench.terminal import Terminal
 from bench.workload import Cost, Level, Pass, Workload
 from isa_triton.backend.triton import DEVICES
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")
+SPREAD = 0.25  # of samples, and of the times of two maps: more is a disturbance
+AGAIN = 2  # times a run goes back to what is doubtful
+Plan = Sequence[tuple[Workload, Sequence[Provider]]]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments that a survey and its workloads read."""
     add_passes(parser)
     add_widths(parser)
+    add_dtype(parser, DTYPES)
+    add_device(parser, "where seconds are measured; the rest is counted")
+    add_rounds(parser, 5)
+    add_budget(parser, 0.8)
     add = parser.add_argument
-    add("--dtype", choices=DTYPES, default="float32", help="default: float32")
-    add("--device", type=device, default="cpu", help="where seconds are measured (default: cpu); the rest is counted")
-    add("--rounds", type=positive, default=5, help="at most so many timed calls of each, interleaved (default: 5)")
-    add("--seconds-budget", type=amount, default=0.8, metavar="S", help="no call is repeated after S (default: 0.8)")
-    add("--longest-call", type=amount, default=5.0, metavar="S", help="skip calls predicted longer (default: 5)")
-    add("--memory-limit", type=amount, default=6.0, metavar="GB", help="skip calls that need more (default: 6)")
-    add("--fresh", action="store_true", help="forget the CSV in DIR (default: measure what is not in it)")
+    add("--longest-call", type=amount, default=5.0, metavar="S", help="calls predicted longer are not made")
+    add("--memory-limit", type=amount, default=6.0, metavar="GB", help="calls that need more are not made")
+    add("--fresh", action="store_true", help="forget the CSV in DIR (default: measure what it lacks or doubts)")
+    add_redraw(parser)
+    terminal.add_arguments(parser)
 
 
 def workload(
@@ -41,30 +53,40 @@ def workload(
     return Workload(level, pass_, *size, *widths, partition_size, getattr(torch, args.dtype))
 
 
-def conduct(args: argparse.Namespace, path: Path, plan: Sequence[tuple[Workload, Sequence[Provider]]]) -> list[Cost]:
-    """Visits workloads, the small ones first, under a progress bar; keeps the CSV at `path`; returns the plan's rows.
+def conduct(args: argparse.Namespace, said: Terminal, path: Path, plan: Plan) -> list[Cost]:
+    """Visits workloads, the small ones first, and again what is doubtful; keeps the CSV; returns the plan's rows.
 
     The CSV is written after every workload, so that an interrupted run keeps what it has, and rows of other workloads
-    stay in it.
+    stay in it. Rows found under other conditions (host, threads, versions) are found anew; to draw, `--redraw`, any do.
 
     Raises:
-        argparse.ArgumentError: the file at `path` is something else.
+        argparse.ArgumentError: the file at `path` is something else, or has nothing to redraw.
     """
     try:
-        survey = Survey(args, () if args.fresh else records.read(path, Cost))
+        earlier = [] if args.fresh else records.read(path, Cost)
     except ValueError as error:
         raise argparse.ArgumentError(None, f"{error}; --fresh writes it anew") from error
-    terminal, columns = records.console(), (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeElapsedColumn(), console=terminal) as progress:
-        task = progress.add_task("", total=sum(len(providers) for _, providers in plan))
-        for workload, providers in plan:
-            progress.update(task, description=f"{workload.level} {workload.pass_} {records.format_size(workload.size)}")
-            survey.visit(workload, providers)
-            records.write(path, Cost, survey.rows())
-            progress.advance(task, len(providers))
-    if remarks := survey.remarks():
-        terminal.print("Not there or not timed (-):", *remarks, sep="\n  ")
-    terminal.print(f"Wrote {path}")
+    if args.redraw:
+        cells = {
+            Cost.of(provider.name, workload, args.device) for workload, providers in plan for provider in providers
+        }
+        if not (rows := [row for row in earlier if row.cell in cells]):
+            raise argparse.ArgumentError(None, f"--redraw: {path} has no row of these workloads")
+        return rows
+    survey = Survey(args, earlier)
+    said.say(f"On {survey.conditions['host']} (threads: {survey.conditions['threads']}); every row goes to {path}")
+    for _ in range(1 + AGAIN):
+        with said.progress("rows", total=sum(len(providers) for _, providers in plan)) as bar:
+            for workload, providers in plan:
+                bar.now(f"{workload.level} {workload.pass_} {records.format_size(workload.size)}")
+                survey.visit(workload, providers)
+                records.write(path, Cost, survey.rows())
+                bar.advance(len(providers))
+        survey.judge()
+        records.write(path, Cost, survey.rows())
+        if not any(row.doubtful for row in survey.found.values()):
+            break
+    said.detail(*survey.remarks())
     return list(survey.found.values())
 
 
@@ -73,73 +95,118 @@ class Survey:
 
     Args:
         args: as `add_arguments` made them.
-        known: rows of an earlier run. A workload whose rows are all among them is not measured again; times of one
-            workload always come from one run, in which all providers were interleaved.
+        known: rows of an earlier run. What they say under the same conditions without doubt is not measured again;
+            where a workload has new rows, all are timed, so that times of one workload come from interleaved calls.
     """
 
     def __init__(self, args: argparse.Namespace, known: Iterable[Cost] = ()) -> None:
         self.args = args
         self.known = {row.cell: row for row in known}
         self.found: dict[Cost, Cost] = {}  # the rows of this survey, by cell
-        self.absent: dict[str, None] = {}  # who has no form of a workload, or cannot run here, and why, said once
-        self.skipped: dict[tuple[str, Level, Pass], list[str]] = {}  # on which maps not timed, and why
+        self.samples: dict[Cost, list[float]] = {}  # that this survey took, by cell
+        self.absent: dict[str, None] = {}  # who has no form of a workload and why, said once
+        self.conditions = measure.conditions(args.device)
         self.first_guess = measure.matmul_rate(getattr(torch, args.dtype), args.device)
-        self.rates: dict[tuple[str, Level, Pass], float] = {}  # FLOPs per second at the size before
 
     def visit(self, workload: Workload, providers: Sequence[Provider]) -> None:
-        """Adds a row a provider: counted, and timed together where each is predicted to fit."""
+        """Adds a row a provider: counted, and timed together where each is predicted to fit; doubtful rows again."""
         obstacles = {provider: provider.obstacle(workload) for provider in providers}
         self.absent |= {f"{provider.name} {obstacle}": None for provider, obstacle in obstacles.items() if obstacle}
         present = {provider.name: provider for provider, obstacle in obstacles.items() if not obstacle}
-        cells = {name: Cost.of(name, workload, self.args.device) for name in present}
-        earlier = {name: self.known[cell] for name, cell in cells.items() if cell in self.known}
-        counts = {name: (row.flops, row.peak_bytes) for name, row in earlier.items()}
-        for name in present.keys() - earlier.keys():
-            counts[name] = measure.count(partial(measure.step, present[name], workload))
-        fitting = [name for name, provider in present.items() if self.fits(provider, workload, *counts[name])]
-        if all(name in earlier and earlier[name].seconds is not None for name in fitting):
-            seconds = {name: row.seconds for name, row in earlier.items() if row.seconds is not None}
+        rows = {name: self.counted(provider, workload) for name, provider in present.items()}
+        untimed = [name for name, row in rows.items() if row.seconds is None and row.samples is None]
+        for name in untimed:
+            rows[name] = replace(rows[name], note=self.too_much(present[name], rows[name]))
+        if any(not rows[name].note for name in untimed):
+            timed = [name for name, row in rows.items() if row.seconds is not None or not row.note]
         else:
-            seconds = self.seconds(workload, [present[name] for name in fitting])
-        for name, cell in cells.items():
-            self.found[cell] = cell.found(counts[name], seconds.get(name))
-            if name in seconds:
-                self.rates[name, workload.level, workload.pass_] = counts[name][0] / max(seconds[name], 1e-6)
+            timed = [name for name, row in rows.items() if row.doubtful]
+        if timed:
+            rows |= self.timed(workload, {name: rows[name] for name in timed}, present)
+        self.found |= {row.cell: row for row in rows.values()}
 
     def rows(self) -> list[Cost]:
         """What this survey found, and below it what the earlier rows say of other workloads."""
         return list((self.found | self.known | self.found).values())  # found first, and found wins
 
-    def seconds(self, workload: Workload, providers: Sequence[Provider]) -> dict[str, float]:
-        args, device = self.args, self.args.device
-        inputs = workload.inputs(device) if providers else ()
-        steps = {provider.name: measure.step(provider, workload, device, inputs) for provider in providers}
-        for provider in providers:
-            if provider.compiles:
-                steps[provider.name]()
-        seconds = measure.seconds(steps, rounds=args.rounds, budget=args.seconds_budget, device=device)
-        return {name: round(time, 6) for name, time in seconds.items()}
+    def counted(self, provider: Provider, workload: Workload) -> Cost:
+        """What is known under these conditions, or else what counting says."""
+        cell = Cost.of(provider.name, workload, self.args.device)
+        here = replace(cell, **self.conditions)
+        known = self.found.get(cell) or self.known.get(cell)
+        if known and known.conditions == here.conditions:
+            return known
+        flops, peak_bytes = measure.count(partial(measure.step, provider, workload))
+        return replace(here, flops=flops, peak_bytes=peak_bytes)
 
-    def fits(self, provider: Provider, workload: Workload, flops: int, peak: int) -> bool:
-        """Whether a call runs here and fits in memory and time; keeps the reason where it does not."""
-        panel = provider.name, workload.level, workload.pass_
-        predicted = flops / self.rates.get(panel, self.first_guess)
+    def timed(self, workload: Workload, rows: dict[str, Cost], providers: dict[str, Provider]) -> dict[str, Cost]:
+        """The rows with the seconds of all samples that this survey took of them, or with what a call raised."""
+        args, device, failures = self.args, self.args.device, dict[str, str]()
+        inputs = workload.inputs(device)
+        steps = {name: measure.step(providers[name], workload, device, inputs) for name in rows}
+        compiled = {name: call for name, call in steps.items() if providers[name].compiles}
+        measure.samples(compiled, rounds=0, device=device, failures=failures)
+        runs = {name: call for name, call in steps.items() if name not in failures}
+        options = {"rounds": args.rounds, "budget": args.budget, "device": device}
+        for name, times in measure.samples(runs, failures=failures, **options).items():
+            all_times = self.samples.setdefault(rows[name].cell, [])
+            all_times += times
+            seconds, spread = round(statistics.median(all_times), 6), round(measure.spread(all_times), 3)
+            found: dict[str, Any] = {"seconds": seconds, "spread": spread, "samples": len(all_times), "note": ""}
+            rows[name] = replace(rows[name], **found | self.conditions)
+        for name, reason in failures.items():
+            rows[name] = replace(rows[name], seconds=None, spread=None, samples=0, note=reason)
+        return rows
+
+    def too_much(self, provider: Provider, row: Cost) -> str:
+        """Why a call is not made here: who cannot run, or more memory or time than allowed; nothing if it is."""
+        rates = (
+            each.flops / max(each.seconds, 1e-6) for each in self.alike(row) if each.seconds and not _differs(each)
+        )
+        # the fastest so far: a disturbed sample makes a provider slow, and would rule out what is not
+        predicted = row.flops / max(rates, default=self.first_guess)
         if not provider.runs_on(self.args.device):
-            self.absent[f"{provider.name} is counted only: it runs on {' and '.join(DEVICES)} devices"] = None
-            return False
-        if peak > self.args.memory_limit * 1e9:
-            reason = f"would need {peak / 1e9:.1f} GB"
-        elif predicted > self.args.longest_call:
-            reason = f"would take about {predicted:.0f} s"
-        else:
-            return True
-        self.skipped.setdefault(panel, []).append(f"{records.format_size(workload.size)}: {reason}")
-        return False
+            return f"counted only: runs on {' and '.join(DEVICES)} devices"
+        if row.peak_bytes > self.args.memory_limit * 1e9:
+            return f"would need {row.peak_bytes / 1e9:.1f} GB"
+        return f"would take about {predicted:.0f} s" if predicted > self.args.longest_call else ""
+
+    def alike(self, row: Cost) -> Iterator[Cost]:
+        """What was found of the same provider, level and pass."""
+        return (each for each in self.found.values() if (each.provider, each.panel) == (row.provider, row.panel))
+
+    def judge(self) -> None:
+        """Notes in every timed row why it is doubtful, if so."""
+        timed = {cell: row for cell, row in self.found.items() if row.seconds is not None}
+        self.found |= {cell: replace(row, note=self.doubt(row)) for cell, row in timed.items()}
+
+    def doubt(self, row: Cost) -> str:
+        """Why the seconds of a row are doubtful, or nothing."""
+        if _differs(row):
+            return f"the median of the samples is {row.spread:.0%} above the fastest"
+        if row.samples == 1:
+            return "one sample"
+        for more in self.alike(row):
+            same_partition, more_work = more.partition_size == row.partition_size, more.flops > row.flops
+            if same_partition and more_work and more.seconds and more.seconds * (1 + SPREAD) < (row.seconds or 0):
+                return f"slower than {records.format_size(more.size)}, which is more work"
+        return ""
 
     def remarks(self) -> list[str]:
-        """What a reader of the rows will miss, and why: a line for what is not there, and for what was not timed."""
-        lines = list(self.absent)
-        for (name, level, pass_), maps in self.skipped.items():
-            more = f", and {len(maps) - 1} more" if len(maps) > 1 else ""
-            lines.append(f"{name}, {level} {pass_} {maps[0]}{more}")
-        return lines
+        """What a reader of the rows will miss or doubt, and why: a line for what is not there, and one a row."""
+        noted = (row for row in self.found.values() if row.note)
+        return [
+            *self.absent,
+            *(f"{row.provider}, {row.level} {row.pass_} {records.format_size(row.size)}: {row.note}" for row in noted),
+        ]
+
+
+def _differs(row: Cost) -> bool:
+    return (row.spread or 0) > SPREAD
+
+
+def tally(rows: Sequence[Cost]) -> str:
+    """How many rows there are, timed and doubtful, in a sentence."""
+    timed, doubtful = (sum(each) for each in ((r.seconds is not None for r in rows), (r.doubtful for r in rows)))
+    why = "" if timed == len(rows) and not doubtful else "; --verbose says why"
+    return f"{len(rows)} rows, {timed} timed, {doubtful} of these doubtful{why}."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import MISSING, dataclass, fields
 from typing import Any, Literal, get_args
 
 import torch
@@ -111,29 +111,40 @@ class Cost(OnMap):
     channels: int
     key_channels: int
     value_channels: int
+    partition_size: str  # "8x8", height first
     dtype: str  # torch's name, without "torch."
     device: str
-    flops: int  # 2 to a multiply-add
-    peak_bytes: int
-    seconds: float | None  # None where it was not run
-    source: str  # "counted", or "counted+measured" where seconds are there
-    partition_size: str  # "8x8", height first
+    flops: int = 0  # 2 to a multiply-add
+    peak_bytes: int = 0
+    seconds: float | None = None  # the median of the samples
+    spread: float | None = None  # of the samples, as `measure.spread` has it
+    samples: int | None = None
+    note: str = ""  # why there are no seconds, or why they are doubtful
+    host: str = ""  # the model of the device; what is unknown is empty
+    threads: int | None = None
+    versions: str = ""
+    date: str = ""
 
     @classmethod
     def of(cls, provider: str, workload: Workload, device: str) -> Cost:
         """What is measured, before anything is found."""
-        found: dict[str, Any] = {"flops": 0, "peak_bytes": 0, "seconds": None, "source": ""}
-        return cls(provider=provider, level=workload.level, device=device, **workload.columns(), **found)
-
-    def found(self, counted: tuple[int, int], seconds: float | None) -> Cost:
-        """The row with what `measure.count` and `measure.seconds` found."""
-        source = "counted" if seconds is None else "counted+measured"
-        return replace(self, flops=counted[0], peak_bytes=counted[1], seconds=seconds, source=source)
+        return cls(provider=provider, level=workload.level, device=device, **workload.columns())
 
     @property
     def cell(self) -> Cost:
         """What was measured without what was found: rows of one cell are the same measurement, made twice."""
-        return replace(self, flops=0, peak_bytes=0, seconds=None, source="")
+        names = {field.name for field in fields(self) if field.default is MISSING}
+        return Cost(**{name: getattr(self, name) for name in names})
+
+    @property
+    def conditions(self) -> tuple[str, int | None, str]:
+        """Rows under other conditions are not compared."""
+        return self.host, self.threads, self.versions
+
+    @property
+    def doubtful(self) -> bool:
+        """Whether there are seconds, and a reason not to trust them."""
+        return self.seconds is not None and bool(self.note)
 
     @property
     def panel(self) -> tuple[Level, Pass]:

@@ -207,17 +207,18 @@ def test_a_provider_without_a_form_says_why() -> None:
 # -- files and the command line ----------------------------------------------------------------------------------------
 
 
-ROW = Cost(
-    "isa", "module", "training", 97, 98, 512, 256, 512, "float32", "cpu", 10**12, 2**33, 0.25, "counted+measured", "8x4"
-)
+WHERE: dict[str, Any] = {"host": "an abacus", "threads": 2, "versions": "torch 2", "date": "2026-11-26"}
+WHAT = Cost("isa", "module", "training", 97, 98, 512, 256, 512, "8x4", "float32", "cpu")
+ROW = replace(WHAT, flops=10**12, peak_bytes=2**33, seconds=0.25, spread=0.1, samples=5, **WHERE)
 
 
 def test_the_csv_has_its_columns_and_reads_back(tmp_path: Path) -> None:
-    rows = [ROW, replace(ROW, seconds=None, source="counted")]
+    rows = [ROW, replace(ROW, seconds=None, spread=None, samples=None, note="would take about 7 s"), WHAT]
+    assert {row.cell for row in rows} == {WHAT}
     write(tmp_path / "new" / "scaling.csv", Cost, rows)
     assert (tmp_path / "new" / "scaling.csv").read_text().splitlines()[0] == (
-        "provider,level,pass,height,width,channels,key_channels,value_channels,"
-        "dtype,device,flops,peak_bytes,seconds,source,partition_size"
+        "provider,level,pass,height,width,channels,key_channels,value_channels,partition_size,dtype,device,"
+        "flops,peak_bytes,seconds,spread,samples,note,host,threads,versions,date"
     )
     assert read(tmp_path / "new" / "scaling.csv", Cost) == rows
 
@@ -247,7 +248,7 @@ SCALING = ["scaling", "--partition-size=2x3", *TINY]
 @pytest.mark.slow
 def test_scaling_writes_its_csv_and_plots(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names = [name for name in PROVIDERS if not PROVIDERS[name].compiles]
-    main([*SCALING, "--out", str(tmp_path), "--sizes", "7x11", "12x9", "--providers", *names])
+    main([*SCALING, "--out", str(tmp_path), "--sizes", "7x11", "12x9", "--verbose", "--providers", *names])
     rows = read(tmp_path / "scaling.csv", Cost)
     assert {row.size for row in rows} == {(7, 11), (12, 9)}
     assert {row.partition_size for row in rows} == {"2x3"}
@@ -255,36 +256,38 @@ def test_scaling_writes_its_csv_and_plots(tmp_path: Path, capsys: pytest.Capture
     assert everywhere == [name for name in names if name not in ("cgnl", "cgnlx", "timm", "natten")]
     assert all(row.flops > 0 and row.peak_bytes > 0 for row in rows)
     assert all((row.seconds is not None) == (row.provider in RUNNING) for row in rows)
-    assert {row.source for row in rows if row.seconds} == {"counted+measured"}
-    assert sorted(path.name for path in tmp_path.glob("*.png")) == ["flops.png", "memory.png", "time.png"]
+    assert all((row.samples or 0) >= 2 for row in rows if row.seconds)
+    assert all(row.host and row.threads and "torch " in row.versions and row.date for row in rows)
+    assert {path.name for path in tmp_path.glob("*.png")} == {"scaling.png", "flops.png", "memory.png", "time.png"}
     printed = capsys.readouterr().out
     assert "attention level, forward" in printed
     assert "timm takes multiples of 32 channels" in printed
 
 
 def test_scaling_does_not_run_what_does_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    only = ["--providers", "dense", "isa", "--level", "attention", "--passes", "forward", "--sizes", "64", "128"]
-    main([*SCALING, "--out", str(tmp_path), *only, "--memory-limit", "0.0005"])
+    only = ["--providers", "dense", "isa", "--levels", "attention", "--passes", "forward", "--sizes", "64", "128"]
+    main([*SCALING, "--out", str(tmp_path), *only, "--memory-limit", "0.0005", "--verbose"])
     dense, isa = read(tmp_path / "scaling.csv", Cost)[2:]
-    assert (dense.seconds, dense.source) == (None, "counted")
+    assert (dense.seconds, dense.note) == (None, "would need 2.1 GB")
     assert dense.peak_bytes > 2 * 4 * 128**4  # two copies of the scores, which no one ever made
-    assert (isa.seconds, isa.source) == (None, "counted")
-    assert "dense, attention forward 64x64: would need 0.1 GB, and 1 more" in capsys.readouterr().out
+    assert (isa.seconds, isa.note) == (None, "would need 0.0 GB")
+    assert "dense, attention forward 64x64: would need 0.1 GB" in capsys.readouterr().out
 
 
 def test_scaling_measures_only_what_its_csv_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    only = ["--out", str(tmp_path), "--level", "attention", "--passes", "forward", "--providers"]
-    monkeypatch.setattr("bench.figures.scaling", lambda *_: None)  # drawn elsewhere
-    main([*SCALING, *only, "unfused", "isa", "--sizes", "6", "7x11"])
-    first = read(tmp_path / "scaling.csv", Cost)
+    only = ["--out", str(tmp_path), "--levels", "attention", "--passes", "forward", "--providers"]
+    monkeypatch.setattr("bench.scaling.draw", lambda *_: [])  # elsewhere
     timed: list[set[str]] = []
 
-    def timing(steps: dict[str, Any], **_: Any) -> dict[str, float]:
-        timed.append(set(steps))
-        return dict.fromkeys(steps, 1.0)
+    def timing(steps: dict[str, Any], **_: Any) -> dict[str, list[float]]:
+        timed.extend([set(steps)] if steps else [])
+        return {name: [1.0, 1.0] for name in steps}
 
-    monkeypatch.setattr(measure, "seconds", timing)
+    monkeypatch.setattr(measure, "samples", timing)
     monkeypatch.setattr(measure, "matmul_rate", lambda *_: 1e9)
+    main([*SCALING, *only, "unfused", "isa", "--sizes", "6", "7x11"])
+    first = read(tmp_path / "scaling.csv", Cost)
+    timed.clear()
     main([*SCALING, *only, "isa", "--sizes", "7x11"])
     assert timed == []
     assert sorted(read(tmp_path / "scaling.csv", Cost), key=str) == sorted(first, key=str)
@@ -301,7 +304,8 @@ def test_scaling_measures_only_what_its_csv_lacks(tmp_path: Path, monkeypatch: p
 
 
 def test_scaling_of_nobody_says_so_and_draws_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main([*SCALING, "--out", str(tmp_path), "--sizes", "6", "--providers", "ppm", "--level", "attention"])
+    only = ["--sizes", "6", "--providers", "ppm", "--levels", "attention"]
+    main([*SCALING, "--out", str(tmp_path), *only, "--verbose"])
     assert "ppm has no form of its own at attention level" in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ["scaling.csv"]
 
@@ -326,6 +330,12 @@ def test_partitions_writes_its_csv_and_a_plot(tmp_path: Path) -> None:
         assert (flops["long", window], flops["short", window]) == (long, short)
         assert flops["long-short", window] == flops["short-long", window] == long + short
     assert [row.partition_size for row in rows if row.provider.startswith("module")] == ["2x3"] * 3
+    picture = tmp_path / "partition_sizes_forward.png"
+    picture.unlink()
+    main(
+        ["partitions", *TINY, "--out", str(tmp_path), *sizes[:-1], "training", "forward", "--redraw"]
+    )  # none of training
+    assert {path.name for path in tmp_path.glob("*.png")} == {picture.name}
 
 
 @pytest.mark.slow
@@ -398,6 +408,8 @@ def test_sizes_are_a_side_or_height_and_width(text: str, expected: tuple[int, in
         (["scaling", "--device", "abacus"], "--device: must be a device of this machine, got 'abacus'"),
         (["scaling", "--passes", "backward"], "invalid choice: 'backward'"),
         (["scaling", "--sizes", "6", "--partition-size", "8"], "--partition-size 8x8 is larger than the map 6x6"),
+        (["scaling", "--redraw", "--out", "nowhere"], "scaling.csv has no row of these workloads"),
+        (["sharding", "--redraw", "--out", "nowhere"], "sharding.csv is not there"),
         (["partitions", "--size", "9", "--partition-sizes", "16"], "--partition-size 16x16 is larger than the map 9x9"),
     ],
 )

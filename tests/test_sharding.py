@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib import pyplot as plt
 from torch import nn
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import parallelize_module
 
+from bench import figures
 from bench import sharding as bench
 from bench.__main__ import main
 from bench.records import read, write
@@ -94,6 +96,7 @@ def test_the_command_runs_counts_and_keeps_other_runs(tmp_path: Path, capsys: py
     rows = read(tmp_path / "sharding.csv", bench.Row)
     assert {(row.source, row.devices) for row in rows} == {("run", 1), ("simulated", 1), ("simulated", 4)}
     assert all((row.seconds is not None) == (row.source == "run") for row in rows)
+    assert all(row.cores and row.host and (row.samples == 1) == (row.source == "run") for row in rows)
     printed = capsys.readouterr().out
     assert "1 processes of one thread on" in printed
     assert "PREDICTED seconds" in printed
@@ -103,4 +106,29 @@ def test_the_command_runs_counts_and_keeps_other_runs(tmp_path: Path, capsys: py
         ("run", 1),
         ("run", 2),
     }
-    assert (tmp_path / "sharding.png").stat().st_size > 0
+    picture = tmp_path / "sharding.png"
+    assert picture.stat().st_size > 0
+    picture.unlink()
+    rows_before = (tmp_path / "sharding.csv").read_text()
+    main([*words, "--redraw"])
+    assert picture.stat().st_size > 0
+    assert (tmp_path / "sharding.csv").read_text() == rows_before
+
+
+def test_times_of_more_processes_than_cores_are_hollow_and_grey() -> None:
+    path = Path(__file__).parent.parent / "bench" / "results" / "sharding.csv"
+    rows = [
+        row for row in read(path, bench.Row) if (row.source, row.scaling, row.pass_) == ("run", "strong", "forward")
+    ]
+    assert [(row.devices, row.cores, row.oversubscribed) for row in rows] == [
+        (1, 2, False),
+        (2, 2, False),
+        (4, 2, True),
+    ]
+    figure, panel = plt.subplots()
+    for column in ("seconds", "peak_bytes"):
+        figures._draw_devices(panel, rows, column, 1.0, "forward", figures.DEVICE_LOOKS[0])
+    fair, hollow, of_bytes, _ = panel.lines
+    assert (list(fair.get_xdata()), list(hollow.get_xdata()), list(of_bytes.get_xdata())) == ([1, 2], [2, 4], [1, 2, 4])
+    assert (hollow.get_color(), hollow.get_markerfacecolor()) == ("0.6", "none")
+    plt.close(figure)

@@ -1,0 +1,164 @@
+"""What a disturbed machine does to `bench.survey`: a scripted clock says how long each call takes."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from matplotlib import pyplot as plt
+
+from bench import figures, measure, scaling, survey
+from bench.__main__ import main
+from bench.compared import PROVIDERS, Provider
+from bench.records import read, write
+from bench.terminal import Terminal
+from bench.workload import QUANTITIES, Cost, Workload
+
+Clock = dict[tuple[str, int], list[float | Exception]]
+
+
+def called(name: str, side: int) -> tuple[torch.Tensor, ...]:
+    """What a scripted step does."""
+    return ()
+
+
+@pytest.fixture
+def conduct(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[tuple[str, int], Cost]]:
+    """Runs `scaling` without its figures: rows by provider and side; the clock loses the times it has given."""
+    clock: Clock = {}
+
+    def step(provider: Provider, workload: Workload, *_: Any) -> Any:
+        return partial(called, provider.name, workload.height)
+
+    def timed(call: Any, device: str) -> float:
+        time = clock[call.args].pop(0)
+        if isinstance(time, Exception):
+            raise time
+        return time
+
+    monkeypatch.setattr(measure, "step", step)
+    monkeypatch.setattr(measure, "_timed", timed)
+    monkeypatch.setattr(measure, "count", lambda make: (1000 * make.args[1].pixels, 1))
+    monkeypatch.setattr(measure, "matmul_rate", lambda *_: 1e9)
+
+    def run(script: Clock, *words: str) -> dict[tuple[str, int], Cost]:
+        clock.clear()
+        clock.update(script)
+        parser = argparse.ArgumentParser()
+        scaling.add_arguments(parser)
+        args = parser.parse_args(["--out", str(tmp_path), *words])
+        sides = sorted({side for _, side in script})
+        providers = [PROVIDERS[name] for name in dict.fromkeys(name for name, _ in script)]
+        plan = [(survey.workload(args, "attention", "forward", (side, side), (8, 8)), providers) for side in sides]
+        rows = survey.conduct(args, Terminal(args), tmp_path / "scaling.csv", plan)
+        return {(row.provider, row.height): row for row in rows}
+
+    return run
+
+
+Conduct = Callable[..., dict[tuple[str, int], Cost]]
+SLOW = ("--budget", "0")  # one sample a visit, as of a call that takes long
+
+
+def test_spread_is_of_the_median_above_the_fastest() -> None:
+    assert measure.spread([1.0, 1.0, 9.0]) == 0  # one disturbed call of three moves nothing
+    assert measure.spread([1.0, 9.0, 9.0]) == 8
+    assert measure.spread([2.0, 3.0]) == 0.25
+
+
+def test_one_disturbed_sample_is_no_figure(conduct: Conduct) -> None:
+    script: Clock = {("isa", 8): [9.0, 1.0, 1.0, 7.0]}
+    row = conduct(script, *SLOW)["isa", 8]
+    assert (row.seconds, row.spread, row.samples, row.note) == (1.0, 0.0, 3, "")
+    assert script["isa", 8] == [7.0]  # nothing was measured that was not doubtful
+
+
+def test_what_stays_disturbed_is_doubtful_and_a_rerun_measures_it_alone(conduct: Conduct, tmp_path: Path) -> None:
+    row = conduct({("isa", 8): [9.0, 1.0, 5.0], ("unfused", 8): [1.0, 1.0]}, *SLOW)["isa", 8]
+    assert (row.seconds, row.samples) == (5.0, 3)
+    assert row.note == "the median of the samples is 400% above the fastest"
+    assert read(tmp_path / "scaling.csv", Cost)[0] == row
+    assert row.doubtful
+    again = conduct({("isa", 8): [1.0, 1.0], ("unfused", 8): []}, *SLOW)["isa", 8]
+    assert (again.seconds, again.samples, again.note) == (1.0, 2, "")
+    conduct({("isa", 8): [], ("unfused", 8): []}, *SLOW)
+
+
+def test_more_work_in_less_time_is_measured_again(conduct: Conduct) -> None:
+    """Warm-up and two samples a visit, all disturbed at first and alike."""
+    script: Clock = {("isa", 8): [0.9, 0.9, 0.9, *[0.1] * 6], ("isa", 16): [0.2] * 3}
+    rows = conduct(script, "--rounds", "2", "--budget", "inf")
+    assert (rows["isa", 8].seconds, rows["isa", 8].samples, rows["isa", 8].note) == (0.1, 6, "")
+    script = {("isa", 8): [0.9] * 9, ("isa", 16): [0.2] * 3}
+    rows = conduct(script, "--rounds", "2", "--budget", "inf", "--fresh")
+    assert rows["isa", 8].note == "slower than 16x16, which is more work"
+    assert not rows["isa", 16].doubtful
+
+
+def test_what_is_skipped_is_not_predicted_from_a_disturbed_sample(
+    conduct: Conduct, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = conduct({("isa", 16): [40.0, 0.4, 0.4], ("isa", 32): [1.6, 1.6]}, *SLOW)
+    assert (rows["isa", 32].seconds, rows["isa", 32].samples) == (1.6, 2)  # as soon as the samples of 16x16 differed
+    monkeypatch.setattr(survey, "AGAIN", 0)
+    rows = conduct({("isa", 8): [0.1], ("isa", 16): [40.0], ("isa", 32): [1.6]}, *SLOW, "--fresh")
+    assert rows["isa", 32].seconds == 1.6  # at once, where a smaller map says better
+
+
+def test_what_is_predicted_to_take_long_is_a_row_with_its_reason(conduct: Conduct) -> None:
+    rows = conduct({("isa", 8): [1.0, 1.0], ("isa", 64): []}, *SLOW)
+    assert (rows["isa", 64].seconds, rows["isa", 64].note) == (None, "would take about 64 s")
+
+
+def test_who_fails_is_a_row_with_its_reason_and_stops_nobody(conduct: Conduct) -> None:
+    failing: list[float | Exception] = [RuntimeError("out of memory\nand more")]
+    rows = conduct({("isa", 8): failing, ("unfused", 8): [1.0, 1.0]}, *SLOW)
+    assert (rows["isa", 8].seconds, rows["isa", 8].note) == (None, "RuntimeError: out of memory")
+    assert rows["unfused", 8].seconds == 1.0
+    conduct({("isa", 8): [], ("unfused", 8): []}, *SLOW)  # nor is it tried again unless told, by --fresh
+
+
+def test_rows_of_another_machine_are_not_mixed_with_these(conduct: Conduct, monkeypatch: pytest.MonkeyPatch) -> None:
+    conduct({("isa", 8): [1.0, 1.0]}, *SLOW)
+    here = measure.conditions()
+    monkeypatch.setattr(measure, "conditions", lambda device: here | {"host": "an abacus"})
+    row = conduct({("isa", 8): [3.0, 3.0]}, *SLOW)["isa", 8]
+    assert (row.seconds, row.host) == (3.0, "an abacus")
+
+
+def test_redraw_draws_what_is_there_and_measures_nothing(
+    conduct: Conduct, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    conduct({("isa", 8): [4.5, 1.0, 2.5], ("dense-sdpa", 8): [2.0, 2.0], ("isa", 64): []}, *SLOW)
+    before = (tmp_path / "scaling.csv").read_text()
+    main(["scaling", "--redraw", "--out", str(tmp_path), "--sizes", "8", "64"])
+    assert (tmp_path / "scaling.csv").read_text() == before
+    assert {path.name for path in tmp_path.glob("*.png")} == {"scaling.png", "flops.png", "memory.png", "time.png"}
+    said = capsys.readouterr().out
+    assert "4 rows, 2 timed, 1 of these doubtful; --verbose says why." in said
+    assert "PyTorch's fused dense attention takes 0.8 times ISA's time on 8x8" in said
+
+
+def test_a_plot_rings_what_is_doubtful_and_crosses_what_was_not_run() -> None:
+    def row(side: int, **found: Any) -> Cost:
+        return Cost("isa", "attention", "forward", side, side, 1, 1, 1, "8x8", "float32", "cpu", **found)
+
+    rows = [row(8, seconds=1.0), row(16, seconds=5.0, note="one sample"), row(32, note="would take about 7 s")]
+    figure, panel = plt.subplots()
+    figures._draw_lines(panel, rows, QUANTITIES[2], lambda row: row.height, figures.LOOKS)
+    drawn = {line.get_label(): list(line.get_xdata()) for line in panel.lines}
+    plt.close(figure)
+    labels = figures.LOOKS["isa"].title, figures.DOUBTFUL["label"], figures.NOT_RUN["label"]
+    assert drawn == dict(zip(labels, ([8, 16], [16], [32]), strict=True))
+
+
+@pytest.mark.parametrize("name", ["scaling", "partitions", "heads"])
+def test_committed_rows_are_read(name: str, tmp_path: Path) -> None:
+    path = Path(__file__).parent.parent / "bench" / "results" / f"{name}.csv"
+    write(tmp_path / "again.csv", Cost, read(path, Cost))
+    assert (tmp_path / "again.csv").read_text() == path.read_text()
