@@ -19,7 +19,15 @@ import rich.table
 from rich import box
 from rich.console import Console
 from rich.measure import Measurement
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 FORMATS = ("table", "csv", "json", "markdown")
 UNBOUNDED = 1000  # the width of what is no terminal, but a file or a pipe
@@ -155,9 +163,9 @@ class Terminal:
     @contextmanager
     def progress(self, unit: str, total: float | None = None) -> Iterator[Bar]:
         """A bar over `total` units, "rows", with the time that has gone and is left, and what runs now."""
-        of_units = TextColumn("{task.completed:.0f}/{task.total:.0f} " + unit)
-        columns = TextColumn("{task.description}"), BarColumn(20), of_units, TimeElapsedColumn(), TextColumn("left")
-        with Progress(*columns, TimeRemainingColumn(), console=self._beside, transient=True) as progress:
+        done = MofNCompleteColumn(), TextColumn(unit), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()
+        columns = TextColumn("{task.description}"), BarColumn(20), *done
+        with Progress(*columns, console=self._beside, transient=True) as progress:
             yield Bar(progress, progress.add_task("", total=total))
 
 
@@ -171,6 +179,10 @@ class Bar:
     def now(self, what: str) -> None:
         """Says what runs now."""
         self.progress.update(self.task, description=what)
+
+    def expect(self, units: int) -> None:
+        """Says that there are so many more to come, where the total was not known at once."""
+        self.progress.update(self.task, total=(self.progress.tasks[self.task].total or 0) + units)
 
     def advance(self, units: float = 1) -> None:
         self.progress.advance(self.task, units)

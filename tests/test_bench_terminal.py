@@ -79,3 +79,12 @@ def test_progress_leaves_no_trace_among_the_tables(format_: str, capsys: pytest.
         bar.now("64x64")
         bar.advance()
     assert capsys.readouterr().out.strip() == ""
+
+
+def test_a_bar_grows_by_what_is_still_to_come() -> None:
+    with Terminal().progress("rows") as bar:
+        assert bar.progress.tasks[0].total is None
+        bar.expect(3)
+        bar.advance()
+        bar.expect(2)
+        assert (bar.progress.tasks[0].completed, bar.progress.tasks[0].total) == (1, 5)
