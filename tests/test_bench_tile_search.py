@@ -410,6 +410,21 @@ def test_a_report_sets_tiles_side_by_side(tmp_path: Path) -> None:
     assert len(list((tmp_path / "dump" / "sm_90").glob("interlaced-100-*.sass"))) == 2
 
 
+@pytest.mark.slow
+def test_whatever_the_run_time_launches_has_the_tile_of_an_entry(tmp_path: Path) -> None:
+    verify_all = ["tiles", "verify", "--targets", "sm_86", "gfx942", "--json", "all.json", "--format", "csv"]
+    widths = ["--widths", "64", "64", "--bias", "--pass", "backward"]
+    searches = {str(n): ["tiles", "search", *widths, "--tokens", str(n), "--json", f"{n}.json"] for n in (64, 256)}
+    done = run_planted(tmp_path, [verify_all, *searches.values()])
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads((tmp_path / "all.json").read_text())
+    assert len(rows) > 200
+    assert {row["tile_from"].partition(" of ")[0] for row in rows} == {"its own entry", "the entry"}
+    shipped = {n: [row["step"] for row in json.loads((tmp_path / f"{n}.json").read_text()) if row["shipped"]]
+               for n in searches}  # fmt: skip
+    assert shipped == {"64": ["group"], "256": ["queries", "keys", "pairs"]}
+
+
 # -- what a search says ------------------------------------------------------------------------------------------------
 
 

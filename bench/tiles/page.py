@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from bench.tiles.binaries import occupancy
 from bench.tiles.compile import TILE
@@ -96,7 +97,8 @@ def _points(search: Search, found: Sequence[Finding], names: Sequence[str]) -> s
         bad = kind == "violation"
         axes.scatter(x, y, label=kind, marker="x" if bad else "o", color="#b00" if bad else None).set_urls(urls)
     how = "measured or PREDICTED" if any(finding.measured for finding in found) else "PREDICTED"
-    axes.set(xlabel="registers per thread", ylabel=f"{how} us", yscale="log")
+    axes.set(xlabel="registers per thread", ylabel=f"{how} us", yscale="log", xmargin=0.1)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("{x:g}")
     axes.legend(title="bound by", loc="center left", bbox_to_anchor=(1, 0.5))
