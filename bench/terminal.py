@@ -62,6 +62,12 @@ class Table:
         csv.writer(text, lineterminator="\n").writerows([self.header, *filter(None, self.rows)])
         return f"# {self.title}\n{text.getvalue()}" if self.title else text.getvalue()
 
+    def markdown(self) -> str:
+        whole = Console(file=io.StringIO(), width=UNBOUNDED, color_system=None)
+        with whole.capture() as text:
+            whole.print(self.rendered(range(len(self.header)), box.MARKDOWN))
+        return text.get()
+
     def as_dict(self) -> dict[str, object]:
         rows = [dict(zip(self.header, row, strict=True)) for row in self.rows if row]
         return {"title": self.title, "rows": rows}
@@ -139,7 +145,7 @@ class Terminal:
                 if each.title:
                     self._print(each.title)
                 if self.format == "markdown":
-                    self._tables.print(each.rendered(range(len(each.header)), box.MARKDOWN))
+                    self._print(each.markdown(), end="")
                 else:
                     self._tables.print(*each.parts(self._tables))
 

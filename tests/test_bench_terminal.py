@@ -55,6 +55,17 @@ def test_a_terminal_leaves_out_words_that_the_row_above_says(capsys: pytest.Capt
     assert ["64x128", "ISA", "9.75", "56", "6"] in lines
 
 
+@pytest.mark.parametrize("format_", ["csv", "json", "markdown"])
+def test_what_is_read_on_is_whole_on_the_narrowest_terminal(
+    format_: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = shown(format_, capsys)
+    monkeypatch.setenv("FORCE_COLOR", "1")  # a terminal, as rich sees it
+    monkeypatch.setenv("COLUMNS", "12")
+    assert Terminal()._tables.width == 12
+    assert shown(format_, capsys).rstrip() == elsewhere.rstrip()
+
+
 @pytest.mark.parametrize("width", [16, 28, 80])
 def test_a_table_wider_than_the_terminal_goes_on_below_with_its_words(width: int) -> None:
     console = Console(width=width, file=io.StringIO(), color_system=None)
