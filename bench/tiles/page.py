@@ -14,14 +14,9 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from bench.tiles.binaries import occupancy
-from bench.tiles.compile import TILE
-
 if TYPE_CHECKING:
     from bench.tiles.search import Finding, Search
 
-COLUMNS = (*TILE, "us", "vs shipped", "bound by", "registers per thread", "shared memory, bytes", "CTAs per SM",
-           "occupancy", "waves", "violations")  # fmt: skip
 STYLE = """
 body { font: 14px/1.4 sans-serif; margin: 2em; } table { border-collapse: collapse; }
 svg { max-width: 100%; height: auto; }
@@ -56,8 +51,8 @@ def html(searches: Sequence[Search]) -> str:
 def _section(search: Search, name: str) -> Iterator[str]:
     yield f"<h1>{escape(search.title)}</h1><p>{escape(search.result)}</p>"
     yield "<p>Bold: chosen. Blue: shipped. Red: has a violation.</p>"
-    heads = "".join(f"<th>{escape(column)}</th>" for column in COLUMNS)
     for step, found in search.tried.items():
+        heads = "".join(f"<th>{escape(column)}</th>" for column in search.facts(found[0]))
         names = [f"{name}-{step}-{i}" for i in range(len(found))]
         yield f"<h2>{step}: {len(found)} tiles tried</h2>"
         yield _points(search, found, names)
@@ -66,16 +61,9 @@ def _section(search: Search, name: str) -> Iterator[str]:
 
 
 def _row(search: Search, finding: Finding, name: str) -> str:
-    binary, prediction = finding.binary, finding.prediction
     kinds = {"chosen": finding in search.chosen, "shipped": search.is_shipped(finding), "violating": finding.violations}
-    facts: list[object] = [f"{1e6 * finding.seconds:.1f}", search.vs_shipped(finding), prediction and prediction.bound]
-    if binary is None:
-        facts += [None] * 4
-    else:
-        part = occupancy(finding.task.gpu.target, binary.ctas_per_sm, binary.warps)
-        facts += [binary.registers, binary.shared, binary.ctas_per_sm, f"{part:.0%}"]
-    facts += [prediction and prediction.waves, "; ".join(finding.violations)]
-    cells = "".join(f"<td>{'-' if fact is None else escape(str(fact))}</td>" for fact in (*finding.tile, *facts))
+    facts = search.facts(finding).values()
+    cells = "".join(f"<td>{'-' if fact is None else escape(str(fact))}</td>" for fact in facts)
     return f'<tr id="{name}" class="{" ".join(kind for kind, holds in kinds.items() if holds)}">{cells}</tr>'
 
 

@@ -24,10 +24,11 @@ from bench import measure, records
 from bench.arguments import positive
 from bench.terminal import Table, Terminal
 from bench.tiles import options, page
-from bench.tiles.binaries import LIMITS, Binaries, Binary
+from bench.tiles.binaries import LIMITS, Binaries, Binary, occupancy
 from bench.tiles.compile import (
     FILED,
     PASSES,
+    TILE,
     Launch,
     Problem,
     Tensors,
@@ -50,6 +51,8 @@ ROUNDS = 50  # of a measurement
 FMA_PRODUCTS = 4096  # of a thread at once, without matrix units: with more a compiler takes minutes
 GAIN = 0.01  # of a step, without which a search ends
 SHOWN = 5  # tiles of each kernel
+SHORT = dict(zip(TILE, ("M", "N", "K", "V", "warps", "stages"), strict=True))  # for narrow tables
+NARROW = 10  # columns of them
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -77,8 +80,10 @@ def run(args: argparse.Namespace) -> None:
             if args.write:
                 written = [write(searches[-1].chosen)]
     said.show(*(table for search in searches for table in _tables(search, said.verbose)))
-    for found in (finding for search in searches for finding in search.shipped if finding.violations):
-        said.say(f"what is shipped for {found.task.step} {'; '.join(found.violations)}", style="red")
+    for search in searches:
+        for what, finding in (*(("shipped", f) for f in search.shipped), *(("chosen", f) for f in search.chosen)):
+            if finding.violations:
+                said.say(f"{what} for {finding.task.step}: {'; '.join(finding.violations)}", style="red")
     if args.json is not None:
         options.write_json(args.json, [row for search in searches for row in search.as_dicts()])
     if args.html is not None:
@@ -104,23 +109,15 @@ def _problems(args: argparse.Namespace) -> list[tuple[Problem, str]]:
 
 
 def _tables(search: Search, verbose: bool) -> Iterator[Table]:
-    """The best tiles of each kernel, and the shipped one, as narrow as they may be."""
-    columns = ["M", "N", "K", "V", "warps", "stages", "us", "vs shipped", "bound", "regs", "violations"]
-    columns += ["smem", "CTAs/SM", "waves"] if verbose else []
+    """The best tiles of each kernel, and the shipped one."""
     for step, found in search.tried.items():
         shown = [*found[:SHOWN], *(f for f in found[SHOWN:] if search.is_shipped(f))]
-        rows = list[list[object]]()
-        for finding in shown:
-            binary, prediction = finding.binary, finding.prediction
-            rows.append([
-                *finding.tile, f"{1e6 * finding.seconds:.1f}", search.vs_shipped(finding),
-                prediction and prediction.bound, binary and binary.registers, len(finding.violations) or None,
-                *((binary and binary.shared, binary and binary.ctas_per_sm, prediction and prediction.waves)
-                  if verbose else ()),
-            ])  # fmt: skip
+        facts = [search.facts(finding) for finding in shown]
+        columns = [SHORT.get(name, name) for name in facts[0]][: None if verbose else NARROW]
         styles = ["bold" if f in search.chosen else "red" if f.violations else None for f in shown]
         title = f"{search.title}; {step}: {len(found)} tiles tried, the best and the shipped"
-        yield Table(title, columns, rows, words=("bound",), styles=styles)
+        rows = [list(row.values())[: len(columns)] for row in facts]
+        yield Table(title, columns, rows, words=("bound", "violations"), styles=styles)
 
 
 # -- a step and its tiles ----------------------------------------------------------------------------------------------
@@ -350,6 +347,17 @@ class Search:
         """A tile's time beside that of the shipped one, where the run time launches such a kernel."""
         now = next((f.seconds for f in self.shipped if f.task.step == finding.task.step), None)
         return options.change(finding.seconds / now) if now and finding.seconds < inf else None
+
+    def facts(self, finding: Finding) -> dict[str, object]:
+        """What tables say of a tile, by column."""
+        binary, prediction, target = finding.binary, finding.prediction, self.gpu.target
+        return {
+            **named(finding.tile), "us": f"{1e6 * finding.seconds:.1f}", "vs shipped": self.vs_shipped(finding),
+            "bound": prediction and prediction.bound, "regs": binary and binary.registers,
+            "smem": binary and binary.shared, "CTAs/SM": binary and binary.ctas_per_sm,
+            "occupancy": binary and f"{occupancy(target, binary.ctas_per_sm, binary.warps):.0%}",
+            "waves": prediction and prediction.waves, "violations": "; ".join(finding.violations) or None,
+        }  # fmt: skip
 
     def as_dicts(self) -> Iterator[dict[str, Any]]:
         for finding in (finding for found in self.tried.values() for finding in found):

@@ -47,8 +47,8 @@ SHAPES = {  # attention in networks that people run, on one of their maps
     )
 }
 FP16 = ("ISA 64", "ISA 256", "heads 256", "Swin 49")  # it has bf16's tiles and other matrix instructions: these suffice
-COLUMNS = ("shape", "dtype", "kernel", "warps", "regs", "spills", "CTAs/SM", "matrix", "row loads")
-DETAILS = ("row stores", "other loads", "other stores", "smem", "tmem", "tile", "tile from")
+COLUMNS = ("shape", "dtype", "kernel", "warps", "regs", "spills", "CTAs/SM")
+DETAILS = ("matrix", "row loads", "row stores", "other loads", "other stores", "smem", "tmem", "tile", "tile from")
 UNITS = "spills: bytes of stack / accesses; loads, stores: bytes x how many"
 
 
@@ -133,8 +133,8 @@ def _row(verdict: Verdict, verbose: bool) -> list[object]:
         return [*names, *[None] * (len(COLUMNS) - len(names) + verbose * len(DETAILS))]
     spills = f"{binary.spill_bytes}/{binary.spill_accesses}" if binary.spill_bytes or binary.spill_accesses else 0
     matrix = " ".join(f"{kind} x{n}" for kind, n in binary.matrix.items()) or "none"
-    kinds = [(False, True), (True, True), (False, False), (True, False)]  # store, rows
-    loads, *others = (format_widths(a for a in binary.accesses if (a.store, a.rows) == kind) for kind in kinds)
-    row: list[object] = [*names, binary.warps, binary.registers, spills, binary.ctas_per_sm, matrix, loads]
-    details = binary.shared, binary.tensor_columns or None, format_tile(launch.tile), launch.origin
-    return [*row, *others, *details] if verbose else row
+    kinds = [(store, rows) for rows in (True, False) for store in (False, True)]
+    widths = (format_widths(a for a in binary.accesses if (a.store, a.rows) == kind) for kind in kinds)
+    memory = binary.shared, binary.tensor_columns or None
+    row: list[object] = [*names, binary.warps, binary.registers, spills, binary.ctas_per_sm]
+    return [*row, matrix, *widths, *memory, format_tile(launch.tile), launch.origin] if verbose else row
