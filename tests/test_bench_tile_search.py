@@ -19,7 +19,7 @@ import pytest
 
 from bench.__main__ import main
 from bench.terminal import Terminal
-from bench.tiles import TOOLS, page, verify
+from bench.tiles import TOOLS, page, plot, verify
 from bench.tiles.binaries import Access, Binaries, Binary
 from bench.tiles.compile import NOT_SHIPPED, STEPS, Launch, format_tile, named
 from bench.tiles.options import make_problem
@@ -320,6 +320,13 @@ def test_problems_by_name_and_by_description_exclude_each_other() -> None:
     verify.add_arguments(parser)
     with pytest.raises(argparse.ArgumentError, match="--tokens --heads describes another"):
         verify.run(parser.parse_args(["--shapes", "ISA 64", "--tokens", "64", "--heads", "2"]))
+
+
+@pytest.mark.parametrize("widths", [(16, 16), (48, 48), (256, 512)])
+def test_the_tiles_that_are_drawn_are_all_blocks_that_fit_the_group(widths: tuple[int, int]) -> None:
+    drawn = plot.space(Task(H100, make_problem(49, *widths), "forward"))
+    assert {tile[:2] for tile in drawn} == {(m, n) for m in (16, 32, 64) for n in (16, 32, 64)}
+    assert len({tile[2:] for tile in drawn}) == 1
 
 
 PLANTED = """

@@ -28,7 +28,8 @@ from bench.tiles.binaries import (
     violations,
 )
 from bench.tiles.compile import NOT_SHIPPED, Launch, Problem, format_tile, named
-from bench.tiles.options import make_problem
+from bench.tiles.options import add_problem, make_problem
+from bench.tiles.options import machine as find_machine
 from bench.tiles.options import tile as read_tile
 from bench.tiles.roofline import MACHINES
 from bench.tiles.verify import FP16, SHAPES, launches
@@ -266,6 +267,19 @@ def test_a_launch_says_its_tile_and_where_it_comes_from() -> None:
         assert launched(tokens, tile).tile == tile
         assert launched(tokens, tile).origin == origin
         assert launched(tokens, tile._replace(num_stages=5)).origin == NOT_SHIPPED
+
+
+def test_a_gpu_has_its_target_and_a_target_its_gpu() -> None:
+    def machine(*words: str) -> tuple[str, str]:
+        parser = argparse.ArgumentParser()
+        add_problem(parser)
+        found = find_machine(parser.parse_args(words))
+        return found.name, found.target
+
+    assert machine() == ("H100", "sm_90")
+    assert machine("--target", "sm_86") == ("A10", "sm_86")
+    assert machine("--gpu", "H200") == ("H200", "sm_90")
+    assert machine("--gpu", "MI300X", "--target", "gfx942") == ("MI300X", "gfx942")
 
 
 def test_every_target_with_tiles_can_be_verified_and_reported_on() -> None:

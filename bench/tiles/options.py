@@ -45,13 +45,8 @@ def add_shape(parser: argparse.ArgumentParser) -> None:
     """What `problem` reads, but the dtype: none of it has a value unless it is given."""
     add = partial(parser.add_argument, default=argparse.SUPPRESS)
     add("--tokens", type=positive, metavar="N", help="of a group (default: {tokens})".format(**DEFAULTS))
-    add(
-        "--widths",
-        nargs=2,
-        type=positive,
-        metavar=("K", "V"),
-        help="default: {widths[0]} {widths[1]}".format(**DEFAULTS),
-    )
+    widths = "default: {} {}".format(*DEFAULTS["widths"])
+    add("--widths", nargs=2, type=positive, metavar=("K", "V"), help=widths)
     add("--partition", choices=PARTITIONS, help="default: {partition}".format(**DEFAULTS))
     add("--heads", type=positive, metavar="N", help="default: {heads}".format(**DEFAULTS))
     add("--bias", action="store_true", help="with a bias for every pair of tokens (default: without)")
@@ -61,7 +56,7 @@ def add_shape(parser: argparse.ArgumentParser) -> None:
 def add_problem(parser: argparse.ArgumentParser) -> None:
     """A GPU, and the pass that it is given."""
     add = parser.add_argument
-    add("--target", choices=TARGETS, default="sm_90", help="architecture that is compiled for (default: sm_90)")
+    add("--target", choices=TARGETS, help="architecture that is compiled for (default: the GPU's, or sm_90)")
     add("--gpu", choices=list(MACHINES), help="GPU that times are predicted for (default: the target's first)")
     add("--pass", dest="pass_", choices=PASSES, default="forward", help="default: forward")
     add_shape(parser)
@@ -76,8 +71,10 @@ def given(args: argparse.Namespace) -> str:
 
 def machine(args: argparse.Namespace) -> Machine:
     """The GPU, if the arguments agree with each other."""
-    found = MACHINES[args.gpu] if args.gpu else next(m for m in MACHINES.values() if m.target == args.target)
-    if found.target != args.target:
+    if args.gpu is None:
+        return next(machine for machine in MACHINES.values() if machine.target == (args.target or "sm_90"))
+    found = MACHINES[args.gpu]
+    if args.target not in (None, found.target):
         raise argparse.ArgumentError(None, f"--gpu {args.gpu} has the target {found.target}, not {args.target}")
     return found
 

@@ -21,6 +21,7 @@ from bench.tiles.compile import PASSES, STEPS
 from bench.tiles.report import Kernel, Pass
 from bench.tiles.search import Finding, Task, findings
 from bench.tiles.verify import SHAPES
+from isa_triton.tiles import Tile
 
 BLOCKS = 16, 32, 64, 128, 256
 MAPS = 16  # in a batch of the shapes: enough to fill a GPU
@@ -38,12 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     gpu, problem, said = options.machine(args), options.problem(args), Terminal(args)
     task = Task(gpu, problem, args.step or PASSES[args.pass_][0])
-    if not (shipped := task.shipped()):
-        raise argparse.ArgumentError(None, f"no tile of {task.step} is shipped for {task.problem}")
-    grid = (shipped[0]._replace(block_m=m, block_n=n) for m in BLOCKS for n in BLOCKS)
-    tiles = [tile for tile in grid if task.clipped(tile) == tile and task.may_fit(tile)]
-
-    paths = [args.out / f"{name}-{args.target}.png" for name in ("tiles", "roofline")]
+    tiles = space(task)
+    paths = [args.out / f"{name}-{gpu.target}.png" for name in ("tiles", "roofline")]
     args.out.mkdir(parents=True, exist_ok=True)
     said.say(f"Draws {' and '.join(map(str, paths))}")
     with options.compilers(args, said) as binaries:
@@ -54,6 +51,15 @@ def run(args: argparse.Namespace) -> None:
         )
         draw_roofline(mine, others).savefig(paths[1], dpi=130)
     said.end(mine.summary, *paths)
+
+
+def space(task: Task) -> list[Tile]:
+    """Tiles of all `BLOCKS`, the rest as shipped, as far as they may fit."""
+    if not (shipped := task.shipped()):
+        raise argparse.ArgumentError(None, f"no tile of {task.step} is shipped for {task.problem}")
+    chunks = task.clipped(shipped[0])
+    grid = (chunks._replace(block_m=m, block_n=n) for m in BLOCKS for n in BLOCKS)
+    return [tile for tile in grid if task.clipped(tile) == tile and task.may_fit(tile)]
 
 
 def draw_tiles(task: Task, found: Sequence[Finding]) -> Figure:

@@ -64,13 +64,10 @@ def run(args: argparse.Namespace) -> None:
     launches = _launches(args, problem, gpu)
     with TemporaryDirectory() as scratch:
         dump = args.dump or (Path(scratch) if args.sass else None)
-        try:
-            with options.compilers(args, said, dump) as binaries:
-                found = kernels(launches, gpu, binaries)
-        except ValueError as error:
-            raise argparse.ArgumentError(None, str(error)) from error
+        with options.compilers(args, said, dump) as binaries:
+            found = kernels(launches, gpu, binaries)
         code = [dump_file(dump, launch).read_text() for launch in launches] if args.sass and dump else []
-    title = f"{args.pass_} on {gpu.name} ({args.target}): {problem}"
+    title = f"{args.pass_} on {gpu.name} ({gpu.target}): {problem}"
     if args.tiles is None:
         said.show(_table(title, [kernel.launch.label for kernel in found], found))
     else:
@@ -88,7 +85,7 @@ def _launches(args: argparse.Namespace, problem: Problem, gpu: Machine) -> list[
     if args.tiles is None:
         if args.step or args.vs is not None:
             raise argparse.ArgumentError(None, "--step and --vs are for --tiles")
-        return pass_launches(args.target, problem, args.pass_)
+        return pass_launches(gpu.target, problem, args.pass_)
     step = args.step or PASSES[args.pass_][0]
     if step not in PASSES[args.pass_]:
         steps = ", ".join(PASSES[args.pass_])
@@ -238,12 +235,12 @@ def kernels(launches: Iterable[Launch], gpu: Machine, binaries: Binaries) -> lis
     """The kernels of launches.
 
     Raises:
-        ValueError: one does not compile, or not even one CTA of it fits on an SM.
+        argparse.ArgumentError: one does not compile, or not even one CTA of it fits on an SM.
     """
     found = []
     for launch, binary, violations in binaries.verdicts(launches):
-        if binary is None:
-            raise ValueError(f"{launch.name} {violations[0]}")
+        if binary is None or not binary.ctas_per_sm:
+            raise argparse.ArgumentError(None, f"{launch.label} for {launch.problem} {violations[0]}")
         found.append(Kernel(launch, binary, violations, predict(launch, binary, gpu)))
     return found
 
