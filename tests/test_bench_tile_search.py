@@ -20,6 +20,7 @@ import pytest
 from bench.__main__ import main
 from bench.terminal import Terminal
 from bench.tiles import TOOLS, page, plot, verify
+from bench.tiles import search as command
 from bench.tiles.binaries import Access, Binaries, Binary
 from bench.tiles.compile import NOT_SHIPPED, STEPS, Launch, format_tile, named
 from bench.tiles.options import make_problem
@@ -284,7 +285,7 @@ def test_what_is_written_goes_before_what_the_dtype_had_to_itself(dtype: str, fo
         ("report --vs shipped", "--step and --vs are for --tiles"),
         ("report --pass backward --step dv --tiles num_warps=4", "no tile of dv is shipped"),
         ("report --bounds --tokens 64 --bias", "takes no --tokens --bias"),
-        ("report --dtype int8", "invalid choice"),
+        ("report --dtype int8", "must be one of bfloat16, float16, tf32, float32, bf16, fp16, fp32, got 'int8'"),
         ("search --target sm_70", "invalid choice"),
         ("search --problems nowhere.json", "--problems nowhere.json is not a list of problems"),
         ("search --problems nowhere.json --heads 2", "takes no --heads"),
@@ -327,6 +328,23 @@ def test_the_tiles_that_are_drawn_are_all_blocks_that_fit_the_group(widths: tupl
     drawn = plot.space(Task(H100, make_problem(49, *widths), "forward"))
     assert {tile[:2] for tile in drawn} == {(m, n) for m in (16, 32, 64) for n in (16, 32, 64)}
     assert len({tile[2:] for tile in drawn}) == 1
+
+
+@pytest.mark.parametrize(
+    ("entry", "named"),
+    [
+        ({"tokens": 64, "key_width": 8, "value_width": 8, "dtype": "int8"}, "got 'int8'"),
+        ({"tokens": 64, "key_width": 8, "value_width": 8, "pass": "sideways"}, "'sideways'"),
+        ({"tokens": 64, "key_width": 8}, "value_width"),
+        ({"tokens": 64, "key_width": 8, "value_width": 8, "partition": "round"}, "'round'"),
+    ],
+)
+def test_what_is_no_problem_is_named(entry: dict[str, object], named: str, tmp_path: Path) -> None:
+    (tmp_path / "problems.json").write_text(json.dumps([entry]))
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    with pytest.raises(argparse.ArgumentError, match=f"problems.json is not a list of problems: .*{named}"):
+        command.run(parser.parse_args(["--problems", str(tmp_path / "problems.json")]))
 
 
 PLANTED = """

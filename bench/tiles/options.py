@@ -53,6 +53,14 @@ def add_shape(parser: argparse.ArgumentParser) -> None:
     add("--maps", type=positive, metavar="N", help="in a batch (default: {maps})".format(**DEFAULTS))
 
 
+def read_dtype(text: str) -> str:
+    """A dtype as `isa_triton.tiles` names it, of that name or the short form."""
+    name = DTYPE_ALIASES.get(text, text)
+    if name not in DTYPES:
+        raise argparse.ArgumentTypeError(f"must be one of {', '.join((*DTYPES, *DTYPE_ALIASES))}, got {text!r}")
+    return name
+
+
 def add_problem(parser: argparse.ArgumentParser) -> None:
     """A GPU, and the pass that it is given."""
     add = parser.add_argument
@@ -61,7 +69,7 @@ def add_problem(parser: argparse.ArgumentParser) -> None:
     add("--pass", dest="pass_", choices=PASSES, default="forward", help="default: forward")
     add_shape(parser)
     what = "default: {dtype}; tf32 is fp32 in memory".format(**DEFAULTS)
-    add("--dtype", choices=[*DTYPES, *DTYPE_ALIASES], default=argparse.SUPPRESS, help=what)
+    add("--dtype", type=read_dtype, default=argparse.SUPPRESS, help=what)
 
 
 def given(args: argparse.Namespace) -> str:
@@ -82,24 +90,25 @@ def machine(args: argparse.Namespace) -> Machine:
 def problem(args: argparse.Namespace) -> Problem:
     """The problem that the arguments say, by default that of `DEFAULTS`."""
     said = {name: getattr(args, name, default) for name, default in DEFAULTS.items()}
-    tokens, widths, dtype = (said.pop(name) for name in ("tokens", "widths", "dtype"))
-    return make_problem(tokens, *widths, dtype=DTYPE_ALIASES.get(dtype, dtype), **said)
+    return make_problem(said.pop("tokens"), *said.pop("widths"), **said)
 
 
 def make_problem(
-    tokens: int, key_width: int, value_width: int, partition: str = "interlaced", maps: int = 8, **rest: Any
-) -> Problem:
+    tokens: int, key_width: int, value_width: int, partition: str = "interlaced", maps: int = 8, dtype: str = "bf16",
+    **rest: Any,
+) -> Problem:  # fmt: skip
     """Attention in groups of `tokens` tokens, as square as their number allows: 8 x 8 groups, or a dense map.
 
     Args:
         partition: one of `PARTITIONS`.
-        rest: of `Problem`: heads, bias and dtype.
+        dtype: as `read_dtype` takes it.
+        rest: of `Problem`: heads and bias.
     """
     height = next(h for h in range(isqrt(tokens), 0, -1) if tokens % h == 0)
     group = height, tokens // height
     size = group[0] * GROUPS[0], group[1] * GROUPS[1]
-    name = f"{partition} {tokens}"
-    return Problem(PARTITIONS[partition](size, group), key_width, value_width, maps=maps, name=name, **rest)
+    rest |= {"maps": maps, "dtype": read_dtype(dtype), "name": f"{partition} {tokens}"}
+    return Problem(PARTITIONS[partition](size, group), key_width, value_width, **rest)
 
 
 # -- a tile ------------------------------------------------------------------------------------------------------------

@@ -100,8 +100,8 @@ def _problems(args: argparse.Namespace) -> list[tuple[Problem, str]]:
         raise argparse.ArgumentError(None, f"--problems says all of its own, and takes no {options.given(args)}")
     try:
         given = [(entry.pop("pass", "forward"), entry) for entry in json.loads(args.problems.read_text())]
-        found = [(options.make_problem(**entry), pass_) for pass_, entry in given]
-    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+        found = [(options.make_problem(**entry), pass_) for pass_, entry in given if PASSES[pass_]]
+    except (OSError, ValueError, TypeError, AttributeError, KeyError, argparse.ArgumentTypeError) as error:
         raise argparse.ArgumentError(None, f"--problems {args.problems} is not a list of problems: {error}") from error
     if not found:
         raise argparse.ArgumentError(None, f"--problems {args.problems} is empty")

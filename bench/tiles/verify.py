@@ -58,7 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"of {' '.join(LIMITS)} (default: {' '.join(TARGETS)})")  # fmt: skip
     add("--shapes", nargs="+", choices=names, metavar="SHAPE", help=f"of {', '.join(names)} (default: all)")
     options.add_shape(parser)
-    add("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help=f"default: {' '.join(DTYPES)}")
+    what = f"default: {' '.join(DTYPES)}"
+    add("--dtypes", nargs="+", type=options.read_dtype, default=list(DTYPES), metavar="DTYPE", help=what)
     add("--dump", type=Path, metavar="DIR", help="write each binary there, from Triton's IR to machine code")
     add("--json", type=Path, metavar="FILE", help="write all figures there")
     options.add_compilers(parser)
