@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
+import logging
+import re
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
+from bench.tiles import options, search
 from isa_triton import InterlacedSparseSelfAttention, Partition, partitioned_attention, tiles
 from isa_triton import partitioned_attention_with_lse as with_lse
 from isa_triton.backend import triton as triton_backend
@@ -192,6 +197,51 @@ def test_the_target_is_the_device_s_architecture(monkeypatch: pytest.MonkeyPatch
     assert triton_backend.target_of(torch.device("xpu")) == "xpu"
     monkeypatch.setattr(torch.version, "hip", "6.4")
     assert target(gcnArchName="gfx942:sramecc+:xnack-") == "gfx942"
+
+
+@pytest.fixture
+def hints(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
+    """What was hinted at so far, as if no problem had been seen before."""
+    for cached in (triton_backend._forward_tile, triton_backend._backward_tiles):
+        cached.cache_clear()
+    caplog.set_level(logging.INFO, "isa_triton")
+    return lambda: [record.getMessage() for record in caplog.records if record.name == "isa_triton"]
+
+
+def small(width: int) -> list[Tensor]:
+    return [x.requires_grad_() for x in qkv(TINY, 1, 2, key_width=width, value_width=width, dtype=torch.bfloat16)]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_problem_without_an_entry_is_told_the_command_that_makes_one_once_a_pass(
+    compiled: bool, hints: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return partitioned_attention(q, k, v, TINY, backend="triton")
+
+    call = torch.compile(attend, fullgraph=True, backend="aot_eager") if compiled else attend
+    for _ in range(2):
+        call(*small(24)).sum().backward()
+    forward, backward = hints()
+    assert (
+        "no tile was made for forward of 4 tokens, K = 24, V = 24, bfloat16, but for (sm_80, K = 32, V = 32, "
+        in forward
+    )
+    assert "no tile was made for backward of 4 tokens" in backward
+    monkeypatch.delenv("TRITON_INTERPRET")
+    for hint, pass_ in ((forward, "forward"), (backward, "backward")):
+        (command,) = re.findall("python -m bench (tiles search .*) looks for a better one", hint)
+        parser = argparse.ArgumentParser()
+        search.add_arguments(parser)
+        args = parser.parse_args(command.split()[2:])
+        assert (args.target, args.pass_) == ("sm_80", pass_)
+        problem = options.problem(args)
+        assert (problem.sizes, problem.heads, problem.bias) == ((24, 24, "bfloat16", 4), 2, False)
+
+
+def test_a_problem_with_an_entry_is_told_nothing(hints: Callable[[], list[str]]) -> None:
+    partitioned_attention(*small(32), TINY, backend="triton").sum().backward()
+    assert hints() == []
 
 
 def test_missing_triton_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

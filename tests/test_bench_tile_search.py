@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import re
 import shutil
+import subprocess
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
+from html.parser import HTMLParser
 from math import log2
 from pathlib import Path
 from typing import Any
@@ -14,18 +18,20 @@ from typing import Any
 import pytest
 
 from bench.__main__ import main
-from bench.tiles import plot
+from bench.terminal import Terminal
+from bench.tiles import TOOLS, page, plot, verify
+from bench.tiles import search as command
 from bench.tiles.binaries import Access, Binaries, Binary
-from bench.tiles.compile import Launch
+from bench.tiles.compile import NOT_SHIPPED, STEPS, Launch, format_tile, named
 from bench.tiles.options import make_problem
 from bench.tiles.program import Op
 from bench.tiles.report import BOUNDS, Pass
 from bench.tiles.roofline import MACHINES
-from bench.tiles.search import KERNELS, Finding, Task, choose, search, write
+from bench.tiles.search import Finding, Search, Task, choose, search, write
 from isa_triton import tiles
-from isa_triton.backend.kernels import launch
 from isa_triton.tiles import Tile
 from tests.compiling import run_compiling
+from tests.test_pages import COMMANDS
 
 H100, PROBLEM = MACHINES["H100"], make_problem(64, 64, 64)
 TILE = Tile(64, 64, 32, 32, 4, 2)
@@ -33,7 +39,7 @@ TILE = Tile(64, 64, 32, 32, 4, 2)
 # -- steps -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("step", list(KERNELS))
+@pytest.mark.parametrize("step", list(STEPS))
 @pytest.mark.parametrize("gpu", ["A100", "B200", "MI300X"])
 def test_neighbours_differ_in_one_field_and_no_block_is_larger_than_what_it_cuts(step: str, gpu: str) -> None:
     task = Task(MACHINES[gpu], make_problem(49, 39, 64, bias=True), step)
@@ -118,10 +124,11 @@ def searched(planted: Planted) -> list[Finding]:
 
 
 def test_a_search_goes_to_the_best_and_names_its_neighbours() -> None:
-    advanced: list[None] = []
-    ranked = searched(Planted(advance=lambda: advanced.append(None)))
+    with Terminal().progress("binaries") as bar:
+        ranked = searched(Planted(bar=bar))
+        assert bar.progress.tasks[0].completed == bar.progress.tasks[0].total == len(ranked)
     assert ranked[0].tile == BEST
-    assert len(advanced) == len(ranked) == len({finding.tile for finding in ranked})
+    assert len(ranked) == len({finding.tile for finding in ranked})
     assert set(Task(H100, PROBLEM, "forward").neighbours(BEST)) <= {finding.tile for finding in ranked}
 
 
@@ -134,7 +141,7 @@ def test_an_interrupted_search_goes_on_where_it_was(monkeypatch: pytest.MonkeyPa
 
 def test_what_spills_ranks_behind() -> None:
     best = searched(Planted(sound=False))[0]
-    assert best.offences == []
+    assert best.violations == []
     assert best.tile.num_warps != BEST.num_warps
     assert best.tile[:4] == BEST[:4]
 
@@ -145,6 +152,7 @@ from unittest.mock import patch
 from triton.runtime.jit import JITFunction
 from bench import measure
 from bench.tiles import search
+from bench.tiles.compile import STEPS
 from bench.tiles.options import make_problem
 from bench.tiles.roofline import MACHINES
 from isa_triton.tiles import Tile
@@ -164,7 +172,7 @@ def seconds(calls, **options):
 randn, recorded = torch.randn, JITFunction.run
 measure.seconds, search.use_driver = seconds, lambda: setattr(JITFunction, "run", run)  # as a GPU's, from here on
 torch.randn = lambda shape, device, dtype: randn(shape, dtype=dtype)
-for step in search.KERNELS:
+for step in STEPS:
     for tokens in (16, 64):
         launched, JITFunction.run = [], recorded
         problem = make_problem(tokens, 16, 16, bias=True, maps=1)
@@ -195,9 +203,9 @@ def test_only_the_kernel_of_a_step_is_timed() -> None:
 # -- the choice --------------------------------------------------------------------------------------------------------
 
 
-def finding(step: str, us: float, offences: Sequence[str] = (), task: Task | None = None) -> Finding:
+def finding(step: str, us: float, violations: Sequence[str] = (), task: Task | None = None) -> Finding:
     task = task or Task(H100, PROBLEM, step)
-    return Finding(task, TILE, None, list(offences), None, measured=us * 1e-6)
+    return Finding(task, TILE, None, list(violations), None, measured=us * 1e-6)
 
 
 @pytest.mark.parametrize(
@@ -212,7 +220,7 @@ def finding(step: str, us: float, offences: Sequence[str] = (), task: Task | Non
     ],
 )
 def test_the_fastest_way_to_do_a_pass_is_chosen(us: dict[str, float], chosen: str) -> None:
-    tried = {step: [finding(step, us[step])] if step in us else [] for step in KERNELS}
+    tried = {step: [finding(step, us[step])] if step in us else [] for step in STEPS}
     assert " ".join(f.task.step for f in choose(tried)) == chosen
 
 
@@ -272,12 +280,17 @@ def test_what_is_written_goes_before_what_the_dtype_had_to_itself(dtype: str, fo
     ("arguments", "named"),
     [
         ("report --target sm_80 --gpu H100", "--gpu H100 has the target sm_90"),
-        ("report --tile 64 64 48 64 4 2", "powers of two"),
-        ("report --tile 64 64 64 64 4 2 --step queries", "--step must be of the forward pass"),
-        ("report --csv bounds.csv", "--csv is for --bounds"),
-        ("report --dtype int8", "invalid choice"),
+        ("report --tiles BLOCK_M=48", "powers of two"),
+        ("report --tiles num_warps=4 --step queries", "--step must be of the forward pass, forward, got 'queries'"),
+        ("report --vs shipped", "--step and --vs are for --tiles"),
+        ("report --pass backward --step dv --tiles num_warps=4", "no tile of dv is shipped"),
+        ("report --bounds --tokens 64 --bias", "takes no --tokens --bias"),
+        ("report --dtype int8", "must be one of bfloat16, float16, tf32, float32, bf16, fp16, fp32, got 'int8'"),
         ("search --target sm_70", "invalid choice"),
-        ("search --shapes nowhere.json", "--shapes nowhere.json is not a list of problems"),
+        ("search --problems nowhere.json", "--problems nowhere.json is not a list of problems"),
+        ("search --problems nowhere.json --heads 2", "takes no --heads"),
+        ("verify --shapes ISA", "invalid choice"),
+        ("verify --targets sm_70", "invalid choice"),
         ("search --measure 3", "--measure needs a GPU"),
         ("plot --pass backward --tokens 4096 --step group", "no tile of group is shipped"),
     ],
@@ -288,7 +301,9 @@ def test_wrong_arguments_are_named(
     monkeypatch.delenv("TRITON_INTERPRET")
     with pytest.raises(SystemExit):
         main(["tiles", *arguments.split()])
-    assert named in capsys.readouterr().err.replace("\n", " ")
+    said = capsys.readouterr().err
+    assert named in said.replace("\n", " ")
+    assert f"usage: python -m bench tiles {arguments.split()[0]} " in said
 
 
 def test_the_promised_bounds_are_looked_at() -> None:
@@ -301,48 +316,208 @@ def test_the_promised_bounds_are_looked_at() -> None:
     }  # fmt: skip
 
 
-def test_every_kernel_has_a_marker_in_the_plot() -> None:
-    kernels = [name for name, kernel in vars(launch).items() if hasattr(kernel, "arg_names")]
-    assert len(kernels) > 4
-    assert {name.split("_")[-2] for name in kernels} == set(plot.MARKERS)
+def test_problems_by_name_and_by_description_exclude_each_other() -> None:
+    parser = argparse.ArgumentParser()
+    verify.add_arguments(parser)
+    with pytest.raises(argparse.ArgumentError, match="--tokens --heads describes another"):
+        verify.run(parser.parse_args(["--shapes", "ISA 64", "--tokens", "64", "--heads", "2"]))
 
 
-PLOT = """
-import sys
+@pytest.mark.parametrize("widths", [(16, 16), (48, 48), (256, 512)])
+def test_the_tiles_that_are_drawn_are_all_blocks_that_fit_the_group(widths: tuple[int, int]) -> None:
+    drawn = plot.space(Task(H100, make_problem(49, *widths), "forward"))
+    assert {tile[:2] for tile in drawn} == {(m, n) for m in (16, 32, 64) for n in (16, 32, 64)}
+    assert len({tile[2:] for tile in drawn}) == 1
+
+
+@pytest.mark.parametrize(
+    ("entry", "named"),
+    [
+        ({"tokens": 64, "key_width": 8, "value_width": 8, "dtype": "int8"}, "got 'int8'"),
+        ({"tokens": 64, "key_width": 8, "value_width": 8, "pass": "sideways"}, "'sideways'"),
+        ({"tokens": 64, "key_width": 8}, "value_width"),
+        ({"tokens": 64, "key_width": 8, "value_width": 8, "partition": "round"}, "'round'"),
+    ],
+)
+def test_what_is_no_problem_is_named(entry: dict[str, object], named: str, tmp_path: Path) -> None:
+    (tmp_path / "problems.json").write_text(json.dumps([entry]))
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    with pytest.raises(argparse.ArgumentError, match=f"problems.json is not a list of problems: .*{named}"):
+        command.run(parser.parse_args(["--problems", str(tmp_path / "problems.json")]))
+
+
+PLANTED = """
+import json, os, shutil, sys
 from contextlib import contextmanager
 from pathlib import Path
 from bench.__main__ import main
 from bench.tiles import options, plot
-from bench.tiles.binaries import Binaries
+from bench.tiles.assembly import Stretch
+from bench.tiles.binaries import Access, Binaries, Binary, dump_file
 from bench.tiles.program import Op
-from bench.tiles.binaries import Access, Binary
+from isa_triton import tiles
 
 class Planted(Binaries):
     def known(self, launch):
+        if self.dump is not None:
+            file = dump_file(self.dump, launch)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text("EXIT")
         ops = Op("load", (64, 64), 2, "q", ()), Op("store", (64, 64), 2, "out", ()), Op("dot", (64, 64, 64), 2, "", ())
-        return Binary(64, 0, 0, 0, 0, 4, 2, 1, {}, 0, (Access(True, True, 16, 1),), (), ops)
+        matrix = {} if launch.problem.dtype == "float32" and launch.target != "gfx942" else {"HGMMA": 1}
+        stretch = Stretch((), {"matrix": 8, "special": 8}, 4096, 0, 1.0, 0.0)
+        return Binary(64, 0, 0, 0, 0, 4, 2, 1, matrix, 0, (Access(True, True, 16, 1),), (), ops, (stretch,))
 
 @contextmanager
-def planted(args, dump=None):
-    yield Planted(args.cache, None)
+def planted(args, said, dump=None):
+    with said.progress("binaries") as bar:
+        yield Planted(args.cache, None, dump, bar)
 
 options.compilers = planted
-options_of_plot = ["tiles", "plot", "--target", "sm_90", "--widths", "64", "64", "--cache", sys.argv[1], "--out"]
-main([*options_of_plot, sys.argv[1] + "/both"])
-plot.draw_roofline = None
-try:
-    main([*options_of_plot, sys.argv[1] + "/one"])
-except TypeError:
-    pass
-print(*sorted(str(path.relative_to(sys.argv[1])) for path in Path(sys.argv[1]).rglob("*.png")))
+os.chdir(sys.argv[1])
+tiles.FOLDER = Path(shutil.copytree(tiles.FOLDER, "tiles"))
+if "fails" in sys.argv:
+    plot.draw_roofline = None
+for command in json.loads(sys.argv[2]):
+    print("$", *command, flush=True)
+    main(command)
 """
 
 
+def run_planted(folder: Path, commands: list[list[str]], *how: str) -> subprocess.CompletedProcess[str]:
+    """Commands one after another, in a folder, where every kernel has the same binary and nothing is compiled."""
+    return run_compiling("-c", PLANTED, str(folder), json.dumps(commands), *how)
+
+
 @pytest.mark.slow
-def test_both_figures_are_written_each_as_soon_as_it_is_drawn(tmp_path: Path) -> None:
-    done = run_compiling("-c", PLOT, str(tmp_path))
+def test_every_command_on_a_page_runs_to_its_last_output(tmp_path: Path) -> None:
+    commands = [words for _, words in COMMANDS if words[0] == "tiles"]
+    assert {words[1] for words in commands} == set(TOOLS)
+    done = run_planted(tmp_path, commands)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.splitlines()[-1] == "both/roofline-sm_90.png both/tiles-sm_90.png one/tiles-sm_90.png"
+    _, *said = re.split(r"^\$ ", done.stdout, flags=re.MULTILINE)
+    assert len(said) == len(commands)
+    last = {"verify": "0 with a violation", "calibrate": "predicted / published", "report": "PREDICTED",
+            "search": "PREDICTED: now", "plot": "PREDICTED"}  # fmt: skip
+    for words, text in zip(commands, said, strict=True):
+        wanted = ",yes," if "csv" in words else last[words[1]]  # what is no row of a CSV goes to stderr
+        assert wanted in "\n".join(text.splitlines()[-2:]), text
+        for option in {"--html", "--json"} & set(words):
+            assert (tmp_path / words[words.index(option) + 1]).stat().st_size
+    assert {path.name for path in tmp_path.glob("out/*.png")} == {"roofline-sm_90.png", "tiles-sm_90.png"}
+
+
+@pytest.mark.slow
+def test_a_figure_is_written_as_soon_as_it_is_drawn(tmp_path: Path) -> None:
+    done = run_planted(tmp_path, [["tiles", "plot", "--widths", "64", "64"]], "fails")
+    assert "TypeError: 'NoneType' object is not callable" in done.stderr
+    assert [path.name for path in tmp_path.glob("out/*.png")] == ["tiles-sm_90.png"]
+
+
+@pytest.mark.slow
+def test_a_report_sets_tiles_side_by_side(tmp_path: Path) -> None:
+    problem = ["tiles", "report", "--tokens", "100", "--widths", "48", "48"]
+    beside = ["--tiles", "BLOCK_M=64", "shipped", "--vs", "shipped", "--sass", "--dump", "dump", "--format", "csv",
+              "--json", "two.json"]  # fmt: skip
+    done = run_planted(tmp_path, [[*problem, "--json", "one.json"], [*problem, *beside]])
+    assert done.returncode == 0, done.stdout + done.stderr
+    (one,), (shipped, other) = (json.loads((tmp_path / name).read_text()) for name in ("one.json", "two.json"))
+    assert one == shipped
+    assert shipped["tile"] == named(tiles.lookup("sm_90", "forward", 48, 48, "bfloat16", 100))
+    assert shipped["tile_from"] == "the entry of sm_90, K = 64, V = 64, 128 tokens"
+    assert other["tile"] == {**shipped["tile"], "BLOCK_M": 64}
+    assert other["tile_from"] == NOT_SHIPPED
+    a, b = (1e6 * kernel["predicted_seconds"] for kernel in (shipped, other))
+    assert a != b
+    assert f"PREDICTED us,{a:.1f},{b:.1f} ({100 * (b / a - 1):+.0f} %)" in done.stdout.splitlines()
+    assert done.stderr.splitlines().count("EXIT") == 2  # the machine code of both is beside the table
+    assert len(list((tmp_path / "dump" / "sm_90").glob("interlaced-100-*.sass"))) == 2
+
+
+@pytest.mark.slow
+def test_whatever_the_run_time_launches_has_the_tile_of_an_entry(tmp_path: Path) -> None:
+    verify_all = ["tiles", "verify", "--targets", "sm_86", "gfx942", "--json", "all.json", "--format", "csv"]
+    widths = ["--widths", "64", "64", "--bias", "--pass", "backward"]
+    searches = {str(n): ["tiles", "search", *widths, "--tokens", str(n), "--json", f"{n}.json"] for n in (64, 256)}
+    done = run_planted(tmp_path, [verify_all, *searches.values()])
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads((tmp_path / "all.json").read_text())
+    assert len(rows) > 200
+    assert {row["tile_from"].partition(" of ")[0] for row in rows} == {"its own entry", "the entry"}
+    shipped = {n: [row["step"] for row in json.loads((tmp_path / f"{n}.json").read_text()) if row["shipped"]]
+               for n in searches}  # fmt: skip
+    assert shipped == {"64": ["group"], "256": ["queries", "keys", "pairs"]}
+
+
+# -- what a search says ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def found() -> Search:
+    """A search whose shipped tile is not the best, and in which what has 2 warps spills."""
+    ranked = searched(Planted(sound=False))
+    shipped = next(finding for finding in ranked if finding.tile == Task(H100, PROBLEM, "forward").shipped()[0])
+    return Search(H100, PROBLEM, "forward", {"forward": ranked}, ranked[:1], [shipped])
+
+
+def test_a_search_says_what_is_gained(found: Search) -> None:
+    (best,), (shipped,) = found.chosen, found.shipped
+    now, then = 1e6 * shipped.seconds, 1e6 * best.seconds
+    assert then < now
+    gain = f"{100 * (then / now - 1):+.0f} %"
+    kernels = f"forward {format_tile(best.tile)}"
+    assert found.result == f"PREDICTED: now {now:.1f} us -> {then:.1f} us, {gain}, with {kernels}"
+    assert found.vs_shipped(best) == gain
+    assert found.vs_shipped(shipped) == "+0 %"
+    rows = list(found.as_dicts())
+    assert [row["tile"] for row in rows if row["chosen"]] == [named(best.tile)]
+    assert [row["tile"] for row in rows if row["shipped"]] == [named(shipped.tile)]
+
+
+class Page(HTMLParser):
+    """What a page holds: the rows of its tables, and what it refers to."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.rows: dict[str, tuple[str, list[str]]] = {}  # by id: its class and cells
+        self.links: list[str] = []
+        self.tags: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = {name: value or "" for name, value in attrs}
+        self.tags.append(tag)
+        self.links += [given[name] for name in ("src", "href", "xlink:href") if name in given]
+        if tag == "tr" and "id" in given:
+            self.rows[given["id"]] = given["class"], []
+
+    def handle_data(self, data: str) -> None:
+        if self.tags[-1:] == ["td"] and data.strip():
+            list(self.rows.values())[-1][1].append(data)
+
+
+def test_the_page_of_a_search_holds_every_tile_as_a_row_and_a_point(found: Search) -> None:
+    text, tried = page.html([found, found]), found.tried["forward"]
+    shown = Page(text)
+    assert len(shown.rows) == 2 * len(tried)
+    for finding, (kinds, cells) in zip(tried + tried, shown.rows.values(), strict=True):
+        assert cells[:7] == [*map(str, finding.tile), f"{1e6 * finding.seconds:.1f}"]
+        holds = finding in found.chosen, found.is_shipped(finding), bool(finding.violations)
+        named_ = [kind for kind, held in zip(("chosen", "shipped", "violating"), holds, strict=True) if held]
+        assert kinds.split() == named_
+    points = [link for link in shown.links if link.startswith("#search")]
+    assert sorted(points) == sorted(f"#{name}" for name in shown.rows)
+    assert found.result.replace(">", "&gt;") in text
+
+
+def test_the_page_needs_nothing_beside_itself(found: Search) -> None:
+    text = page.html([found])
+    shown = Page(text)
+    assert all(link.startswith("#") for link in shown.links)
+    assert not {"link", "img", "iframe", "object"} & set(shown.tags)
+    assert "@import" not in text
+    assert "url(http" not in text
 
 
 def test_a_pass_cannot_do_less_than_its_inputs_and_outputs() -> None:
@@ -378,7 +553,7 @@ def test_a_search_runs_here_and_compiles_nothing_the_second_time(tmp_path: Path)
     assert done.stdout.count("PREDICTED") == 2
     first, second = (json.loads((tmp_path / name).read_text()) for name in ("first.json", "second.json"))
     assert first == second
-    ranks = [(bool(row["offences"]), row["predicted_seconds"]) for row in first]
+    ranks = [(bool(row["violations"]), row["predicted_seconds"]) for row in first]
     assert len(ranks) > 3
     assert ranks == sorted(ranks)
     assert not (tmp_path / "triton").exists()

@@ -1,8 +1,10 @@
-"""The workbench: the reader on pieces of machine code, the judge on planted offences, and real binaries."""
+"""The workbench: the reader on pieces of machine code, the judge on planted violations, and real binaries."""
 
 from __future__ import annotations
 
+import argparse
 import json
+import re
 import shutil
 from concurrent.futures import Future
 from dataclasses import replace
@@ -12,12 +14,29 @@ from typing import Any
 import pytest
 
 from bench.__main__ import main
+from bench.terminal import Terminal
 from bench.tiles.assembly import Instruction, amd_instructions, is_atomic, matrix_kind, sass_instructions
-from bench.tiles.binaries import Access, Binaries, Binary, accesses, amd_metadata, in_rows, occupancy, offences
-from bench.tiles.compile import Launch, Problem
+from bench.tiles.binaries import (
+    LIMITS,
+    Access,
+    Binaries,
+    Binary,
+    accesses,
+    amd_metadata,
+    ctas_by_resource,
+    in_rows,
+    violations,
+)
+from bench.tiles.compile import NOT_SHIPPED, Launch, Problem, format_tile, named
+from bench.tiles.options import add_problem, make_problem
+from bench.tiles.options import machine as find_machine
+from bench.tiles.options import tile as read_tile
+from bench.tiles.roofline import MACHINES
 from bench.tiles.verify import FP16, SHAPES, launches
-from isa_triton.backend.kernels import common
+from isa_triton import tiles
+from isa_triton.backend.kernels import common, forward
 from isa_triton.partition import Partition
+from isa_triton.tiles import Tile
 from tests.compiling import run_compiling
 
 # -- the reader --------------------------------------------------------------------------------------------------------
@@ -110,13 +129,13 @@ def test_rows_are_what_the_helpers_of_rows_touch() -> None:
 
 
 @pytest.mark.parametrize(
-    ("target", "registers", "warps", "shared", "columns", "programs", "limiters"),
+    ("target", "registers", "warps", "shared", "columns", "ctas", "limiters"),
     [
         ("sm_80", 255, 4, 1024, 0, 2, {"registers"}),
         ("sm_80", 32, 4, 0, 0, 16, {"threads", "registers"}),
         ("sm_80", 64, 4, 80 << 10, 0, 2, {"shared memory"}),
         ("sm_80", 64, 4, 164 << 10, 0, 0, {"shared memory"}),
-        ("sm_80", 16, 1, 1024, 0, 32, {"programs"}),
+        ("sm_80", 16, 1, 1024, 0, 32, {"CTAs"}),
         ("sm_90", 168, 4, 48 << 10, 0, 3, {"registers"}),  # of a quarter: 3 warps of 168
         ("sm_100", 64, 4, 1024, 256, 2, {"tensor memory"}),
         ("sm_100", 64, 4, 1024, 1024, 0, {"tensor memory"}),
@@ -125,12 +144,12 @@ def test_rows_are_what_the_helpers_of_rows_touch() -> None:
         ("gfx942", 512, 4, 0, 0, 1, {"registers"}),
     ],
 )
-def test_the_scarcest_resource_limits_the_programs_of_a_multiprocessor(
-    target: str, registers: int, warps: int, shared: int, columns: int, programs: int, limiters: set[str]
+def test_the_scarcest_resource_limits_the_ctas_per_sm(
+    target: str, registers: int, warps: int, shared: int, columns: int, ctas: int, limiters: set[str]
 ) -> None:
-    found = occupancy(target, registers, warps, shared, columns)
-    assert min(found.values()) == programs
-    assert {resource for resource, enough in found.items() if enough == programs} == limiters
+    found = ctas_by_resource(target, registers, warps, shared, columns)
+    assert min(found.values()) == ctas
+    assert {resource for resource, enough in found.items() if enough == ctas} == limiters
 
 
 # -- the judge ---------------------------------------------------------------------------------------------------------
@@ -151,9 +170,9 @@ def planted(target: str = "sm_80", dtype: str = "bfloat16", width: int = 64) -> 
         ({"spill_bytes": 8, "spill_accesses": 4}, {}, "spills 8 bytes (4 accesses)"),
         ({"spill_accesses": 4}, {"dtype": "tf32"}, "spills 0 bytes (4 accesses)"),
         ({"spill_bytes": 8, "matrix": {}}, {"dtype": "float32"}, None),
-        ({"shared": 200 << 10, "programs": 0}, {}, "wants 204800 bytes of shared memory, there are 166912"),
-        ({"tensor_columns": 1024, "programs": 0}, {"target": "sm_100"}, "wants 1024 columns of tensor memory"),
-        ({"programs": 0}, {}, "not one program of 4 warps with 128 registers fits"),
+        ({"shared": 200 << 10, "ctas_per_sm": 0}, {}, "wants 204800 bytes of shared memory, there are 166912"),
+        ({"tensor_columns": 1024, "ctas_per_sm": 0}, {"target": "sm_100"}, "wants 1024 columns of tensor memory"),
+        ({"ctas_per_sm": 0}, {}, "not one CTA of 4 warps with 128 registers fits"),
         ({"accesses": (), "matrix": {}}, {}, "an empty or trapping kernel"),
         ({"matrix": {}}, {}, "without the matrix units"),
         ({"matrix": {}}, {"dtype": "tf32"}, "without the matrix units"),
@@ -165,15 +184,15 @@ def planted(target: str = "sm_80", dtype: str = "bfloat16", width: int = 64) -> 
         ({"accesses": (*WIDE, Access(False, True, 2, 3))}, {"width": 39}, None),
     ],
 )
-def test_offences_are_found(change: dict[str, object], where: dict[str, object], named: str | None) -> None:
-    found = offences(planted(**where), replace(SOUND, **change))
+def test_violations_are_found(change: dict[str, object], where: dict[str, object], named: str | None) -> None:
+    found = violations(planted(**where), replace(SOUND, **change))
     assert (found == []) if named is None else (len(found) == 1 and named in found[0])
 
 
 class Named(Launch):
     """Its binary depends on its name only."""
 
-    key = property(lambda self: self.name)
+    key = label = property(lambda self: self.name)
 
 
 class Compilers:
@@ -189,16 +208,17 @@ class Compilers:
         return done
 
 
-def test_launches_with_one_binary_share_it_and_one_that_does_not_compile_has_an_offence(tmp_path: Path) -> None:
-    pool, advanced = Compilers(), list[None]()
+def test_launches_with_one_binary_share_it_and_one_that_does_not_compile_has_a_violation(tmp_path: Path) -> None:
+    pool = Compilers()
     launches = [Named(*planted()._replace(name=name)) for name in ("good", "bad", "good")]
-    found = Binaries(tmp_path, pool, advance=lambda: advanced.append(None)).verdicts(launches)
+    with Terminal().progress("binaries") as bar:
+        found = Binaries(tmp_path, pool, bar=bar).verdicts(launches)
+        assert bar.progress.tasks[0].completed == bar.progress.tasks[0].total == 2
     assert [verdict.launch for verdict in found] == launches
-    assert [(verdict.binary, verdict.offences) for verdict in found] == [
+    assert [(verdict.binary, verdict.violations) for verdict in found] == [
         (SOUND, []), (None, ["does not compile: Why"]), (SOUND, [])
     ]  # fmt: skip
     assert sorted(pool.compiled) == ["bad", "good"]
-    assert len(advanced) == 2
 
 
 def test_shapes_are_the_promised_ones() -> None:
@@ -215,6 +235,59 @@ def test_shapes_are_the_promised_ones() -> None:
     assert set(FP16) <= set(SHAPES)
 
 
+# -- tiles -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_tile_is_read_as_it_is_written() -> None:
+    tile = Tile(128, 64, 32, 16, 8, 3)
+    assert format_tile(tile) == "BLOCK_M=128,BLOCK_N=64,BLOCK_K=32,BLOCK_V=16,num_warps=8,num_stages=3"
+    assert read_tile(format_tile(tile)) == tile._asdict()
+    assert read_tile("num_warps=4,BLOCK_N=256") == {"num_warps": 4, "block_n": 256}
+    assert read_tile("shipped") == {}
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "64 64 64 64 4 2", "BLOCK_M=48", "BLOCK_M=8", "num_warps=3", "num_stages=0", "BLOCK=64", "num_warps=-4"],
+)
+def test_what_is_no_tile_is_refused(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match=re.escape(repr(text))):
+        read_tile(text)
+
+
+def test_a_launch_says_its_tile_and_where_it_comes_from() -> None:
+    def launched(tokens: int, tile: Tile) -> Launch:
+        names, problem = forward.forward_kernel.arg_names, make_problem(tokens, 48, 48)
+        constants = {(names.index(name),): n for name, n in named(tile).items() if name in names}
+        options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+        return Launch(forward.__name__, "forward_kernel", "sm_90", problem, {}, constants, {}, options, (1,))
+
+    for tokens, origin in ((49, "its own entry"), (100, "the entry of sm_90, K = 64, V = 64, 128 tokens")):
+        tile = tiles.lookup("sm_90", "forward", 48, 48, "bfloat16", tokens)
+        assert launched(tokens, tile).tile == tile
+        assert launched(tokens, tile).origin == origin
+        assert launched(tokens, tile._replace(num_stages=5)).origin == NOT_SHIPPED
+
+
+def test_a_gpu_has_its_target_and_a_target_its_gpu() -> None:
+    def machine(*words: str) -> tuple[str, str]:
+        parser = argparse.ArgumentParser()
+        add_problem(parser)
+        found = find_machine(parser.parse_args(words))
+        return found.name, found.target
+
+    assert machine() == ("H100", "sm_90")
+    assert machine("--target", "sm_86") == ("A10", "sm_86")
+    assert machine("--gpu", "H200") == ("H200", "sm_90")
+    assert machine("--gpu", "MI300X", "--target", "gfx942") == ("MI300X", "gfx942")
+
+
+def test_every_target_with_tiles_can_be_verified_and_reported_on() -> None:
+    shipped = {path.stem for path in tiles.FOLDER.glob("*.json")}
+    assert shipped <= set(LIMITS)
+    assert shipped == {machine.target for machine in MACHINES.values()}
+
+
 # -- real binaries, in processes that compile --------------------------------------------------------------------------
 
 
@@ -223,7 +296,7 @@ def test_an_interpreting_process_refuses(capsys: pytest.CaptureFixture[str]) -> 
         main(["tiles", "verify"])
     assert "TRITON_INTERPRET=1 interprets them" in capsys.readouterr().err
     with pytest.raises(RuntimeError, match="unset TRITON_INTERPRET"):
-        launches(["sm_80"], ["ISA 64"], ["bfloat16"])
+        launches(["sm_80"], [SHAPES["ISA 64"]], ["bfloat16"])
 
 
 @pytest.mark.slow
@@ -239,7 +312,7 @@ def test_shipped_binaries_are_sound_and_known_the_second_time(tmp_path: Path) ->
         kind = {"sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "mfma"}[row["target"]]
         assert kind in row["matrix"]
         assert row["spill_bytes"] == row["spill_accesses"] == row["atomics"] == 0
-        assert row["programs"] >= 1
+        assert row["ctas_per_sm"] >= 1
         assert (row["tensor_columns"] > 0) == (row["target"] == "sm_100")
     assert len(list((tmp_path / "dump" / "sm_90").glob("ISA-64-bfloat16-*.cubin"))) == 2
     assert len(list((tmp_path / "dump" / "sm_90").glob("*.sass"))) == 2
@@ -249,12 +322,13 @@ def test_shipped_binaries_are_sound_and_known_the_second_time(tmp_path: Path) ->
     again = run_compiling(*command)
     assert again.returncode == 0
     assert not (tmp_path / "cache" / "triton").exists()  # nothing was compiled
-    assert again.stdout.splitlines()[1:] == done.stdout.splitlines()[1:]
+    assert again.stdout.splitlines()[1:-1] == done.stdout.splitlines()[1:-1]  # but for what was written, and where
 
 
 PLANT = """
 import sys
 from bench.__main__ import main
+from bench.terminal import Terminal
 from bench.tiles import verify
 from bench.tiles.compile import forward_launches
 from isa_triton.tiles import Tile

@@ -96,6 +96,31 @@ def test_the_smallest_entry_that_is_large_enough_is_taken(files: Path) -> None:
     assert found == [small, wide, long, any_, any_]
 
 
+def test_an_entry_says_for_whom_it_was_made(files: Path) -> None:
+    limits = [(32, 32, 64), (32, 64, None), (None, None, None)]
+    tile = Tile(16, 16, 16, 16)
+    (files / "sm_86.json").write_text(json.dumps([entry("forward", *limit, tile) for limit in limits]))
+
+    def found(*sizes: int) -> tuple[str, bool]:
+        key, value, tokens = sizes
+        served = tiles.entry("sm_89", "forward", key, value, "float16", tokens)
+        assert served.tile == tile
+        return str(served), served.is_made_for(*sizes)
+
+    assert found(32, 32, 64) == ("sm_86, K = 32, V = 32, 64 tokens", True)
+    assert found(32, 32, 33) == ("sm_86, K = 32, V = 32, 64 tokens", True)
+    assert found(32, 32, 32) == ("sm_86, K = 32, V = 32, 64 tokens", False)  # an entry of 32 tokens could be better
+    assert found(31, 32, 64) == ("sm_86, K = 32, V = 32, 64 tokens", False)
+    assert found(32, 64, 9) == ("sm_86, K = 32, V = 64, any tokens", True)
+    assert found(32, 65, 64) == ("sm_86, K = any, V = any, any tokens", False)
+
+
+def test_groups_of_up_to_sixteen_tokens_are_one_problem(files: Path) -> None:
+    (files / "sm_90.json").write_text(json.dumps([entry("forward", 8, 8, 16, Tile(16, 16, 16, 16))]))
+    for tokens in (1, 8, 16):
+        assert tiles.entry("sm_90", "forward", 8, 8, "float16", tokens).is_made_for(8, 8, tokens)
+
+
 def test_an_entry_of_the_dtype_goes_before_one_of_its_arithmetic(files: Path) -> None:
     both, own = Tile(16, 16, 16, 16, 4, 1), Tile(32, 32, 32, 32, 4, 1)
     entries = [entry("forward", 32, 32, 64, both), {**entry("forward", 32, 32, 64, own), "arithmetic": "float16"}]

@@ -7,10 +7,10 @@ import os
 from importlib import import_module
 
 TOOLS = {  # modules of this folder, imported when they are chosen
-    "verify": "registers, spills, memory, matrix instructions and access widths of every shipped binary",
+    "verify": "registers, spills, matrix instructions and access widths of shipped binaries, or of any problem's",
     "report": "one pass: resources, instructions, waste, bytes, and the time that they predict",
     "search": "the tile of every kernel of a pass that is predicted to be fastest, and why",
-    "plot": "the tile space of a problem, and the roofline with the shipped kernels on it",
+    "plot": "the tile space of a problem, and the roofline with it and the shipped kernels",
     "calibrate": "predictions beside published measurements",
 }
 
@@ -27,5 +27,8 @@ def run(args: argparse.Namespace) -> None:
     tool.add_arguments(parser)
     options = parser.parse_args(args.options)
     if os.environ.get("TRITON_INTERPRET") == "1":
-        raise argparse.ArgumentError(None, "tiles compiles kernels, but TRITON_INTERPRET=1 interprets them: unset it")
-    tool.run(options)
+        parser.error("tiles compiles kernels, but TRITON_INTERPRET=1 interprets them: unset it")
+    try:
+        tool.run(options)
+    except argparse.ArgumentError as error:  # arguments that are wrong together
+        parser.error(str(error))

@@ -14,7 +14,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import Executor, Future, as_completed
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 from triton import knobs
 
 from bench.records import write_text
+from bench.terminal import Bar
 from bench.tiles import assembly, program
 from bench.tiles.compile import Launch, compile_launch, gpu_target, tuples
 from isa_triton.backend.kernels import common
@@ -31,7 +32,7 @@ from isa_triton.partition import ceil_div
 
 
 class Limits(NamedTuple):
-    """What one multiprocessor (AMD: compute unit) holds.
+    """What one SM (AMD: compute unit) holds. A CTA (AMD: workgroup) runs one program of a kernel.
 
     NVIDIA: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"; tensor memory: PTX ISA,
     "Tensor Memory". AMD: LLVM's "User Guide for AMDGPU Backend" (registers) and the CDNA3 and CDNA4 ISA guides (LDS).
@@ -40,10 +41,10 @@ class Limits(NamedTuple):
     registers: int  # 32-bit, of all threads
     granularity: int  # registers are given to a warp in steps of so many
     threads: int
-    programs: int
+    ctas: int
     shared: int  # bytes
-    shared_of_program: int  # bytes that one program can have
-    shared_reserved: int  # bytes that every program costs beside its own
+    shared_of_cta: int  # bytes that one CTA can have
+    shared_reserved: int  # bytes that every CTA costs beside its own
     tensor_columns: int = 0
 
 
@@ -74,13 +75,13 @@ class Access(NamedTuple):
 class Binary:
     """What the machine code of one kernel says."""
 
-    registers: int  # of a thread; AMD: vector and accumulation registers
+    registers: int  # per thread; AMD: vector and accumulation registers
     spill_bytes: int  # of a thread's stack
     spill_accesses: int  # instructions that read or write the stack
-    shared: int  # bytes a program
-    tensor_columns: int  # of tensor memory, a program
+    shared: int  # bytes a CTA
+    tensor_columns: int  # of tensor memory, a CTA
     warps: int
-    programs: int  # that run on a multiprocessor at a time; 0 if not even one fits
+    ctas_per_sm: int  # that fit; 0 if not even one does
     instructions: int
     matrix: dict[str, int]  # matrix instructions by kind
     atomics: int
@@ -115,7 +116,7 @@ def read(kernel: Any, target: str) -> Binary:
     return Binary(
         registers=registers, spill_bytes=stack, spill_accesses=stack_accesses,
         shared=shared, tensor_columns=columns, warps=warps,
-        programs=min(occupancy(target, registers, warps, shared, columns).values()),
+        ctas_per_sm=min(ctas_by_resource(target, registers, warps, shared, columns).values()),
         instructions=len(instructions), atomics=sum(assembly.is_atomic(i.opcode) for i in instructions),
         matrix=dict(Counter(kind for i in instructions if (kind := assembly.matrix_kind(i.opcode)))),
         accesses=accesses(instructions), loops=tuple(loops), ops=tuple(ops),
@@ -169,19 +170,19 @@ def _row_lines() -> frozenset[int]:
     return frozenset(line for text, first in sources for line in range(first, first + len(text)))
 
 
-def occupancy(target: str, registers: int, warps: int, shared: int, tensor_columns: int) -> dict[str, int]:
-    """For how many programs each resource of a multiprocessor is enough; the least of them run at a time.
+def ctas_by_resource(target: str, registers: int, warps: int, shared: int, tensor_columns: int) -> dict[str, int]:
+    """For how many CTAs each resource of an SM is enough; the least of them are there at a time.
 
     Args:
         target: a key of `LIMITS`.
-        registers: of a thread.
-        warps: of a program; and so are the bytes of shared memory and the columns of tensor memory.
+        registers: per thread.
+        warps: of a CTA; and so are the bytes of shared memory and the columns of tensor memory.
     """
     limits, lanes = LIMITS[target], gpu_target(target).warp_size
     registers_of_warp = ceil_div(max(registers, 1) * lanes, limits.granularity) * limits.granularity
-    memory = limits.shared // max(shared + limits.shared_reserved, 1) if shared <= limits.shared_of_program else 0
+    memory = limits.shared // max(shared + limits.shared_reserved, 1) if shared <= limits.shared_of_cta else 0
     enough = {
-        "programs": limits.programs,
+        "CTAs": limits.ctas,
         "threads": limits.threads // (warps * lanes),
         "registers": limits.registers // 4 // registers_of_warp * 4 // warps,  # a quarter for each of four schedulers
         "shared memory": memory,
@@ -189,10 +190,15 @@ def occupancy(target: str, registers: int, warps: int, shared: int, tensor_colum
     return {**enough, "tensor memory": limits.tensor_columns // tensor_columns} if tensor_columns else enough
 
 
+def occupancy(target: str, ctas_per_sm: int, warps: int) -> float:
+    """The part of the threads that an SM can hold that so many CTAs of so many warps are."""
+    return ctas_per_sm * warps * gpu_target(target).warp_size / LIMITS[target].threads
+
+
 # -- what must not ship -----------------------------------------------------------------------------------------------
 
 
-def offences(launch: Launch, binary: Binary) -> list[str]:
+def violations(launch: Launch, binary: Binary) -> list[str]:
     """What a shipped binary must not be or do, as far as this one is or does it.
 
     A spill is an access to the stack: a stack that no instruction touches (AMD keeps what it spilled in accumulation
@@ -204,12 +210,12 @@ def offences(launch: Launch, binary: Binary) -> list[str]:
     found = []
     if dtype != "float32" and binary.spill_accesses:
         found.append(f"spills {binary.spill_bytes} bytes ({binary.spill_accesses} accesses)")
-    if binary.shared > limits.shared_of_program:
-        found.append(f"wants {binary.shared} bytes of shared memory, there are {limits.shared_of_program}")
+    if binary.shared > limits.shared_of_cta:
+        found.append(f"wants {binary.shared} bytes of shared memory, there are {limits.shared_of_cta}")
     if binary.tensor_columns > limits.tensor_columns:
         found.append(f"wants {binary.tensor_columns} columns of tensor memory, there are {limits.tensor_columns}")
-    if not found and not binary.programs:
-        found.append(f"not one program of {binary.warps} warps with {binary.registers} registers fits")
+    if not found and not binary.ctas_per_sm:
+        found.append(f"not one CTA of {binary.warps} warps with {binary.registers} registers fits")
     if not any(access.store for access in binary.accesses):
         found.append("stores nothing: an empty or trapping kernel")
     elif not matrix and (dtype != "float32" or not nvidia):
@@ -235,8 +241,8 @@ class Verdict(NamedTuple):
     """What became of a launch."""
 
     launch: Launch
-    binary: Binary | None  # None: it does not compile, which is its one offence
-    offences: list[str]
+    binary: Binary | None  # None: it does not compile, which is its one violation
+    violations: list[str]
 
 
 @dataclass
@@ -247,28 +253,36 @@ class Binaries:
         cache: the folder where facts of binaries are kept, by the hash of all that they depend on.
         pool: where compilers run.
         dump: a folder for each binary and its disassembly; with it everything is compiled again.
-        advance: called after each binary.
+        bar: is told of each binary, where there is one.
     """
 
     cache: Path
     pool: Executor
     dump: Path | None = None
-    advance: Callable[[], object] = lambda: None
+    bar: Bar | None = None
 
     def verdicts(self, launches: Iterable[Launch]) -> list[Verdict]:
         """What becomes of each launch, in their order."""
         launches = list(launches)
+        wanted = {launch.key: launch for launch in launches}
         facts, pending = dict[str, Binary | str](), dict[Future[Binary | str], str]()
-        for key, launch in {launch.key: launch for launch in launches}.items():
+        if self.bar is not None:
+            self.bar.expect(len(wanted))
+        for key, launch in wanted.items():
             if (known := self.known(launch)) is not None:
                 facts[key] = known
-                self.advance()
+                self._advance(launch)
             else:
                 pending[self.pool.submit(compile_and_read, launch, self.cache, self.dump)] = key
         for done in as_completed(pending):
-            facts[pending[done]] = done.result()
-            self.advance()
+            facts[key := pending[done]] = done.result()
+            self._advance(wanted[key])
         return [_verdict(launch, facts[launch.key]) for launch in launches]
+
+    def _advance(self, launch: Launch) -> None:
+        if self.bar is not None:
+            self.bar.now(f"{launch.target} {launch.problem.name} {launch.label}")
+            self.bar.advance()
 
     def known(self, launch: Launch) -> Binary | None:
         """The facts, if an earlier run has left all that is asked for."""
@@ -279,7 +293,7 @@ class Binaries:
 def _verdict(launch: Launch, facts: Binary | str) -> Verdict:
     if isinstance(facts, str):
         return Verdict(launch, None, [facts])
-    return Verdict(launch, facts, offences(launch, facts))
+    return Verdict(launch, facts, violations(launch, facts))
 
 
 def compile_and_read(launch: Launch, cache: Path, dump: Path | None = None) -> Binary | str:
@@ -289,15 +303,21 @@ def compile_and_read(launch: Launch, cache: Path, dump: Path | None = None) -> B
     except Exception as error:  # whatever a compiler throws is a finding, and the other launches go on
         return f"does not compile: {type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]}"
     if dump is not None:
-        folder, problem = dump / launch.target, launch.problem
-        name = f"{problem.name} {problem.dtype} {launch.name} {launch.key[:6]}".replace(" ", "-")
-        binary, text = ("hsaco", "amdgcn") if "amdgcn" in kernel.asm else ("cubin", "sass")
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{name}.{binary}").write_bytes(kernel.asm[binary])
-        (folder / f"{name}.{text}").write_text(disassembly(kernel))
+        stages = {**kernel.asm, "sass": disassembly(kernel)} if "cubin" in kernel.asm else kernel.asm
+        for stage, content in stages.items():  # from Triton's IR to machine code
+            file = dump_file(dump, launch, stage)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(content if isinstance(content, bytes) else str(content).encode())
     facts = read(kernel, launch.target)
     write_text(_file(cache, launch), json.dumps(asdict(facts)))
     return facts
+
+
+def dump_file(folder: Path, launch: Launch, stage: str = "") -> Path:
+    """Where a stage of a launch's binary is dumped: by default the machine code as text."""
+    stage = stage or ("sass" if launch.target.startswith("sm_") else "amdgcn")
+    name = f"{launch.problem.name} {launch.problem.dtype} {launch.name} {launch.key[:6]}".replace(" ", "-")
+    return folder / launch.target / f"{name}.{stage}"
 
 
 _READERS = (__file__, *(str(module.__file__) for module in (assembly, program)))

@@ -22,7 +22,8 @@ from math import exp, log
 from pathlib import Path
 from statistics import mean
 
-from bench import records
+from bench.records import short
+from bench.terminal import Table, Terminal
 from bench.tiles import options
 from bench.tiles.compile import Problem
 from bench.tiles.report import Pass
@@ -70,23 +71,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    console, h100 = records.console(options.WIDTH), MACHINES["H100"]
-    with options.compilers(args) as binaries:
+    said, h100 = Terminal(args), MACHINES["H100"]
+    with options.compilers(args, said) as binaries:
         passes = [Pass.shipped(p.problem, p.pass_, h100._replace(target=p.target), binaries) for p in POINTS]
-    columns = ("pass", "tokens", "width", "heads", "maps", "binary", "PREDICTED TFLOP/s", "published", "by",
-               "predicted / published", "bound by")  # fmt: skip
-    rows, facts, ratios = [], [], []
+    columns = ("pass", "by", "tokens", "width", "binary", "PREDICTED TFLOP/s", "published", "ratio", "bound by")
+    rows, facts, ratios = list[list[object]](), [], []
     for point, whole in zip(POINTS, passes, strict=True):
         problem, tflops = point.problem, whole.flops / whole.seconds / 1e12
         ratios.append(tflops / point.tflops)
         bound = ", ".join(dict.fromkeys(kernel.prediction.bound for kernel in whole.kernels))
-        rows.append((point.pass_, problem.partition.tokens, problem.key_width, problem.heads, problem.maps,
-                     point.target, records.short(tflops), f"{point.tflops:g}", point.whose, f"{ratios[-1]:.2f}",
-                     bound))  # fmt: skip
+        rows.append([point.pass_, point.whose, problem.partition.tokens, problem.key_width, point.target,
+                     short(tflops), f"{point.tflops:g}", f"{ratios[-1]:.2f}", bound])  # fmt: skip
         facts.append({"whose": point.whose, "pass": point.pass_, "tokens": problem.partition.tokens,
-                      "width": problem.key_width, "published": point.tflops, "predicted": tflops})  # fmt: skip
-    console.print(records.table("", columns, rows, words=("pass", "by", "bound by")))
-    spread = f"{min(ratios):.2f} to {max(ratios):.2f}, geometric mean {exp(mean(map(log, ratios))):.2f}"
-    console.print(f"{len(rows)} points; predicted / published {spread}")
+                      "width": problem.key_width, "heads": problem.heads, "maps": problem.maps,
+                      "published": point.tflops, "predicted": tflops})  # fmt: skip
+    said.show(Table("", columns, rows, words=("pass", "by", "bound by")))
     if args.json is not None:
         options.write_json(args.json, facts)
+    spread = f"{min(ratios):.2f} to {max(ratios):.2f}, geometric mean {exp(mean(map(log, ratios))):.2f}"
+    said.end(f"{len(rows)} points; predicted / published {spread}", *filter(None, [args.json]))

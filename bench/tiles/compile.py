@@ -31,8 +31,13 @@ from triton.runtime.jit import JITFunction
 from isa_triton import tiles
 from isa_triton.backend.kernels import launch
 from isa_triton.partition import Partition
-from isa_triton.tiles import BackwardTiles, Tile
+from isa_triton.tiles import BackwardTiles, Entry, Tile
 
+PASSES = {"forward": ("forward",), "backward": ("group", "queries", "keys", "dk", "dv", "pairs")}  # a kernel a step
+STEPS = tuple(step for steps in PASSES.values() for step in steps)
+FILED = {"dk": "keys", "dv": "values"}  # steps that `isa_triton.tiles.STEPS` calls otherwise
+TILE = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_V", "num_warps", "num_stages")  # a tile's fields, as kernels have them
+NOT_SHIPPED = "not shipped"
 GRID_LIMITS = 2**31 - 1, 2**16 - 1, 2**16 - 1  # of CUDA; HIP's are no lower
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "tf32": torch.float32, "float32": torch.float32}
 
@@ -110,11 +115,51 @@ class Launch(NamedTuple):
         return self.name.removesuffix("_kernel") + alone
 
     @property
+    def step(self) -> str:
+        """Which of `STEPS` it is; "keys" writes dk and dv, and "forward" may keep a bias on chip."""
+        pass_, _, step = self.name.removesuffix("_kernel").partition("_")
+        return "forward" if pass_ == "forward" else min(self.writes) if len(self.writes) == 1 else step
+
+    @property
+    def tile(self) -> Tile:
+        """The tile that it was given."""
+        given = {self.kernel.arg_names[place[0]]: n for place, n in self.constants.items() if len(place) == 1}
+        m, n, k, v = (given.get(name) or given["BLOCK"] for name in TILE[:4])
+        return Tile(m, n, k, v, self.options["num_warps"], self.options["num_stages"])
+
+    @property
+    def origin(self) -> str:
+        """Where its tile comes from."""
+        entry, problem = shipped_entry(self.target, self.step, self.problem), self.problem
+        if entry is None or entry.tile != self.tile:
+            return NOT_SHIPPED
+        made = entry.is_made_for(problem.key_width, problem.value_width, problem.partition.tokens)
+        return "its own entry" if made else f"the entry of {entry}"
+
+    @property
     def key(self) -> str:
         """A name for the binary: a hash of the kernel's source, the specialisation, the target and Triton's version."""
         options = {name: value for name, value in self.options.items() if name != "extern_libs"}  # paths of a machine
         binary = gpu_target(self.target), self.signature, self.constants, self.attributes, options, triton.__version__
         return hashlib.sha256(f"{self.kernel.cache_key} {binary}".encode()).hexdigest()[:32]
+
+
+def shipped_entry(target: str, step: str, problem: Problem) -> Entry | None:
+    """What is shipped for one of `STEPS` of a problem, if anything is."""
+    try:
+        return tiles.entry(target, FILED.get(step, step), *problem.sizes)
+    except LookupError:
+        return None
+
+
+def named(tile: Tile) -> dict[str, int]:
+    """A tile's fields as kernels name them."""
+    return dict(zip(TILE, tile, strict=True))
+
+
+def format_tile(tile: Tile) -> str:
+    """As `--tiles` takes it: BLOCK_M=64,BLOCK_N=64,..."""
+    return ",".join(f"{name}={n}" for name, n in named(tile).items())
 
 
 def gpu_target(target: str) -> GPUTarget:

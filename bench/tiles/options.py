@@ -1,4 +1,4 @@
-"""What the tools of the workbench share: how a problem, a GPU and the machine that compiles are said."""
+"""What the tools of the workbench share: how a problem, a tile, a GPU and the machine that compiles are said."""
 
 from __future__ import annotations
 
@@ -8,96 +8,157 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from math import isqrt
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
+from bench import terminal
 from bench.arguments import positive
 from bench.records import write_text
+from bench.terminal import Terminal
 from bench.tiles.binaries import Binaries
-from bench.tiles.compile import DTYPES, Problem
+from bench.tiles.compile import DTYPES, PASSES, TILE, Problem
 from bench.tiles.roofline import MACHINES, Machine
 from isa_triton.partition import Partition
+from isa_triton.tiles import Tile
 
 DTYPE_ALIASES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-WIDTH = 170  # of a console with room for a line a binary
+TARGETS = list(dict.fromkeys(machine.target for machine in MACHINES.values()))
 GROUPS = 8, 8  # of the maps that problems are made on
 PARTITIONS = {
     "interlaced": lambda size, group: Partition.interlaced(size, stride=GROUPS),
     "local": Partition.local,
     "dense": lambda size, group: Partition.dense(group),
 }
+DEFAULTS: dict[str, Any] = {  # of a problem
+    "tokens": 64, "widths": (256, 512), "partition": "interlaced", "heads": 1, "bias": False, "maps": 8,
+    "dtype": "bf16",
+}  # fmt: skip
+
+
+# -- a problem ---------------------------------------------------------------------------------------------------------
+
+
+def add_shape(parser: argparse.ArgumentParser) -> None:
+    """What `problem` reads, but the dtype: none of it has a value unless it is given."""
+    add = partial(parser.add_argument, default=argparse.SUPPRESS)
+    add("--tokens", type=positive, metavar="N", help="of a group (default: {tokens})".format(**DEFAULTS))
+    widths = "default: {} {}".format(*DEFAULTS["widths"])
+    add("--widths", nargs=2, type=positive, metavar=("K", "V"), help=widths)
+    add("--partition", choices=PARTITIONS, help="default: {partition}".format(**DEFAULTS))
+    add("--heads", type=positive, metavar="N", help="default: {heads}".format(**DEFAULTS))
+    add("--bias", action="store_true", help="with a bias for every pair of tokens (default: without)")
+    add("--maps", type=positive, metavar="N", help="in a batch (default: {maps})".format(**DEFAULTS))
+
+
+def read_dtype(text: str) -> str:
+    """A dtype as `isa_triton.tiles` names it, of that name or the short form."""
+    name = DTYPE_ALIASES.get(text, text)
+    if name not in DTYPES:
+        raise argparse.ArgumentTypeError(f"must be one of {', '.join((*DTYPES, *DTYPE_ALIASES))}, got {text!r}")
+    return name
 
 
 def add_problem(parser: argparse.ArgumentParser) -> None:
-    """A GPU, and the problem that it is given."""
-    add, targets = parser.add_argument, sorted({machine.target for machine in MACHINES.values()})
-    add("--target", choices=targets, default="sm_90", help="architecture that is compiled for (default: sm_90)")
+    """A GPU, and the pass that it is given."""
+    add = parser.add_argument
+    add("--target", choices=TARGETS, help="architecture that is compiled for (default: the GPU's, or sm_90)")
     add("--gpu", choices=list(MACHINES), help="GPU that times are predicted for (default: the target's first)")
-    add("--pass", dest="pass_", choices=("forward", "backward"), default="forward", help="default: forward")
-    add("--widths", nargs=2, type=positive, default=[256, 512], metavar=("K", "V"), help="default: 256 512")
-    add("--tokens", type=positive, default=64, help="of a group (default: 64)")
-    add("--partition", choices=PARTITIONS, default="interlaced", help="default: interlaced")
-    add("--heads", type=positive, default=1, help="default: 1")
-    add("--bias", action="store_true", help="with a bias for every pair of tokens")
-    add("--dtype", choices=[*DTYPES, *DTYPE_ALIASES], default="bf16", help="default: bf16; tf32 is fp32 in memory")
-    add("--maps", type=positive, default=8, help="in a batch (default: 8)")
+    add("--pass", dest="pass_", choices=PASSES, default="forward", help="default: forward")
+    add_shape(parser)
+    what = "default: {dtype}; tf32 is fp32 in memory".format(**DEFAULTS)
+    add("--dtype", type=read_dtype, default=argparse.SUPPRESS, help=what)
+
+
+def given(args: argparse.Namespace) -> str:
+    """Those of the options of a problem that were given, by name: "" where there are none."""
+    return " ".join(f"--{name}" for name in DEFAULTS if hasattr(args, name))
 
 
 def machine(args: argparse.Namespace) -> Machine:
     """The GPU, if the arguments agree with each other."""
-    found = MACHINES[args.gpu] if args.gpu else next(m for m in MACHINES.values() if m.target == args.target)
-    if found.target != args.target:
+    if args.gpu is None:
+        return next(machine for machine in MACHINES.values() if machine.target == (args.target or "sm_90"))
+    found = MACHINES[args.gpu]
+    if args.target not in (None, found.target):
         raise argparse.ArgumentError(None, f"--gpu {args.gpu} has the target {found.target}, not {args.target}")
     return found
 
 
 def problem(args: argparse.Namespace) -> Problem:
-    """The problem of `add_problem`'s arguments."""
-    rest = {name: getattr(args, name) for name in ("partition", "heads", "bias", "maps")}
-    return make_problem(args.tokens, *args.widths, **rest, dtype=DTYPE_ALIASES.get(args.dtype, args.dtype))
+    """The problem that the arguments say, by default that of `DEFAULTS`."""
+    said = {name: getattr(args, name, default) for name, default in DEFAULTS.items()}
+    return make_problem(said.pop("tokens"), *said.pop("widths"), **said)
 
 
 def make_problem(
-    tokens: int, key_width: int, value_width: int, partition: str = "interlaced", maps: int = 8, **rest: Any
-) -> Problem:
+    tokens: int, key_width: int, value_width: int, partition: str = "interlaced", maps: int = 8, dtype: str = "bf16",
+    **rest: Any,
+) -> Problem:  # fmt: skip
     """Attention in groups of `tokens` tokens, as square as their number allows: 8 x 8 groups, or a dense map.
 
     Args:
         partition: one of `PARTITIONS`.
-        rest: of `Problem`: heads, bias and dtype.
+        dtype: as `read_dtype` takes it.
+        rest: of `Problem`: heads and bias.
     """
     height = next(h for h in range(isqrt(tokens), 0, -1) if tokens % h == 0)
     group = height, tokens // height
     size = group[0] * GROUPS[0], group[1] * GROUPS[1]
-    return Problem(PARTITIONS[partition](size, group), key_width, value_width, maps=maps, **rest)
+    rest |= {"maps": maps, "dtype": read_dtype(dtype), "name": f"{partition} {tokens}"}
+    return Problem(PARTITIONS[partition](size, group), key_width, value_width, **rest)
+
+
+# -- a tile ------------------------------------------------------------------------------------------------------------
+
+
+def tile(text: str) -> dict[str, int]:
+    """What differs from the shipped tile: of "BLOCK_M=64,num_warps=8" two fields, of "shipped" none."""
+    fields, found = dict(zip(TILE, Tile._fields, strict=True)), dict[str, int]()
+    for part in [] if text == "shipped" else text.split(","):
+        name, _, number = part.partition("=")
+        if name not in fields or not number.isdecimal():
+            wanted = ",".join(f"{name}=N" for name in TILE)
+            raise argparse.ArgumentTypeError(f'must be "shipped" or what differs from it, of {wanted}; got {text!r}')
+        found[fields[name]] = int(number)
+    for name, n in found.items():
+        if n < (16 if name.startswith("block") else 1) or (n & (n - 1) and name != "num_stages"):
+            raise argparse.ArgumentTypeError(f"must have powers of two, and blocks from 16, got {text!r}")
+    return found
+
+
+def change(ratio: float) -> str:
+    """A ratio as the difference from one: 0.55 is -45 %."""
+    return f"{100 * (ratio - 1):+.0f} %"
+
+
+# -- compilers ---------------------------------------------------------------------------------------------------------
 
 
 def add_compilers(parser: argparse.ArgumentParser) -> None:
+    """What `compilers` reads, and how tables are shown."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "isa_triton"
     add = parser.add_argument
-    add("--jobs", type=positive, default=os.cpu_count(), help="compilers at a time (default: one a core)")
+    add("--jobs", type=positive, default=os.cpu_count(), metavar="N", help="compilers at a time (default: one a core)")
     add("--cache", type=Path, default=cache, metavar="DIR", help=f"kernels and their figures (default: {cache})")
+    terminal.add_arguments(parser)
 
 
 @contextmanager
-def compilers(args: argparse.Namespace, dump: Path | None = None) -> Iterator[Binaries]:
-    """Binaries as `add_compilers` says, on processes of their own."""
-    with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:  # starts nobody before there is work
+def compilers(args: argparse.Namespace, said: Terminal, dump: Path | None = None) -> Iterator[Binaries]:
+    """Binaries as `add_compilers` says, on processes of their own, with a bar for as long as they are wanted."""
+    said.say(f"Binaries and their figures are kept in {args.cache}")
+    with (
+        said.progress("binaries") as bar,
+        ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool,  # starts nobody before there is work
+    ):
         try:
-            yield Binaries(args.cache, pool, dump)
+            yield Binaries(args.cache, pool, dump, bar)
         except KeyboardInterrupt:
             pool.shutdown(cancel_futures=True)
             raise
-
-
-def progress(console: Console) -> Progress:
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    return Progress(*columns, console=console)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -59,8 +59,8 @@ class Work(NamedTuple):
     flops: float  # of products, 2 to a multiply-add, masked rows and padded widths included
     bytes: float  # masked lanes not counted
     distinct: int  # bytes read at different addresses, and written: what must move at least
-    rows: float  # the part of the pixels' tiles that masks of tokens leave
-    columns: float  # and the part that masks of channels leave
+    tile_utilisation: float  # the part of the rows of tiles that are pixels
+    channel_utilisation: float  # the part of the chunks of these rows that are channels
 
 
 def read_program(ttir: str) -> tuple[list[Loop], list[Op], dict[Frames, Nest]]:

@@ -1,28 +1,29 @@
 """One pass under the lens: what its kernels cost, what they waste, what bounds them, on a GPU that need not be here.
 
 Resources and instructions are read from the binary, bytes and products from Triton's IR; times are PREDICTED from both
-(bench/tiles/roofline.py). Without --tile the kernels are those that the run time would launch.
+(bench/tiles/roofline.py). Without --tiles the kernels are those that the run time would launch, with the tiles that are
+shipped. With it one kernel stands beside itself: every tile, with the difference from the first.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Iterator
-from dataclasses import astuple, dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from bench import records
-from bench.arguments import positive
+from bench.terminal import Table, Terminal
 from bench.tiles import options
 from bench.tiles.assembly import UNITS
-from bench.tiles.binaries import Binaries, Binary, occupancy
-from bench.tiles.compile import Launch, Problem, pass_launches
+from bench.tiles.binaries import Binaries, Binary, ctas_by_resource, dump_file, occupancy
+from bench.tiles.compile import NOT_SHIPPED, PASSES, STEPS, TILE, Launch, Problem, format_tile, named, pass_launches
 from bench.tiles.program import repeats
 from bench.tiles.roofline import MACHINES, Machine, Prediction, predict
-from bench.tiles.search import KERNELS, PASSES, Task
-from isa_triton.tiles import ARITHMETIC, Tile
+from bench.tiles.search import Task
+from isa_triton.tiles import Tile
 
 BOUNDS = (  # of H100, bf16: (problem, pass, times the larger of bytes and products)
     (options.make_problem(64, 256, 512, "local"), "forward", 1.3),
@@ -39,111 +40,147 @@ BOUNDS = (  # of H100, bf16: (problem, pass, times the larger of bytes and produ
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_problem(parser)
-    add, tile = parser.add_argument, ("M", "N", "K", "V", "WARPS", "STAGES")
-    what = "of --step: queries, keys, chunks of K and V, warps, stages"
-    add("--tile", nargs=6, type=positive, metavar=tile, help=what)
-    add("--step", choices=list(KERNELS), help="the kernel that --tile is for (default: forward)")
+    add = parser.add_argument
+    what = f"tiles of one kernel, as {','.join(f'{name}=N' for name in TILE)}; what one leaves out is as shipped"
+    add("--tiles", nargs="+", type=options.tile, metavar="TILE", help=what)
+    add("--step", choices=STEPS, help="the kernel that --tiles is for (default: the pass's first)")
+    add("--vs", type=options.tile, metavar="TILE", help="what --tiles stands beside, as 'shipped' (default: its first)")
+    add("--dump", type=Path, metavar="DIR", help="write each binary there, from Triton's IR to machine code")
+    add("--sass", action="store_true", help="show the machine code, with the lines of source that it serves")
     add("--bounds", action="store_true", help="instead: H100's predictions beside the bounds that are promised for it")
-    add("--csv", type=Path, metavar="FILE", help="write the lines of --bounds there")
     add("--json", type=Path, metavar="FILE", help="write all figures there")
     options.add_compilers(parser)
 
 
 def run(args: argparse.Namespace) -> None:
-    if args.csv is not None and not args.bounds:
-        raise argparse.ArgumentError(None, "--csv is for --bounds; one pass goes into --json")
-    console = records.console(options.WIDTH)
-    with options.compilers(args) as binaries:
-        if args.bounds:
-            bounds = list(_bounds(binaries))
-            header = [name.replace("_", " ") for name in records.columns(Bound)]
-            styles = [None if bound.holds == "yes" else "red" for bound in bounds]
-            words = header[0], header[-1]
-            console.print(records.table("", header, map(astuple, bounds), words=words, styles=styles))
-            if args.csv is not None:
-                records.write(args.csv, Bound, bounds)
-            return
-        gpu, problem = options.machine(args), options.problem(args)
-        try:
-            whole = Pass(problem, args.pass_, gpu, kernels(_launches(args, problem, gpu), gpu, binaries))
-        except ValueError as error:
-            raise argparse.ArgumentError(None, str(error)) from error
-    console.print(f"{args.pass_} on {gpu.name} ({args.target}): {problem}")
-    lines = zip(*map(_facts, whole.kernels), strict=True)
-    rows = [[line[0][0], *(value for _, value in line)] for line in lines]
-    console.print(records.table("", ["", *(kernel.launch.label for kernel in whole.kernels)], rows))
-    console.print(whole.summary, soft_wrap=True)
+    said = Terminal(args)
+    if args.bounds:
+        if options.given(args):
+            raise argparse.ArgumentError(None, f"--bounds has its own problems and takes no {options.given(args)}")
+        with options.compilers(args, said) as binaries:
+            _show_bounds(said, binaries)
+        return
+    gpu, problem = options.machine(args), options.problem(args)
+    launches = _launches(args, problem, gpu)
+    with TemporaryDirectory() as scratch:
+        dump = args.dump or (Path(scratch) if args.sass else None)
+        with options.compilers(args, said, dump) as binaries:
+            found = kernels(launches, gpu, binaries)
+        code = [dump_file(dump, launch).read_text() for launch in launches] if args.sass and dump else []
+    title = f"{args.pass_} on {gpu.name} ({gpu.target}): {problem}"
+    if args.tiles is None:
+        said.show(_table(title, [kernel.launch.label for kernel in found], found))
+    else:
+        names = [f"tile {i}" if kernel.launch.origin == NOT_SHIPPED else "shipped" for i, kernel in enumerate(found, 1)]
+        said.show(_table(f"{found[0].launch.label}, {title}", names, found, found[0]))
+    said.detail(*(f"{unit}: {what}" for unit, what in UNITS.items()))
+    said.say(*code)
     if args.json is not None:
-        options.write_json(args.json, [kernel.as_dict() for kernel in whole.kernels])
+        options.write_json(args.json, [kernel.as_dict() for kernel in found])
+    end = Pass(problem, args.pass_, gpu, found).summary if args.tiles is None else _comparison(found)
+    said.end(end, *filter(None, (args.json, args.dump)))
 
 
 def _launches(args: argparse.Namespace, problem: Problem, gpu: Machine) -> list[Launch]:
-    if args.tile is None:
-        return pass_launches(args.target, problem, args.pass_)
-    step, passes = args.step or "forward", PASSES[args.pass_]
-    if step not in passes:
-        raise argparse.ArgumentError(None, f"--step must be of the {args.pass_} pass, {passes}, got {step!r}")
-    tile = Tile(*args.tile)
-    if any(block < 16 or block & (block - 1) for block in tile[:4]) or tile.num_warps & (tile.num_warps - 1):
-        raise argparse.ArgumentError(None, f"--tile takes powers of two, blocks and chunks from 16, got {tuple(tile)}")
-    launch = Task(gpu, problem, step).launch(tile)
-    if launch is None:
-        raise argparse.ArgumentError(None, f"{step} with the tile {tuple(tile)} does not serve {problem}")
-    return [launch]
+    if args.tiles is None:
+        if args.step or args.vs is not None:
+            raise argparse.ArgumentError(None, "--step and --vs are for --tiles")
+        return pass_launches(gpu.target, problem, args.pass_)
+    step = args.step or PASSES[args.pass_][0]
+    if step not in PASSES[args.pass_]:
+        steps = ", ".join(PASSES[args.pass_])
+        raise argparse.ArgumentError(None, f"--step must be of the {args.pass_} pass, {steps}, got {step!r}")
+    task = Task(gpu, problem, step)
+    launches = []
+    for changes in ([] if args.vs is None else [args.vs]) + args.tiles:
+        tile = _changed(task, changes)
+        if (launch := task.launch(tile)) is None:
+            raise argparse.ArgumentError(None, f"{step} with the tile {format_tile(tile)} does not serve {problem}")
+        launches.append(launch)
+    return list({launch.tile: launch for launch in launches}.values())
 
 
-def _facts(kernel: Kernel) -> Iterator[tuple[str, object]]:
-    """What the table says of a kernel, line by line."""
-    binary, prediction, work = kernel.binary, kernel.prediction, kernel.prediction.work
-    yield "grid", f"{prod(kernel.launch.grid)} programs of {binary.warps} warps"
-    yield "registers of a thread", binary.registers
-    yield "spills, bytes / accesses", f"{binary.spill_bytes} / {binary.spill_accesses}"
-    yield "shared memory, bytes", binary.shared
-    yield "tensor memory, columns", binary.tensor_columns
-    yield "programs at a time", f"{binary.programs}, limited by {kernel.limiter}"
-    yield "offences", "; ".join(kernel.offences) or "none"
-    yield "", ""
-    yield "instructions of a warp", "outside + in loops = run"
-    for unit, (outside, inside, executed) in kernel.instructions().items():
-        yield f"  {unit}: {UNITS[unit]}", f"{outside} + {inside} = {executed:.0f}"
-    yield "", ""
-    yield "rows of tiles that are pixels", f"{work.rows:.0%}"
-    yield "channels of chunks that exist", f"{work.columns:.0%}"
-    yield "GFLOPs asked for", f"{work.flops / 1e9:.2f}"
-    yield "GFLOPs done by matrix units", f"{prediction.flops / 1e9:.2f}"
-    yield "MB at different addresses", f"{work.distinct / 1e6:.2f}"
-    yield "MB asked for", f"{work.bytes / 1e6:.2f}"
-    yield "MB read again, from L2", f"{(work.bytes - work.distinct) / 1e6:.2f}"
-    yield "", ""
+def _changed(task: Task, changes: dict[str, int]) -> Tile:
+    """A tile that is said by its differences from the shipped one; where none is, by all of its fields."""
+    if (entry := task.entry) is not None:
+        return entry.tile._replace(**changes)
+    if len(changes) < len(TILE):
+        raise argparse.ArgumentError(None, f"no tile of {task.step} is shipped for {task.problem}: say all of one")
+    return Tile(**changes)
+
+
+def _table(title: str, names: Sequence[str], kernels: Sequence[Kernel], reference: Kernel | None = None) -> Table:
+    """A column a kernel; numbers with their difference from those of a reference, where there is one."""
+    beside = [value for _, value, _ in _facts(reference)] if reference else []
+    rows = list[list[str]]()
+    for i, line in enumerate(zip(*map(_facts, kernels), strict=True)):
+        cells = [_cell(value, spec, beside[i] if beside else None) for _, value, spec in line]
+        rows.append([line[0][0], *cells] if line[0][0] else [])
+    return Table(title, ("figure", *names), rows, words=len(names) + 1)
+
+
+def _cell(value: Any, spec: str, reference: Any) -> str:
+    text = f"{value:{spec}}"
+    is_same = isinstance(value, str) or not reference or f"{reference:{spec}}" == text
+    return text if is_same else f"{text} ({options.change(value / reference)})"
+
+
+def _facts(kernel: Kernel) -> Iterator[tuple[str, Any, str]]:
+    """What the table says of a kernel, line by line: a name, a word or a number, and how it is written."""
+    launch, binary, prediction, work = kernel.launch, kernel.binary, kernel.prediction, kernel.prediction.work
+    for name, n in named(launch.tile).items():
+        yield name, str(n), ""
+    yield "tile from", launch.origin, ""
+    yield "", "", ""
+    yield "grid", f"{prod(launch.grid)} CTAs of {binary.warps} warps", ""
+    yield "registers per thread", binary.registers, ""
+    yield "spills, bytes/accesses", f"{binary.spill_bytes}/{binary.spill_accesses}", ""
+    yield "shared memory, bytes", binary.shared, ""
+    yield "tensor memory, columns", binary.tensor_columns, ""
+    yield "CTAs per SM", binary.ctas_per_sm, ""
+    yield "limited by", kernel.limiter, ""
+    yield "occupancy", f"{kernel.occupancy:.0%}", ""
+    yield "waves", prediction.waves, ""
+    yield "violations", "; ".join(kernel.violations) or "none", ""
+    yield "", "", ""
+    yield "instructions per warp", "", ""
+    for unit, (_, _, executed) in kernel.instructions().items():
+        yield f"  {unit}", executed, ".0f"
+    yield "", "", ""
+    yield "tile utilisation", f"{work.tile_utilisation:.0%}", ""
+    yield "channel utilisation", f"{work.channel_utilisation:.0%}", ""
+    yield "GFLOPs asked for", work.flops / 1e9, ".2f"
+    yield "GFLOPs of matrix units", prediction.flops / 1e9, ".2f"
+    yield "MB that must move", work.distinct / 1e6, ".2f"
+    yield "MB asked for", work.bytes / 1e6, ".2f"
+    yield "", "", ""
     for unit, seconds in prediction.busy.items():
-        yield f"  us of {unit}", f"{1e6 * seconds:.1f}"
-    yield "waves of programs", f"{prediction.waves}, {prediction.at_once} at a time"
-    yield "PREDICTED us", f"{1e6 * prediction.seconds:.1f}, bound by {prediction.bound}"
+        yield f"us of {unit}", 1e6 * seconds, ".1f"
+    yield "bound by", prediction.bound, ""
+    yield "PREDICTED us", 1e6 * prediction.seconds, ".1f"
 
 
-@dataclass(frozen=True)
-class Bound:
-    """A promise and what is predicted, as it is printed: `ratio` is to the larger of bytes and products."""
-
-    predicted_for_H100: str
-    us: str
-    us_of_bytes: str
-    us_of_products: str
-    ratio: str
-    at_most: str
-    holds: str
-    kernels_bound_by: str
+def _comparison(found: list[Kernel]) -> str:
+    """Which of several tiles is best, beside the first."""
+    first, best = found[0], min(found, key=lambda kernel: (bool(kernel.violations), kernel.prediction.seconds))
+    a, b = (1e6 * kernel.prediction.seconds for kernel in (first, best))
+    return f"PREDICTED {a:.1f} us -> {b:.1f} us, {options.change(b / a)}, with {format_tile(best.launch.tile)}"
 
 
-def _bounds(binaries: Binaries) -> Iterator[Bound]:
+def _show_bounds(said: Terminal, binaries: Binaries) -> None:
+    header = ("predicted for H100", "us", "us of bytes", "us of products", "ratio", "at most", "holds",
+              "kernels bound by")  # fmt: skip
+    rows, holds = list[list[str]](), list[bool]()
     for problem, pass_, bound in BOUNDS:
         whole = Pass.shipped(problem, pass_, MACHINES["H100"], binaries)
-        yield Bound(
-            f"{pass_}, {problem}", f"{1e6 * whole.seconds:.1f}", f"{1e6 * whole.bytes_seconds:.1f}",
-            f"{1e6 * whole.flops_seconds:.1f}", f"{whole.ratio:.2f}", f"{bound:.1f}",
-            "yes" if whole.ratio <= bound else "no",
-            ", ".join(f"{kernel.launch.label} {kernel.prediction.bound}" for kernel in whole.kernels),
-        )  # fmt: skip
+        holds.append(whole.ratio <= bound)
+        us = (f"{1e6 * seconds:.1f}" for seconds in (whole.seconds, whole.bytes_seconds, whole.flops_seconds))
+        kernels_bound = ", ".join(f"{kernel.launch.label} {kernel.prediction.bound}" for kernel in whole.kernels)
+        rows.append([f"{pass_}, {problem}", *us, f"{whole.ratio:.2f}", f"{bound:.1f}", "yes" if holds[-1] else "no",
+                     kernels_bound])  # fmt: skip
+    styles = [None if held else "red" for held in holds]
+    said.show(Table("", header, rows, words=(header[0], header[-1]), styles=styles))
+    said.end(f"{sum(holds)} of {len(holds)} bounds hold, of times over the larger of bytes and products.")
 
 
 # -- a pass and its kernels --------------------------------------------------------------------------------------------
@@ -155,15 +192,19 @@ class Kernel:
 
     launch: Launch
     binary: Binary
-    offences: list[str]
+    violations: list[str]
     prediction: Prediction
 
     @property
     def limiter(self) -> str:
-        """What keeps more programs from running on a multiprocessor."""
+        """What keeps more CTAs from fitting on an SM."""
         b = self.binary
-        resources = occupancy(self.launch.target, b.registers, b.warps, b.shared, b.tensor_columns)
-        return " and ".join(name for name, programs in resources.items() if programs == b.programs)
+        resources = ctas_by_resource(self.launch.target, b.registers, b.warps, b.shared, b.tensor_columns)
+        return " and ".join(name for name, ctas in resources.items() if ctas == b.ctas_per_sm)
+
+    @property
+    def occupancy(self) -> float:
+        return occupancy(self.launch.target, self.binary.ctas_per_sm, self.binary.warps)
 
     def instructions(self) -> dict[str, tuple[int, int, float]]:
         """For each unit: instructions outside of loops, inside, and how many a warp runs through."""
@@ -176,14 +217,15 @@ class Kernel:
 
     def as_dict(self) -> dict[str, Any]:
         launch, prediction, work = self.launch, self.prediction, self.prediction.work
-        resources = "registers", "spill_bytes", "spill_accesses", "shared", "tensor_columns", "warps", "programs"
+        resources = "registers", "spill_bytes", "spill_accesses", "shared", "tensor_columns", "warps", "ctas_per_sm"
         return {
             "kernel": launch.label, "key": launch.key, "grid": launch.grid,
+            "tile": named(launch.tile), "tile_from": launch.origin,
             **{name: getattr(self.binary, name) for name in resources}, "limited_by": self.limiter,
-            "instructions": self.instructions(), "offences": self.offences,
+            "occupancy": self.occupancy, "instructions": self.instructions(), "violations": self.violations,
             "bytes_distinct": work.distinct, "bytes_asked": work.bytes,
             "flops_asked": work.flops, "flops_done": prediction.flops,
-            "rows_used": work.rows, "columns_used": work.columns,
+            "tile_utilisation": work.tile_utilisation, "channel_utilisation": work.channel_utilisation,
             "predicted_seconds": prediction.seconds, "bound": prediction.bound,
             "busy_seconds": prediction.busy, "waves": prediction.waves,
         }  # fmt: skip
@@ -193,13 +235,13 @@ def kernels(launches: Iterable[Launch], gpu: Machine, binaries: Binaries) -> lis
     """The kernels of launches.
 
     Raises:
-        ValueError: one does not compile, or not even one program of it fits on a multiprocessor.
+        argparse.ArgumentError: one does not compile, or not even one CTA of it fits on an SM.
     """
     found = []
-    for launch, binary, offences in binaries.verdicts(launches):
-        if binary is None:
-            raise ValueError(f"{launch.name} {offences[0]}")
-        found.append(Kernel(launch, binary, offences, predict(launch, binary, gpu)))
+    for launch, binary, violations in binaries.verdicts(launches):
+        if binary is None or not binary.ctas_per_sm:
+            raise argparse.ArgumentError(None, f"{launch.label} for {launch.problem} {violations[0]}")
+        found.append(Kernel(launch, binary, violations, predict(launch, binary, gpu)))
     return found
 
 
@@ -243,8 +285,7 @@ class Pass:
 
     @property
     def flops_seconds(self) -> float:
-        rate = self.gpu.matrix.get(ARITHMETIC[self.problem.dtype], 2 * self.gpu.fma * self.gpu.clock * self.gpu.units)
-        return self.flops / rate
+        return self.flops / self.gpu.flops(self.problem.dtype)
 
     @property
     def ratio(self) -> float:

@@ -5,11 +5,11 @@ times the trips of their loops), the bytes and products that Triton's IR asks fo
 
     time = launch + slowest + (alone - slowest) * waves
 
-`slowest` is the time of the unit that is busiest over the whole launch, on the multiprocessor with most programs.
-`alone` is what one wave of programs would take if it overlapped nothing: the sum of all units' times for one program,
+`slowest` is the time of the unit that is busiest over the whole launch, on the SM with most CTAs.
+`alone` is what one wave of CTAs would take if it overlapped nothing: the sum of all units' times for one CTA,
 and a memory latency each time that it waits for what it has asked for just before; where products are formed in
-between, whichever of the two is longer. The programs that a multiprocessor runs at a time hide each other's
-waits, so that this remainder is paid once a wave: with many programs at a time only the slowest unit counts.
+between, whichever of the two is longer. The CTAs that an SM runs at a time hide each other's waits, so that
+this remainder is paid once a wave: with many CTAs per SM only the slowest unit counts.
 
 Where it is off, as `python -m bench tiles calibrate` shows: clocks are those of the data sheet, but matrix units at
 full load draw more power than they may, which costs a fifth and more of them. Banks of shared memory never conflict
@@ -35,33 +35,39 @@ class Machine(NamedTuple):
 
     name: str
     target: str
-    units: int  # multiprocessors
+    sms: int  # AMD: compute units
     clock: float  # Hz
     matrix: dict[str, float]  # FLOP/s by arithmetic, as `isa_triton.tiles.ARITHMETIC` names it
     warp_matrix: float  # the part of that rate that matrix instructions of a single warp (HMMA) reach
-    fma: int  # lanes a clock, of a multiprocessor; the next two likewise
+    fma: int  # lanes a clock, of an SM; the next two likewise
     alu: int  # 0: it shares those of fma
     special: int
-    issue: float  # instructions of warps that a multiprocessor begins in a clock
-    shared: int  # bytes a clock, of a multiprocessor
+    issue: float  # instructions of warps that an SM begins in a clock
+    shared: int  # bytes a clock, of an SM
     l2: float  # bytes/s
     dram: float  # bytes/s
     latency: float  # seconds, of memory under load
 
+    def flops(self, dtype: str) -> float:
+        """FLOP/s of products of a dtype: on FMA units where there are no matrix units for it."""
+        return self.matrix.get(ARITHMETIC[dtype], 2 * self.fma * self.clock * self.sms)
 
-# Multiprocessors, matrix rates and memory bandwidth: the vendors' data sheets of A100 (80 GB SXM), H100 SXM5, H200 SXM,
+
+# SMs, matrix rates and memory bandwidth: the vendors' data sheets of A100 (80 GB SXM), A10, H100 SXM5, H200 SXM,
 # B200 (one GPU of HGX) and MI300X; clocks are those at which these rates hold. Lanes: CUDA C++ Programming Guide,
 # "Arithmetic Instructions" (results a clock), and AMD's CDNA3 white paper (4 SIMDs of 16 lanes; a quarter of them for
-# special functions). HMMA on H100: 62.9 % of the peak that wgmma has (arXiv 2501.12084); on B200 it is assumed that a
-# multiprocessor does as much as H100's. Shared memory: 32 banks of 4 bytes a clock. L2: 5120 bytes a clock (A100 white
-# paper), assumed for H100 too and for each of B200's two dies, and 60 % of that to be within reach; MI300X: the peak of
-# its Infinity Cache. Latency: about 480 clocks without load on A100 and H100 (arXiv 2402.13499), assumed to double
-# under load; MI300X's is assumed.
+# special functions). HMMA on H100: 62.9 % of the peak that wgmma has (arXiv 2501.12084); on B200 it is assumed that an
+# SM does as much as H100's. Shared memory: 32 banks of 4 bytes a clock. L2: 5120 bytes a clock (A100 white paper),
+# assumed for H100 too and for each of B200's two dies, as much per SM for A10, and 60 % of that to be within reach;
+# MI300X: the peak of its Infinity Cache. Latency: about 480 clocks without load on A100 and H100 (arXiv 2402.13499),
+# assumed to double under load, and to be the same on A10; MI300X's is assumed.
 _H100 = Machine("H100", "sm_90", 132, 1.83e9, {"16-bit": 989.4e12, "tf32": 494.7e12}, 0.629,
                 128, 64, 16, 4, 128, 0.6 * 5120 * 1.83e9, 3.35e12, 0.52e-6)  # fmt: skip
 MACHINES = {machine.name: machine for machine in (
     Machine("A100", "sm_80", 108, 1.41e9, {"16-bit": 312e12, "tf32": 156e12}, 1.0,
             64, 64, 16, 4, 128, 0.6 * 5120 * 1.41e9, 2.039e12, 0.68e-6),
+    Machine("A10", "sm_86", 72, 1.695e9, {"16-bit": 125e12, "tf32": 62.5e12}, 1.0,
+            128, 64, 16, 4, 128, 0.6 * 5120 * 72 / 108 * 1.695e9, 0.6e12, 0.68e-6),
     _H100, _H100._replace(name="H200", dram=4.8e12),
     Machine("B200", "sm_100", 148, 1.85e9, {"16-bit": 2250e12, "tf32": 1125e12}, 0.31,
             128, 64, 16, 4, 128, 0.6 * 10240 * 1.85e9, 8.0e12, 0.52e-6),
@@ -76,10 +82,9 @@ class Prediction:
     """How long a launch is predicted to take, and why."""
 
     seconds: float
-    bound: str  # the slowest unit, or "latency" where what programs wait for and do not overlap takes longer still
-    busy: dict[str, float]  # seconds of each unit, on the multiprocessor that has most programs
-    at_once: int  # programs of a multiprocessor
-    waves: int  # of them
+    bound: str  # the slowest unit, or "latency" where what CTAs wait for and do not overlap takes longer still
+    busy: dict[str, float]  # seconds of each unit, on the SM that has most CTAs
+    waves: int  # of CTAs
     work: Work
     flops: float  # that matrix instructions do; more than the products have where warps repeat them
 
@@ -88,22 +93,22 @@ def predict(launch: Launch, binary: Binary, machine: Machine) -> Prediction:
     """How long a launch should take on `machine`.
 
     Raises:
-        ValueError: not even one program fits on a multiprocessor.
+        ValueError: not even one CTA fits on an SM.
     """
-    if not binary.programs:
-        raise ValueError(f"no program of {launch.name} fits on a multiprocessor of {machine.name}")
-    programs, asked = prod(launch.grid), work(binary.loops, binary.ops, launch)
-    most = ceil(programs / machine.units)  # programs of the busiest multiprocessor
-    waves = ceil(most / binary.programs)
+    if not binary.ctas_per_sm:
+        raise ValueError(f"no CTA of {launch.name} fits on an SM of {machine.name}")
+    ctas, asked = prod(launch.grid), work(binary.loops, binary.ops, launch)
+    most = ceil(ctas / machine.sms)  # CTAs of the busiest SM
+    waves = ceil(most / binary.ctas_per_sm)
     executions = repeats(binary.loops, launch)
     times = [executions(stretch.nest) for stretch in binary.stretches]
 
-    flops = _matrix_flops(binary, times, asked.flops / programs)
-    rate = machine.matrix.get(ARITHMETIC[launch.problem.dtype], inf) / machine.units
+    flops = _matrix_flops(binary, times, asked.flops / ctas)
+    rate = machine.matrix.get(ARITHMETIC[launch.problem.dtype], inf) / machine.sms
     if binary.matrix and all(kind.startswith("HMMA") for kind in binary.matrix):
         rate *= machine.warp_matrix
     busy: dict[str, float] = defaultdict(float)
-    alone = 0.0  # seconds of one program, as busy is until all have been added
+    alone = 0.0  # seconds of one CTA, as busy is until all have been added
     for stretch, often, products in zip(binary.stretches, times, flops, strict=True):
         here = {"matrix": products / rate, **_core_seconds(stretch, binary, machine)}
         # operands stream through shared memory while they are multiplied; the other units serve one instruction stream
@@ -112,18 +117,18 @@ def predict(launch: Launch, binary: Binary, machine: Machine) -> Prediction:
         for name, seconds in here.items():
             busy[name] += often * seconds
     busy = {name: most * seconds for name, seconds in busy.items()}
-    busy |= {"L2": asked.bytes / machine.l2, "DRAM": asked.distinct / machine.dram}  # which all multiprocessors share
+    busy |= {"L2": asked.bytes / machine.l2, "DRAM": asked.distinct / machine.dram}  # which all SMs share
     slowest = max(busy, key=busy.__getitem__)
     unhidden = waves * max(0.0, alone - busy[slowest] / most)
     return Prediction(
         seconds=LAUNCH + busy[slowest] + unhidden, bound="latency" if unhidden > busy[slowest] else slowest,
-        busy=busy, at_once=min(most, binary.programs), waves=waves, work=asked,
-        flops=programs * sum(often * products for often, products in zip(times, flops, strict=True)),
+        busy=busy, waves=waves, work=asked,
+        flops=ctas * sum(often * products for often, products in zip(times, flops, strict=True)),
     )  # fmt: skip
 
 
 def _matrix_flops(binary: Binary, times: list[float], asked: float) -> list[float]:
-    """A program's matrix FLOPs in each stretch: what the instructions say, or else their part of what is asked for."""
+    """A CTA's matrix FLOPs in each stretch: what the instructions say, or else their part of what is asked for."""
     stretches = binary.stretches
     if all(stretch.flops is not None for stretch in stretches):
         return [binary.warps * (stretch.flops or 0) for stretch in stretches]
@@ -133,7 +138,7 @@ def _matrix_flops(binary: Binary, times: list[float], asked: float) -> list[floa
 
 
 def _core_seconds(stretch: Stretch, binary: Binary, machine: Machine) -> dict[str, float]:
-    """Seconds that a program keeps the units of a multiprocessor busy, going through a stretch once."""
+    """Seconds that a CTA keeps the units of an SM busy, going through a stretch once."""
     counts = Counter(stretch.units)
     lanes = binary.warps * gpu_target(machine.target).warp_size
     if not machine.alu:

@@ -18,104 +18,106 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from rich.table import Table
 from triton.runtime.jit import JITFunction
 
 from bench import measure, records
 from bench.arguments import positive
-from bench.tiles import options
-from bench.tiles.binaries import LIMITS, Binaries, Binary
-from bench.tiles.compile import Launch, Problem, Tensors, backward_launches, forward_launches, gpu_target, use_driver
+from bench.terminal import Table, Terminal
+from bench.tiles import options, page
+from bench.tiles.binaries import LIMITS, Binaries, Binary, occupancy
+from bench.tiles.compile import (
+    FILED,
+    PASSES,
+    TILE,
+    Launch,
+    Problem,
+    Tensors,
+    backward_launches,
+    format_tile,
+    forward_launches,
+    gpu_target,
+    named,
+    pass_launches,
+    shipped_entry,
+    use_driver,
+)
 from bench.tiles.roofline import Machine, Prediction, predict
 from isa_triton import tiles
 from isa_triton.backend.kernels.launch import padded
-from isa_triton.tiles import ARITHMETIC, BackwardTiles, Tile
+from isa_triton.tiles import ARITHMETIC, BackwardTiles, Entry, Tile
 
-KERNELS = {  # as `Launch.label` says
-    "forward": "forward",  # or "forward_group", where a bias is shared by groups of one block
-    "group": "backward_group",
-    "queries": "backward_queries",
-    "keys": "backward_keys",  # dk and dv
-    "dk": "backward_keys: dk",
-    "dv": "backward_keys: dv",
-    "pairs": "backward_pairs",
-}
-FILED = {"dk": "keys", "dv": "values"}  # how `isa_triton.tiles.STEPS` calls them
-PASSES = {"forward": ("forward",), "backward": ("group", "queries", "keys", "dk", "dv", "pairs")}
 LARGEST = {"block_m": 256, "block_n": 256, "block_k": 512, "block_v": 512, "num_warps": 16, "num_stages": 5}
 ROUNDS = 50  # of a measurement
 FMA_PRODUCTS = 4096  # of a thread at once, without matrix units: with more a compiler takes minutes
 GAIN = 0.01  # of a step, without which a search ends
 SHOWN = 5  # tiles of each kernel
+SHORT = dict(zip(TILE, ("M", "N", "K", "V", "warps", "stages"), strict=True))  # for narrow tables
+NARROW = 10  # columns of them
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_problem(parser)
     add = parser.add_argument
-    add("--shapes", type=Path, metavar="FILE", help="instead of one problem those of a JSON file: a list of objects "
+    add("--problems", type=Path, metavar="FILE", help="instead of one those of a JSON file: a list of objects "
         'like {"pass": "forward", "tokens": 64, "key_width": 256, "value_width": 512}')  # fmt: skip
     add("--write", action="store_true", help="put the choice and its evidence into isa_triton/tiles/TARGET.json")
     add("--measure", type=positive, default=0, metavar="N", help="time the N best of each kernel on this machine's GPU")
     add("--json", type=Path, metavar="FILE", help="write all that was tried there")
+    add("--html", type=Path, metavar="FILE", help="write a page there: every tile as a point, and in tables to sort")
     options.add_compilers(parser)
 
 
 def run(args: argparse.Namespace) -> None:
-    gpu, problems, console = options.machine(args), _problems(args), records.console(options.WIDTH)
+    gpu, problems, said = options.machine(args), _problems(args), Terminal(args)
     if args.measure and not torch.cuda.is_available():
         raise argparse.ArgumentError(None, "--measure needs a GPU on this machine, and torch finds none")
-    rows = list[dict[str, Any]]()
-    with options.compilers(args) as binaries, options.progress(console) as bar:
+    if args.write:
+        said.say(f"Entries go into {tiles.FOLDER}")
+    searches, written = list[Search](), list[Path]()
+    with options.compilers(args, said) as binaries:
         for problem, pass_ in problems:
-            console.print(f"{pass_} on {gpu.name} ({gpu.target}): {problem}")
-            tried = dict[str, list[Finding]]()
-            for step in PASSES[pass_]:
-                if any(not finding.offences for finding in tried.get("group", [])):
-                    break  # one kernel reads every tensor once, where several would read them again
-                line = bar.add_task(step, total=None)
-                binaries.advance = partial(bar.advance, line)
-                tried[step] = search(Task(gpu, problem, step), binaries, args.measure)
-                bar.update(line, total=len(tried[step]), visible=bool(tried[step]))
-            chosen = choose(tried)
-            for step, found in tried.items():
-                if found:
-                    console.print(_table(step, found, chosen))
-                    rows += [finding.as_dict() for finding in found]
-            total = sum(finding.seconds for finding in chosen)
-            how = "measured" if args.measure else "PREDICTED"
-            kernels = ", ".join(f"{finding.task.step} {tuple(finding.tile)}" for finding in chosen)
-            console.print(f"chosen: {kernels}; {how} {1e6 * total:.1f} us together", soft_wrap=True)
+            searches.append(search_pass(gpu, problem, pass_, binaries, args.measure))
             if args.write:
-                console.print(f"wrote {write(chosen)}")
+                written = [write(searches[-1].chosen)]
+    said.show(*(table for search in searches for table in _tables(search, said.verbose)))
+    for search in searches:
+        for what, finding in (*(("shipped", f) for f in search.shipped), *(("chosen", f) for f in search.chosen)):
+            if finding.violations:
+                said.say(f"{what} for {finding.task.step}: {'; '.join(finding.violations)}", style="red")
     if args.json is not None:
-        options.write_json(args.json, rows)
+        options.write_json(args.json, [row for search in searches for row in search.as_dicts()])
+    if args.html is not None:
+        records.write_text(args.html, page.html(searches))
+    *lines, last = (search.result for search in searches)
+    said.say(*lines)
+    said.end(last, *written, *filter(None, (args.json, args.html)))
 
 
 def _problems(args: argparse.Namespace) -> list[tuple[Problem, str]]:
-    if args.shapes is None:
+    if args.problems is None:
         return [(options.problem(args), args.pass_)]
+    if options.given(args):
+        raise argparse.ArgumentError(None, f"--problems says all of its own, and takes no {options.given(args)}")
     try:
-        given = [(entry.pop("pass", "forward"), entry) for entry in json.loads(args.shapes.read_text())]
-        return [(options.make_problem(**entry), pass_) for pass_, entry in given]
-    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
-        raise argparse.ArgumentError(None, f"--shapes {args.shapes} is not a list of problems: {error}") from error
+        given = [(entry.pop("pass", "forward"), entry) for entry in json.loads(args.problems.read_text())]
+        found = [(options.make_problem(**entry), pass_) for pass_, entry in given if PASSES[pass_]]
+    except (OSError, ValueError, TypeError, AttributeError, KeyError, argparse.ArgumentTypeError) as error:
+        raise argparse.ArgumentError(None, f"--problems {args.problems} is not a list of problems: {error}") from error
+    if not found:
+        raise argparse.ArgumentError(None, f"--problems {args.problems} is empty")
+    return found
 
 
-def _table(step: str, findings: list[Finding], chosen: list[Finding]) -> Table:
-    columns = ("queries", "keys", "K chunk", "V chunk", "warps", "stages", "us", "measured", "bound", "regs", "shared",
-               "programs", "waves", "offences")  # fmt: skip
-    rows, styles = [], []
-    for finding in findings[:SHOWN]:
-        binary, prediction = finding.binary, finding.prediction
-        facts: list[object] = [""] * 7
-        if binary is not None and prediction is not None:
-            measured = "" if finding.measured is None else f"{1e6 * finding.measured:.1f}"
-            facts = [f"{1e6 * prediction.seconds:.1f}", measured, prediction.bound, binary.registers,
-                     f"{binary.shared / 1024:.0f}K", binary.programs, prediction.waves]  # fmt: skip
-        rows.append([*finding.tile, *facts, "; ".join(finding.offences)])
-        styles.append("bold" if finding in chosen else "red" if finding.offences else None)
-    title = f"{step}: {len(findings)} tiles tried, the best"
-    return records.table(title, columns, rows, words=("bound", "offences"), styles=styles)
+def _tables(search: Search, verbose: bool) -> Iterator[Table]:
+    """The best tiles of each kernel, and the shipped one."""
+    for step, found in search.tried.items():
+        shown = [*found[:SHOWN], *(f for f in found[SHOWN:] if search.is_shipped(f))]
+        facts = [search.facts(finding) for finding in shown]
+        columns = [SHORT.get(name, name) for name in facts[0]][: None if verbose else NARROW]
+        styles = ["bold" if f in search.chosen else "red" if f.violations else None for f in shown]
+        title = f"{search.title}; {step}: {len(found)} tiles tried, the best and the shipped"
+        rows = [list(row.values())[: len(columns)] for row in facts]
+        yield Table(title, columns, rows, words=("bound", "violations"), styles=styles)
 
 
 # -- a step and its tiles ----------------------------------------------------------------------------------------------
@@ -123,7 +125,7 @@ def _table(step: str, findings: list[Finding], chosen: list[Finding]) -> Table:
 
 @dataclass(frozen=True)
 class Task:
-    """A kernel that wants a tile: a key of `KERNELS`, for a problem on a GPU."""
+    """A kernel that wants a tile: one of `STEPS`, for a problem on a GPU."""
 
     gpu: Machine
     problem: Problem
@@ -134,7 +136,7 @@ class Task:
         if self.step == "forward":
             return forward_launches(self.gpu.target, self.problem, tile)[0]
         launches = backward_launches(self.gpu.target, self.problem, self.backward(tile))
-        return next((launch for launch in launches if launch.label == KERNELS[self.step]), None)
+        return next((launch for launch in launches if launch.step == self.step), None)
 
     def backward(self, tile: Tile) -> BackwardTiles:
         """Tiles with which the backward pass has this step, with this tile."""
@@ -165,20 +167,21 @@ class Task:
         with patch.object(JITFunction, "run", run_one):
             return measure.seconds({"kernel": lambda: call() or ()}, rounds=ROUNDS, device="cuda")["kernel"]
 
+    @property
+    def entry(self) -> Entry | None:
+        """What is shipped for this step of the problem, if anything is."""
+        return shipped_entry(self.gpu.target, self.step, self.problem)
+
     def shipped(self) -> list[Tile]:
         """The tile that is shipped for this problem, if one is, and those for others as far as they may fit here."""
         step, arithmetic = FILED.get(self.step, self.step), ARITHMETIC[self.problem.dtype]
-        try:
-            found = [tiles.lookup(self.gpu.target, step, *self.problem.sizes)]
-        except LookupError:
-            found = []
         others = (
             Tile(*entry["tile"])
             for entry in tiles._entries(self.gpu.target)
             if (entry["step"], entry["arithmetic"]) == (step, arithmetic) and entry["tile"] is not None
         )
-        found += filter(self.may_fit, map(self.clipped, others))
-        return list(dict.fromkeys(map(self.clipped, found)))
+        own = [] if self.entry is None else [self.entry.tile, self.clipped(self.entry.tile)]
+        return list(dict.fromkeys([*own, *filter(self.may_fit, map(self.clipped, others))]))
 
     def clipped(self, tile: Tile) -> Tile:
         """The tile without blocks that are larger than what they cut."""
@@ -199,7 +202,7 @@ class Task:
                     yield other
 
     def may_fit(self, tile: Tile) -> bool:
-        """Whether what a program keeps in registers, and a stage of what it loads, could fit on a multiprocessor."""
+        """Whether what a CTA keeps in registers, and a stage of what it loads, could fit on an SM."""
         problem, target, limits = self.problem, self.gpu.target, LIMITS[self.gpu.target]
         m, n, k, v, warps, stages = tile
         tokens, of_scores = problem.partition.tokens, 3 * m * n // 2  # where a block has all keys or queries of a group
@@ -219,7 +222,7 @@ class Task:
         matrix = problem.precision == "tf32" or problem.itemsize == 2 or amd
         return (
             (held <= threads * per_thread or limits.tensor_columns > 0)
-            and chunk * max(1, stages - 1) <= limits.shared_of_program
+            and chunk * max(1, stages - 1) <= limits.shared_of_cta
             and (matrix or m * n * max(k, v) <= threads * FMA_PRODUCTS)
         )
 
@@ -234,7 +237,7 @@ class Finding:
     task: Task
     tile: Tile
     binary: Binary | None
-    offences: list[str]
+    violations: list[str]
     prediction: Prediction | None
     measured: float | None = None  # seconds on a real GPU
 
@@ -248,17 +251,17 @@ class Finding:
     def rank(self) -> tuple[bool, bool, float, float]:
         """The smaller, the better: sound, measured, fast, and of equals the one whose units have less to do."""
         busy = inf if self.prediction is None else sum(self.prediction.busy.values())
-        return bool(self.offences), self.measured is None, self.seconds, busy
+        return bool(self.violations), self.measured is None, self.seconds, busy
 
     def as_dict(self) -> dict[str, Any]:
         task, problem, prediction = self.task, self.task.problem, self.prediction
         return {
             "target": task.gpu.target, "gpu": task.gpu.name, "step": task.step, "tokens": problem.partition.tokens,
             **{name: getattr(problem, name) for name in ("key_width", "value_width", "dtype")},
-            "tile": self.tile, "offences": self.offences, "measured_seconds": self.measured,
+            "tile": named(self.tile), "violations": self.violations, "measured_seconds": self.measured,
             "predicted_seconds": prediction and prediction.seconds, "bound": prediction and prediction.bound,
             "busy_seconds": prediction and prediction.busy,
-            **{name: getattr(self.binary, name, None) for name in ("registers", "shared", "programs")},
+            **{name: getattr(self.binary, name, None) for name in ("registers", "shared", "ctas_per_sm")},
         }  # fmt: skip
 
 
@@ -268,7 +271,7 @@ def search(task: Task, binaries: Binaries, measured: int = 0) -> list[Finding]:
     From the tiles that are shipped the search goes step by step to neighbours that are predicted to be faster: one
     block, chunk or number of warps doubled or halved, or one pipeline stage more or less. Those that cannot fit are
     left out by arithmetic; the others are compiled and read, and the best of all goes on to its own neighbours, until
-    none is better. A binary with an offence (`binaries.offences`) ranks behind all without.
+    none is better. A binary with a violation (`binaries.violations`) ranks behind all without.
 
     Args:
         measured: so many of the best are timed on the GPU of this machine, and the times decide.
@@ -279,7 +282,7 @@ def search(task: Task, binaries: Binaries, measured: int = 0) -> list[Finding]:
         before = min((finding.rank for finding in tried.values()), default=None)
         tried |= {finding.tile: finding for finding in found}
         best = min(tried.values(), key=lambda finding: finding.rank)
-        gained = before is None or before[0] > bool(best.offences) or best.seconds < (1 - GAIN) * before[2]
+        gained = before is None or before[0] > bool(best.violations) or best.seconds < (1 - GAIN) * before[2]
         candidates = [tile for tile in task.neighbours(best.tile) if tile not in tried] if gained else []
     ranked = sorted(tried.values(), key=lambda finding: finding.rank)
     timed = [replace(finding, measured=task.seconds(finding.tile)) for finding in ranked[:measured]]
@@ -290,9 +293,9 @@ def findings(task: Task, candidates: Iterable[Tile], binaries: Binaries) -> list
     """What becomes of each tile, in their order; tiles with which the kernel is not launched are left out."""
     launches = {tile: launch for tile in candidates if (launch := task.launch(tile)) is not None}
     found = []
-    for tile, (launch, binary, offences) in zip(launches, binaries.verdicts(launches.values()), strict=True):
-        prediction = predict(launch, binary, task.gpu) if binary is not None and binary.programs else None
-        found.append(Finding(task, tile, binary, offences, prediction))
+    for tile, (launch, binary, violations) in zip(launches, binaries.verdicts(launches.values()), strict=True):
+        prediction = predict(launch, binary, task.gpu) if binary is not None and binary.ctas_per_sm else None
+        found.append(Finding(task, tile, binary, violations, prediction))
     return found
 
 
@@ -308,7 +311,72 @@ def choose(tried: Mapping[str, list[Finding]]) -> list[Finding]:
     best = {step: found[0] for step, found in tried.items() if found}
     served = (plan for plan in PLANS if {*plan} - {"pairs"} <= {*best})  # which only a bias needs
     plans = ([best[step] for step in plan if step in best] for plan in served)
-    return min(plans, key=lambda plan: (any(f.offences for f in plan), sum(f.seconds for f in plan)))
+    return min(plans, key=lambda plan: (any(f.violations for f in plan), sum(f.seconds for f in plan)))
+
+
+# -- a pass ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Search:
+    """What was found for a pass."""
+
+    gpu: Machine
+    problem: Problem
+    pass_: str
+    tried: dict[str, list[Finding]]  # by step, the best first
+    chosen: list[Finding]
+    shipped: list[Finding]  # what the run time would launch now
+
+    @property
+    def title(self) -> str:
+        return f"{self.pass_} on {self.gpu.name} ({self.gpu.target}): {self.problem}"
+
+    @property
+    def result(self) -> str:
+        """What is gained, and by which tiles."""
+        now, then = (1e6 * sum(f.seconds for f in kernels) for kernels in (self.shipped, self.chosen))
+        how = "measured" if any(f.measured for f in self.chosen) else "PREDICTED"
+        kernels = ", ".join(f"{f.task.step} {format_tile(f.tile)}" for f in self.chosen)
+        return f"{how}: now {now:.1f} us -> {then:.1f} us, {options.change(then / now)}, with {kernels}"
+
+    def is_shipped(self, finding: Finding) -> bool:
+        return any((f.task.step, f.tile) == (finding.task.step, finding.tile) for f in self.shipped)
+
+    def vs_shipped(self, finding: Finding) -> str | None:
+        """A tile's time beside that of the shipped one, where the run time launches such a kernel."""
+        now = next((f.seconds for f in self.shipped if f.task.step == finding.task.step), None)
+        return options.change(finding.seconds / now) if now and finding.seconds < inf else None
+
+    def facts(self, finding: Finding) -> dict[str, object]:
+        """What tables say of a tile, by column."""
+        binary, prediction, target = finding.binary, finding.prediction, self.gpu.target
+        return {
+            **named(finding.tile), "us": f"{1e6 * finding.seconds:.1f}", "vs shipped": self.vs_shipped(finding),
+            "bound": prediction and prediction.bound, "regs": binary and binary.registers,
+            "smem": binary and binary.shared, "CTAs/SM": binary and binary.ctas_per_sm,
+            "occupancy": binary and f"{occupancy(target, binary.ctas_per_sm, binary.warps):.0%}",
+            "waves": prediction and prediction.waves, "violations": "; ".join(finding.violations) or None,
+        }  # fmt: skip
+
+    def as_dicts(self) -> Iterator[dict[str, Any]]:
+        for finding in (finding for found in self.tried.values() for finding in found):
+            yield {**finding.as_dict(), "shipped": self.is_shipped(finding), "chosen": finding in self.chosen}
+
+
+def search_pass(gpu: Machine, problem: Problem, pass_: str, binaries: Binaries, measured: int = 0) -> Search:
+    """Search the tiles of every kernel of a pass, those apart that a better way of doing it makes needless."""
+    tried = dict[str, list[Finding]]()
+    for step in PASSES[pass_]:
+        if any(not finding.violations for finding in tried.get("group", [])):
+            break  # one kernel reads every tensor once, where several would read them again
+        if found := search(Task(gpu, problem, step), binaries, measured):
+            tried[step] = found
+    shipped = list[Finding]()
+    for launch in pass_launches(gpu.target, problem, pass_):
+        (found_now,) = findings(Task(gpu, problem, launch.step), [launch.tile], binaries)
+        shipped.append(replace(found_now, measured=found_now.task.seconds(launch.tile)) if measured else found_now)
+    return Search(gpu, problem, pass_, tried, choose(tried), shipped)
 
 
 # -- the files ---------------------------------------------------------------------------------------------------------

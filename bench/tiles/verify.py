@@ -1,4 +1,8 @@
-"""Compile what the run time would launch, read the machine code, fail on what must not ship."""
+"""Compile what the run time would launch, read the machine code, fail on what must not ship.
+
+By default that is attention in networks that people run. What is said of them holds for them: another problem, as
+--tokens, --widths and the rest describe it, may be served by the tile of a larger one, and has to be verified itself.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +10,14 @@ import argparse
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict, replace
-from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from bench import records
+from bench.terminal import Table, Terminal
+from bench.tiles import options
 from bench.tiles.binaries import LIMITS, Verdict, format_widths
-from bench.tiles.compile import DTYPES, Launch, Problem, pass_launches
-from bench.tiles.options import WIDTH, add_compilers, compilers, progress, write_json
+from bench.tiles.compile import DTYPES, Launch, Problem, format_tile, named, pass_launches
 from isa_triton.partition import Partition
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -44,56 +47,70 @@ SHAPES = {  # attention in networks that people run, on one of their maps
     )
 }
 FP16 = ("ISA 64", "ISA 256", "heads 256", "Swin 49")  # it has bf16's tiles and other matrix instructions: these suffice
-COLUMNS = ("shape", "dtype", "kernel", "warps", "regs", "spills", "shared", "tmem", "programs", "matrix", "row loads",
-           "row stores", "other loads", "other stores")  # fmt: skip
-UNITS = "spills: bytes of stack / accesses; programs: at a time on a multiprocessor; loads, stores: bytes x how many"
+COLUMNS = ("shape", "dtype", "kernel", "warps", "regs", "spills", "CTAs/SM")
+DETAILS = ("matrix", "row loads", "row stores", "other loads", "other stores", "smem", "tmem", "tile", "tile from")
+UNITS = "spills: bytes of stack / accesses; loads, stores: bytes x how many"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add, names = parser.add_argument, list(SHAPES)
-    add("--targets", nargs="+", default=list(TARGETS), metavar="TARGET", help="default: " + " ".join(TARGETS))
-    add("--shapes", nargs="+", choices=names, default=names, metavar="SHAPE", help="default: all")
-    add("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="default: all")
-    add("--dump", type=Path, metavar="DIR", help="write each binary and its disassembly there")
+    add("--targets", nargs="+", choices=LIMITS, default=list(TARGETS), metavar="TARGET",
+        help=f"of {' '.join(LIMITS)} (default: {' '.join(TARGETS)})")  # fmt: skip
+    add("--shapes", nargs="+", choices=names, metavar="SHAPE", help=f"of {', '.join(names)} (default: all)")
+    options.add_shape(parser)
+    what = f"default: {' '.join(DTYPES)}"
+    add("--dtypes", nargs="+", type=options.read_dtype, default=list(DTYPES), metavar="DTYPE", help=what)
+    add("--dump", type=Path, metavar="DIR", help="write each binary there, from Triton's IR to machine code")
     add("--json", type=Path, metavar="FILE", help="write all figures there")
-    add_compilers(parser)
+    options.add_compilers(parser)
 
 
 def run(args: argparse.Namespace) -> None:
-    if unknown := [target for target in args.targets if target not in LIMITS]:
-        raise argparse.ArgumentError(None, f"--targets must be among {' '.join(LIMITS)}, got {' '.join(unknown)}")
-    console = records.console(WIDTH)
-    shipped = launches(args.targets, [name for name in SHAPES if name in args.shapes], args.dtypes)
-    with compilers(args, args.dump) as binaries, progress(console) as bar:
-        line = bar.add_task("compiling", total=len({launch.key for launch in shipped}))
-        binaries.advance = partial(bar.advance, line)
+    said, problems = Terminal(args), _problems(args)
+    shipped = launches(args.targets, problems, args.dtypes)
+    with options.compilers(args, said, args.dump) as binaries:
         verdicts = binaries.verdicts(shipped)
-    for target in args.targets:
-        shown = [verdict for verdict in verdicts if verdict.launch.target == target]
-        styles = ["red" if verdict.offences else None for verdict in shown]
-        console.print(records.table(f"{target}   ({UNITS})", COLUMNS, map(_row, shown), words=3, styles=styles))
+    said.show(*(_table(target, [v for v in verdicts if v.launch.target == target], said.verbose)
+                for target in args.targets))  # fmt: skip
     if args.json is not None:
-        write_json(args.json, [_as_dict(verdict) for verdict in verdicts])
-    failed = [verdict for verdict in verdicts if verdict.offences]
-    for launch, _, offences in failed:
+        options.write_json(args.json, [_as_dict(verdict) for verdict in verdicts])
+    failed = [verdict for verdict in verdicts if verdict.violations]
+    for launch, _, violations in failed:
         what = f"{launch.target}, {launch.problem.name}, {launch.problem.dtype}, {launch.name}"
-        console.print(f"{what}: {'; '.join(offences)}", style="red", soft_wrap=True)
+        said.say(f"{what}: {'; '.join(violations)}", style="red")
     spills = [v.binary.spill_bytes for v in verdicts if v.binary and v.binary.spill_accesses]
     spilled = f"{len(spills)} spill, at most {max(spills, default=0)} bytes"
-    console.print(f"{len(verdicts)} binaries, {len(failed)} with an offence; {spilled}")
+    sentence = f"{len(verdicts)} binaries, {len(failed)} with a violation; {spilled}"
+    said.end(sentence, *filter(None, (args.dump, args.json)))
     if failed:
         sys.exit(1)
 
 
-def launches(targets: Iterable[str], shapes: Iterable[str] = SHAPES, dtypes: Iterable[str] = DTYPES) -> list[Launch]:
-    """Every launch of forward and backward with the tiles that the run time takes, for each target and shape."""
+def _problems(args: argparse.Namespace) -> list[Problem]:
+    described = options.given(args)
+    if described and args.shapes:
+        raise argparse.ArgumentError(None, f"--shapes names problems, and {described} describes another: give one")
+    return [options.problem(args)] if described else [SHAPES[name] for name in args.shapes or SHAPES]
+
+
+def launches(
+    targets: Iterable[str], problems: Iterable[Problem] = tuple(SHAPES.values()), dtypes: Iterable[str] = tuple(DTYPES)
+) -> list[Launch]:
+    """Every launch of forward and backward with the tiles that the run time takes, for each target and problem."""
     found = []
-    for target, shape, dtype in product(targets, shapes, dtypes):
-        if (dtype != "float16" or shape in FP16) and (dtype != "tf32" or target.startswith("sm_")):
-            problem = replace(SHAPES[shape], dtype=dtype)
+    for target, problem, dtype in product(targets, problems, dtypes):
+        is_repeated = dtype == "float16" and problem.name in {*SHAPES} - {*FP16}
+        if not is_repeated and (dtype != "tf32" or target.startswith("sm_")):
+            problem = replace(problem, dtype=dtype)
             found += pass_launches(target, problem, "forward", training=True)
             found += pass_launches(target, problem, "backward")
     return found
+
+
+def _table(target: str, verdicts: list[Verdict], verbose: bool) -> Table:
+    header = (*COLUMNS, *DETAILS) if verbose else COLUMNS
+    styles = ["red" if verdict.violations else None for verdict in verdicts]
+    return Table(f"{target} ({UNITS})", header, [_row(v, verbose) for v in verdicts], words=3, styles=styles)
 
 
 def _as_dict(verdict: Verdict) -> dict[str, Any]:
@@ -102,21 +119,23 @@ def _as_dict(verdict: Verdict) -> dict[str, Any]:
         "target": launch.target, "shape": problem.name, "tokens": problem.partition.tokens,
         **{name: getattr(problem, name) for name in ("key_width", "value_width", "heads", "bias", "dtype")},
         "kernel": launch.name, "key": launch.key, "grid": launch.grid,
+        "tile": named(launch.tile), "tile_from": launch.origin,
         **({} if binary is None else asdict(binary)),
         "accesses": [] if binary is None else [access._asdict() for access in binary.accesses],
-        "offences": verdict.offences,
+        "violations": verdict.violations,
     }  # fmt: skip
 
 
-def _row(verdict: Verdict) -> list[object]:
+def _row(verdict: Verdict, verbose: bool) -> list[object]:
     """What the table says of a binary."""
     launch, binary = verdict.launch, verdict.binary
-    names = launch.problem.name, launch.problem.dtype, launch.name.removesuffix("_kernel")
+    names = launch.problem.name, launch.problem.dtype, launch.label
     if binary is None:
-        return [*names, None]
+        return [*names, *[None] * (len(COLUMNS) - len(names) + verbose * len(DETAILS))]
     spills = f"{binary.spill_bytes}/{binary.spill_accesses}" if binary.spill_bytes or binary.spill_accesses else 0
-    memory = f"{binary.shared / 1024:.0f}K", binary.tensor_columns or None
     matrix = " ".join(f"{kind} x{n}" for kind, n in binary.matrix.items()) or "none"
     kinds = [(store, rows) for rows in (True, False) for store in (False, True)]
     widths = (format_widths(a for a in binary.accesses if (a.store, a.rows) == kind) for kind in kinds)
-    return [*names, binary.warps, binary.registers, spills, *memory, binary.programs, matrix, *widths]
+    memory = binary.shared, binary.tensor_columns or None
+    row: list[object] = [*names, binary.warps, binary.registers, spills, binary.ctas_per_sm]
+    return [*row, matrix, *widths, *memory, format_tile(launch.tile), launch.origin] if verbose else row

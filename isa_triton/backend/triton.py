@@ -6,6 +6,7 @@ the kernels are imported when the first is launched.
 
 from __future__ import annotations
 
+import logging
 import os
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
@@ -25,6 +26,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 DEVICES = ("cuda", "xpu")  # ROCm calls itself cuda
 INTERPRETED_TARGET = "sm_80"  # whose tiles Triton's interpreter runs with
 INSTALLED = find_spec("triton") is not None
+LOGGER = logging.getLogger("isa_triton")
 
 
 def why_not(q: Tensor) -> str | None:
@@ -54,7 +56,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, call: Call) ->
     q, k, v, bias = map(_in_memory, (q, k, v, bias))
     out, lse = empty_outputs(q, v, call.with_lse)
     kept_lse, precision = lse if call.with_lse else None, _precision(q.dtype, q.device)
-    tile = tiles.lookup(target_of(q.device), "forward", *_problem(q, v, call.partition))
+    tile = _forward_tile(*_problem(q, v, bias, call.partition))
     with _on(q.device):
         launch.forward(q, k, v, bias, out, kept_lse, call.scale, call.partition, tile, precision)
     return out, lse
@@ -76,7 +78,7 @@ def backward(
 
     q, k, v, bias, do, dlse = map(_in_memory, (q, k, v, bias, do, dlse))
     dq, dk, dv, dbias = empty_gradients(q, k, v, bias)
-    chosen = tiles.backward(target_of(q.device), *_problem(q, v, call.partition))
+    chosen = _backward_tiles(*_problem(q, v, bias, call.partition))
     delta, precision = None if lse is None else torch.empty_like(lse), _precision(q.dtype, q.device)
     partials = None
     if bias is not None:
@@ -97,9 +99,39 @@ def _in_memory(x: Any) -> Any:
     return x.resolve_neg() if x is not None and x.is_neg() else x
 
 
-def _problem(q: Tensor, v: Tensor, partition: Partition) -> tuple[int, int, str, int]:
-    """What a tile is chosen by, beside the target and the step: widths, arithmetic and the tokens of a group."""
-    return q.shape[-1], v.shape[-1], _arithmetic(q.dtype, q.device), partition.tokens
+def _problem(q: Tensor, v: Tensor, bias: Tensor | None, partition: Partition) -> tuple[Any, ...]:
+    """The heads and whether there is a bias, the target, and what else a tile is chosen by."""
+    sizes = q.shape[-1], v.shape[-1], _arithmetic(q.dtype, q.device), partition.tokens
+    return q.shape[3], bias is not None, target_of(q.device), *sizes
+
+
+@lru_cache(maxsize=4096)  # so that a hint is given once
+def _forward_tile(heads: int, biased: bool, target: str, *sizes: Any) -> tiles.Tile:
+    _hint("forward", ["forward"], heads, biased, target, *sizes)
+    return tiles.lookup(target, "forward", *sizes)
+
+
+@lru_cache(maxsize=4096)
+def _backward_tiles(heads: int, biased: bool, target: str, *sizes: Any) -> tiles.BackwardTiles:
+    chosen = tiles.backward(target, *sizes)
+    steps = [step for step, tile in chosen._asdict().items() if tile is not None and (biased or step != "pairs")]
+    _hint("backward", ["group"] if chosen.group else steps, heads, biased, target, *sizes)
+    return chosen
+
+
+def _hint(
+    pass_: str, steps: list[str], heads: int, biased: bool, target: str, key: int, value: int, dtype: str, tokens: int
+) -> None:
+    """Says at level INFO, where a larger problem's tile serves, which command looks for a better one."""
+    entries = (tiles.entry(target, step, key, value, dtype, tokens) for step in steps)
+    if others := [entry for entry in entries if not entry.is_made_for(key, value, tokens)]:
+        LOGGER.info(
+            "no tile was made for %s of %d tokens, K = %d, V = %d, %s, but for (%s), which serves; from a checkout, "
+            "python -m bench tiles search --target %s --pass %s --tokens %d --widths %d %d --heads %d%s --dtype %s "
+            "looks for a better one",
+            pass_, tokens, key, value, dtype, others[0],
+            others[0].target, pass_, tokens, key, value, heads, " --bias" * biased, dtype,
+        )  # fmt: skip
 
 
 @constant_in_graphs  # device, dtype and widths are constants of a graph; the tokens need not be

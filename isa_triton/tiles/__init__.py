@@ -49,6 +49,47 @@ class Tile(NamedTuple):
     num_stages: int = 2
 
 
+class Entry(NamedTuple):
+    """A line of a file: a tile, and the largest problem that it serves.
+
+    Attributes:
+        tile: what the kernel runs with.
+        target: the architecture whose file it is.
+        key_width: up to so many channels of q and k; None: any number.
+        value_width: of v, likewise.
+        tokens: of a group, likewise.
+
+    Examples:
+        >>> str(entry("sm_90", "forward", 48, 48, "bfloat16", tokens=100))
+        'sm_90, K = 64, V = 64, 128 tokens'
+    """
+
+    tile: Tile
+    target: str
+    key_width: int | None
+    value_width: int | None
+    tokens: int | None
+
+    def __str__(self) -> str:
+        key, value, tokens = ("any" if limit is None else limit for limit in self[2:])
+        return f"{self.target}, K = {key}, V = {value}, {tokens} tokens"
+
+    def is_made_for(self, key_width: int, value_width: int, tokens: int) -> bool:
+        """Whether a problem has these very widths, and more than half the tokens: else a larger one's tile serves it.
+
+        Args:
+            key_width: channels of q and k.
+            value_width: channels of v.
+            tokens: of a group.
+
+        Examples:
+            >>> entry("sm_90", "forward", 48, 48, "bfloat16", tokens=49).is_made_for(48, 48, 49)
+            True
+        """
+        of_tokens = self.tokens is None or self.tokens <= max(16, 2 * tokens - 1)
+        return (self.key_width, self.value_width) == (key_width, value_width) and of_tokens
+
+
 class BackwardTiles(NamedTuple):
     """The tiles of the backward kernels; `group` serves groups of up to `group.block_m` tokens, the others the rest.
 
@@ -72,7 +113,17 @@ class BackwardTiles(NamedTuple):
 
 
 def lookup(target: str, step: str, key_width: int, value_width: int, dtype: str, tokens: int) -> Tile:
-    """The tile for one kernel.
+    """The tile for one kernel: that of its `entry`, which has the same arguments and raises the same errors.
+
+    Examples:
+        >>> lookup("sm_90", "forward", 256, 512, "bfloat16", tokens=64).block_m
+        64
+    """
+    return entry(target, step, key_width, value_width, dtype, tokens).tile
+
+
+def entry(target: str, step: str, key_width: int, value_width: int, dtype: str, tokens: int) -> Entry:
+    """The entry that serves one kernel: of those that are large enough the smallest.
 
     Args:
         target: the architecture, such as "sm_90" or "gfx942".
@@ -87,8 +138,8 @@ def lookup(target: str, step: str, key_width: int, value_width: int, dtype: str,
         LookupError: the step does not serve such groups; of "group" and "values" only.
 
     Examples:
-        >>> lookup("sm_90", "forward", 256, 512, "bfloat16", tokens=64).block_m
-        64
+        >>> entry("sm_89", "forward", 256, 512, "bfloat16", tokens=49).target
+        'sm_86'
     """
     if step not in STEPS:
         raise ValueError(f"step must be one of {STEPS}, got {step!r}")
@@ -140,7 +191,7 @@ def file_for(target: str) -> Path:
 
 
 @lru_cache(maxsize=4096)
-def _lookup(target: str, step: str, key_width: int, value_width: int, dtype: str, tokens: int) -> Tile:
+def _lookup(target: str, step: str, key_width: int, value_width: int, dtype: str, tokens: int) -> Entry:
     def limits(entry: dict[str, Any]) -> tuple[float, ...]:
         return tuple(entry[name] or inf for name in _LIMITS)  # null: any number
 
@@ -152,7 +203,7 @@ def _lookup(target: str, step: str, key_width: int, value_width: int, dtype: str
     entries = sorted(filter(serves, _entries(target)), key=lambda entry: (limits(entry), entry["arithmetic"] != dtype))
     if not entries or entries[0]["tile"] is None:
         raise LookupError(f"no tile of {step!r} for groups of {tokens} tokens, widths {key_width} and {value_width}")
-    return Tile(*entries[0]["tile"])
+    return Entry(Tile(*entries[0]["tile"]), file_for(target).stem, *(entries[0][name] for name in _LIMITS))
 
 
 @lru_cache(maxsize=64)
@@ -160,7 +211,7 @@ def _entries(target: str) -> tuple[dict[str, Any], ...]:
     """The entries of a target's file; a warning where another architecture's has to serve."""
     file = file_for(target)
     if file.stem != RELATIVES.get(target, target):
-        warnings.warn(f"no tiles were made for {target}, those of {file.stem} are taken", stacklevel=5)
+        warnings.warn(f"no tiles were made for {target}, those of {file.stem} are taken", stacklevel=6)
     try:
         entries = json.loads(file.read_text())
     except ValueError as error:
