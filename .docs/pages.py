@@ -19,8 +19,10 @@ LINK = re.compile(r"""(?P<before>\]\(|\b(?:src|href|srcset)=["'])(?P<target>[^)#
 def sources() -> dict[str, list[str]]:
     """Sections of the navigation and their pages: a README beside the code it explains is one without being listed."""
     beside = sorted(path for folder in ("isa_triton", "bench") for path in (ROOT / folder).rglob("README.md"))
+    recipes = sorted((ROOT / ".docs/recipes").glob("*.md"))
     api = sorted((ROOT / ".docs/pages/api").glob("*.md"), key=lambda path: (path.name != "index.md", path.name))
     return {
+        "Recipes": [path.relative_to(ROOT).as_posix() for path in recipes],
         "Guides": [path.relative_to(ROOT).as_posix() for path in beside],
         "API": [path.relative_to(ROOT / ".docs/pages").as_posix() for path in api],
         "Project": [".github/CONTRIBUTING.md", "CHANGELOG.md"],
@@ -34,9 +36,9 @@ def on_config(config: Any) -> Any:
 
 def on_files(files: Files, config: Any) -> Files:
     sections = sources()
-    for page in ("README.md", *sections["Guides"], *sections["Project"]):
+    for page in ("README.md", *sections["Recipes"], *sections["Guides"], *sections["Project"]):
         file = File.generated(config, page, abs_src_path=str(ROOT / page))
-        file.dest_uri = file.dest_uri.removeprefix(".github/")  # servers hide dot folders
+        file.dest_uri = re.sub(r"^\.\w+/", "", file.dest_uri)  # servers hide dot folders
         files.append(file)
     for page in list(files.documentation_pages()):
         for link in LINK.finditer(page.content_string):

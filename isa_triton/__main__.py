@@ -9,13 +9,12 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from isa_triton import __version__, tiles
+from isa_triton._extras import CHECKOUT
 from isa_triton.backend import choose
 from isa_triton.backend.triton import DEVICES, DTYPES, INTERPRETED_TARGET, target_of, why_not
 
-BENCH = (
-    f"the bench is not in the wheel: clone the repository of isa_triton {__version__}, and there"
-    " pip install -e '.[bench]' && python -m bench"
-)
+WHERE = f"in {CHECKOUT}," if CHECKOUT else f"clone the repository of isa_triton {__version__}, and there"
+BENCH = f"the bench is not in the wheel: {WHERE} pip install -e '.[bench]' && python -m bench"
 
 
 def main(argv: Sequence[str] | None = None) -> None:

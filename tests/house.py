@@ -16,6 +16,7 @@ PACKAGES = ("isa_triton", "reference", "bench", "tests")
 
 # A file may import what stands right of it, and nothing else of ours.
 ARROWS = {
+    "isa_triton._extras": set(),
     "isa_triton._tracing": set(),
     "isa_triton.partition": set(),
     "isa_triton.tiles": set(),
@@ -46,6 +47,7 @@ ARROWS = {
         "isa_triton.sharding",
     },
     "isa_triton.models": {
+        "isa_triton._extras",
         "isa_triton._state_dict",
         "isa_triton._tracing",
         "isa_triton.partition",
@@ -56,7 +58,7 @@ ARROWS = {
         "isa_triton.checkpoints",
         "isa_triton.models",
     },
-    "isa_triton.__main__": {"isa_triton", "isa_triton.backend", "isa_triton.tiles"},
+    "isa_triton.__main__": {"isa_triton", "isa_triton._extras", "isa_triton.backend", "isa_triton.tiles"},
     "isa_triton": {"isa_triton.partition", "isa_triton.functional", "isa_triton.modules"},
     "reference": {"reference"},
     "bench": {"bench", "isa_triton", "reference"},

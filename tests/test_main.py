@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import tomllib
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from isa_triton import __main__ as command
-from isa_triton import __version__
+from isa_triton import __version__, _extras
 from isa_triton.backend import triton as triton_backend
 from tests.house import ROOT
 
@@ -65,7 +66,8 @@ def test_it_tells_whose_tiles_a_gpu_runs_with(
 
 
 @pytest.mark.parametrize(
-    ("word", "answer"), [("bench", "clone the repository"), ("help", "usage: python -m isa_triton")]
+    ("word", "answer"),
+    [("bench", f"not in the wheel: in {ROOT}, pip install -e"), ("help", "usage: python -m isa_triton")],
 )
 def test_other_words_are_answered_in_one_line(word: str, answer: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
@@ -90,8 +92,39 @@ def test_the_wheel_has_the_library_its_tiles_and_types_and_nothing_else(tmp_path
     assert others == {"isa_triton", f"isa_triton-{__version__}.dist-info"}
 
 
-def test_an_editable_install_shows_the_library_alone() -> None:
+def test_an_editable_install_shows_the_library_alone(tmp_path: Path) -> None:
     """Names as common as bench and tests are nobody's but the checkout's."""
-    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]
-    assert settings["dev-mode-exact"] is True
-    assert settings["targets"]["wheel"]["packages"] == ["isa_triton"]
+    build = f"from hatchling.build import build_editable; build_editable({str(tmp_path)!r})"
+    subprocess.run([sys.executable, "-c", build], cwd=ROOT, check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    ZipFile(wheel).extractall(tmp_path)
+    shown = (
+        f"import site; from importlib.util import find_spec; site.addsitedir({str(tmp_path)!r});"
+        "print(*(find_spec(name) is not None for name in ('isa_triton', 'bench', 'reference', 'tests')))"
+    )
+    done = subprocess.run([sys.executable, "-I", "-c", shown], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "False", "False", "False"]
+
+
+def test_hints_name_the_checkout_where_there_is_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(ROOT)
+    assert _extras.install("vision") == "pip install -e '.[vision]'"
+    monkeypatch.chdir(tmp_path)
+    assert _extras.install("vision") == f"pip install -e '{ROOT}[vision]'"
+    monkeypatch.setattr(_extras, "CHECKOUT", None)
+    assert _extras.install("vision") == "pip install 'isa-triton[vision]'"
+
+
+def test_hints_name_extras_that_exist() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    sources = [path.read_text() for folder in ("isa_triton", "bench") for path in (ROOT / folder).rglob("*.py")]
+    named = {name for source in sources for name in re.findall(r"\binstall\(['\"](\w+)['\"]\)", source)}
+    assert set() < named < extras.keys()
+
+
+def test_without_timm_its_module_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    for name in [name for name in sys.modules if name.startswith(("timm.", "isa_triton.models.timm"))]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(ImportError, match=r"models\.timm needs timm .*, an extra: pip install -e '.*\[vision\]'"):
+        import isa_triton.models.timm  # noqa: F401

@@ -365,7 +365,7 @@ def test_weights_on_disk_and_another_number_of_classes(tmp_path: Path, monkeypat
 def test_without_torchvision_own_backbones_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchvision", None)
     assert small()(torch.randn(1, 3, *SIZE))["out"].shape == (1, CLASSES, *SIZE)
-    with pytest.raises(ImportError, match=r"torchvision, an extra: pip install 'isa-triton\[vision\]'"):
+    with pytest.raises(ImportError, match=r"torchvision, an extra: pip install -e '\.\[vision\]'"):
         ianet(CLASSES)
 
 

@@ -1,21 +1,27 @@
-"""The pages are true: their examples run, their links exist, their commands parse, and CI runs the front page's."""
+"""The pages are true: examples run, print what stands there and name what they need; links exist, commands parse."""
 
 from __future__ import annotations
 
 import argparse
+import ast
+import contextlib
+import io
 import os
 import re
 import shlex
 import subprocess
 import sys
+import tomllib
+import warnings
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 
 from bench import __main__ as bench
-from tests.test_checkpoints import as_published, head_weights
+from tests.test_checkpoints import as_published, batch_norm, head_weights, kernel, openseg_weights
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -26,14 +32,21 @@ NAMES = [
     "isa_triton/models/README.md",
     "isa_triton/sharding/README.md",
     ".github/CONTRIBUTING.md",
+    *sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / ".docs/recipes").glob("*.md")),
 ]
 PAGES = {name: (ROOT / name).read_text() for name in NAMES}
 
+# Every example, and what it prints where the page says so; a script for several processes has a test of its own.
+EXAMPLE = re.compile(r"(?<!<!-- sharded -->\n)```python\n(.*?)```\n(?:\n```text\n(.*?)```)?", re.DOTALL)
+SLOW = re.compile(r"onnx\.export|torch\.compile")
 EXAMPLES = [
-    pytest.param(name, example, marks=[pytest.mark.slow] if "onnx" in example else [])
+    pytest.param(name, *example, marks=[pytest.mark.slow] if SLOW.search(example[0]) else [])
     for name, page in PAGES.items()
-    for example in re.findall(r"<!-- example -->\n```python\n(.*?)```", page, re.DOTALL)
+    for example in EXAMPLE.findall(page)
 ]
+OPTIONAL = {"natten"}  # what even our tests do not bring: it is compiled for a GPU
+EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+MMSEG = "isanet_r50-d8_512x1024_40k_cityscapes_20210901_054739-981bd763.pth"
 STANDS_FOR = {"SHAPE": "--partition local --tokens 49", "NAME": "eager"}  # what a reader puts in the place of a word
 
 
@@ -56,12 +69,49 @@ def test_the_front_page_is_read_in_one_sitting() -> None:
     assert len(README.splitlines()) <= 160
 
 
-@pytest.mark.parametrize(("page", "example"), EXAMPLES)
-def test_the_examples_run(page: str, example: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def imported(example: str) -> set[str]:
+    """The packages that an example imports, beside Python's and those that the library brings."""
+    nodes = list(ast.walk(ast.parse(example)))
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
+    return {name.split(".")[0] for name in names} - sys.stdlib_module_names - {"isa_triton", "numpy", "torch"}
+
+
+@pytest.fixture
+def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files like those that examples load, of the same names, where they load them from."""
     monkeypatch.chdir(tmp_path)
-    weights = head_weights("conv", "bn", "conv_seg", (2048, 512, 256, 19))
-    torch.save({"state_dict": as_published(weights, "mmseg")}, "isanet_r50-d8.pth")  # the file one of them loads
-    exec(compile(example, page, "exec"), {})
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    downloads = tmp_path / "hub" / "checkpoints"
+    downloads.mkdir(parents=True)
+    weights = as_published(head_weights("conv", "bn", "conv_seg", (2048, 512, 256, 19)), "mmseg")
+    torch.save({"state_dict": weights}, downloads / MMSEG)
+    authors = {"0.weight": kernel(512, 2048, 3)} | batch_norm("1", 512, abn=True)
+    authors |= {f"2.{name}": x for name, x in openseg_weights((512, 256, 512, 512), 1, abn=True).items()}
+    classifier = {"cls_head.weight": kernel(19, 512), "cls_head.bias": torch.randn(19)}
+    torch.save({"state_dict": {f"isa_head.{name}": x for name, x in authors.items()} | classifier}, "isanet.pth")
+
+
+@pytest.mark.usefixtures("published")
+@pytest.mark.parametrize(("page", "example", "printed"), EXAMPLES)
+def test_the_examples_run_and_print_what_the_page_says(page: str, example: str, printed: str) -> None:
+    optional = OPTIONAL & imported(example)
+    for package in optional:
+        if not find_spec(package):
+            pytest.skip(f"{package} is not installed")
+    their_own = "ignore" if optional else None  # what optional packages are warned of
+    with contextlib.redirect_stdout(io.StringIO()) as said, warnings.catch_warnings(action=their_own):
+        exec(compile(example, page, "exec"), {})
+    if printed:
+        assert said.getvalue() == printed
+
+
+@pytest.mark.parametrize(("page", "example", "printed"), EXAMPLES)
+def test_an_example_says_what_to_install(page: str, example: str, printed: str) -> None:
+    hints = " ".join(re.findall(r"^# pip install (.*)$", example, re.MULTILINE))
+    brought = [need for extra in re.findall(r"'\.\[(\w+)\]'", hints) for need in EXTRAS[extra]]
+    packages = {re.split("[<>=]", need)[0].replace("-", "_") for need in (*brought, *hints.split())}
+    assert imported(example) - packages == set()
 
 
 def test_every_page_has_an_example_or_a_command() -> None:

@@ -28,6 +28,7 @@ from bench.arguments import add_device, add_dtype, add_out, add_partition_size, 
 from bench.compared.heads import CONTEXTS
 from bench.terminal import Terminal
 from bench.train.recipe import RECIPES, InputError, Recipe
+from isa_triton._extras import install
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,7 +68,7 @@ def name_or_none(text: str) -> str | None:
 
 def run(args: argparse.Namespace) -> None:
     if missing := [name for name in ("torchvision", "torchmetrics") if not find_spec(name)]:
-        raise InputError(f"needs {' and '.join(missing)}: pip install 'isa-triton[train]'")
+        raise InputError(f"needs {' and '.join(missing)}: {install('train')}")
     from bench.train.trainer import build, evaluate, join, read_checkpoint, train  # which need them
 
     with join(args.device) as process:

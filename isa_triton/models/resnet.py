@@ -7,6 +7,7 @@ from typing import Any, Unpack
 
 from torch import nn
 
+from .._extras import install
 from ..maps import PartitionSize
 from ..modules import ISAOptions
 from .block import ISABlock, find, insert
@@ -95,7 +96,7 @@ def resnet(name: str = "resnet50", *, weights: Any = None, **options: Any) -> An
     try:
         from torchvision import models
     except ImportError as error:
-        raise ImportError("ResNets come from torchvision, an extra: pip install 'isa-triton[vision]'") from error
+        raise ImportError(f"ResNets come from torchvision, an extra: {install('vision')}") from error
     names = [known for known in models.list_models(module=models) if hasattr(models.resnet, known)]
     if name not in names:
         raise ValueError(f"name must be one of {', '.join(map(repr, names))}, got {name!r}")

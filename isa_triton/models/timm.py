@@ -16,20 +16,25 @@ from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
-from timm.models.maxxvit import (
-    Attention2d,
-    AttentionCl,
-    ParallelPartitionAttention,
-    PartitionAttention2d,
-    PartitionAttentionCl,
-)
-from timm.models.swin_transformer import SwinTransformerBlock, WindowAttention
 from torch import Tensor, nn
 
+from .._extras import install
 from .._tracing import is_inference, is_plain, is_recorded, wants_torch_operators
 from ..backend import check_backend
 from ..functional import partitioned_attention
 from ..partition import Partition
+
+try:
+    from timm.models.maxxvit import (
+        Attention2d,
+        AttentionCl,
+        ParallelPartitionAttention,
+        PartitionAttention2d,
+        PartitionAttentionCl,
+    )
+    from timm.models.swin_transformer import SwinTransformerBlock, WindowAttention
+except ImportError as error:
+    raise ImportError(f"models.timm needs timm 1.0 or later, an extra: {install('vision')}") from error
 
 Model = TypeVar("Model", bound=nn.Module)
 
