@@ -181,7 +181,8 @@ def headline(rows: Sequence[Cost], path: Path) -> None:
 
 def message(rows: Sequence[Cost], quantity: Quantity) -> str:
     """What a figure says, in a line: ours beside the fused dense, on the largest map of the first panel with both."""
-    known = {(row.provider, row.size): row for row in rows if row.panel == rows[0].panel and quantity.of(row)}
+    sound = [row for row in rows if quantity.of(row) and not (quantity.column == "seconds" and row.doubtful)]
+    known = {(row.provider, row.size): row for row in sound if row.panel == rows[0].panel}
     both = [size for name, size in known if name == OURS and (FUSED, size) in known]
     if not both:
         return f"{quantity.title} of attention over a feature map"

@@ -153,9 +153,14 @@ def samples(
                 except Exception as error:  # anyone's code runs here
                     if failures is None:
                         raise
-                    failures[name] = " ".join([f"{type(error).__name__}:", *str(error).splitlines()[:1]])
+                    failures[name] = in_a_line(error)
                     del times[name]
     return {name: each[1:] or each for name, each in times.items()}
+
+
+def in_a_line(error: Exception) -> str:
+    """What was raised."""
+    return " ".join([f"{type(error).__name__}:", *str(error).splitlines()[:1]])
 
 
 def seconds(

@@ -126,8 +126,13 @@ class Survey:
         self.found |= {row.cell: row for row in rows.values()}
 
     def rows(self) -> list[Cost]:
-        """What this survey found, and below it what the earlier rows say of other workloads."""
-        return list((self.found | self.known | self.found).values())  # found first, and found wins
+        """What this survey found, and below it what the earlier rows say of other workloads.
+
+        What was timed under other conditions stays where nothing was timed under these.
+        """
+        timed = {cell for cell, row in self.known.items() if row.seconds is not None}
+        new = {cell: row for cell, row in self.found.items() if row.seconds is not None or cell not in timed}
+        return list((self.found | self.known | new).values())
 
     def counted(self, provider: Provider, workload: Workload) -> Cost:
         """What is known under these conditions, or else what counting says."""
@@ -143,7 +148,12 @@ class Survey:
         """The rows with the seconds of all samples that this survey took of them, or with what a call raised."""
         args, device, failures = self.args, self.args.device, dict[str, str]()
         inputs = workload.inputs(device)
-        steps = {name: measure.step(providers[name], workload, device, inputs) for name in rows}
+        steps = dict[str, measure.Step]()
+        for name in rows:
+            try:
+                steps[name] = measure.step(providers[name], workload, device, inputs)
+            except Exception as error:  # anyone's code runs here
+                failures[name] = measure.in_a_line(error)
         compiled = {name: call for name, call in steps.items() if providers[name].compiles}
         measure.samples(compiled, rounds=0, device=device, failures=failures)
         runs = {name: call for name, call in steps.items() if name not in failures}
@@ -172,8 +182,10 @@ class Survey:
         return f"would take about {predicted:.0f} s" if predicted > self.args.longest_call else ""
 
     def alike(self, row: Cost) -> Iterator[Cost]:
-        """What was found of the same provider, level and pass."""
-        return (each for each in self.found.values() if (each.provider, each.panel) == (row.provider, row.panel))
+        """What is known under these conditions of the same provider, level and pass."""
+        rows = (self.known | self.found).values()
+        wanted = row.provider, row.panel, row.conditions
+        return (each for each in rows if (each.provider, each.panel, each.conditions) == wanted)
 
     def judge(self) -> None:
         """Notes in every timed row why it is doubtful, if so."""

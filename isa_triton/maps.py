@@ -62,7 +62,7 @@ class Conv1x1(nn.Conv2d):
         return y.unflatten(1, inputs[0].shape[2:]).permute(0, 3, 1, 2)
 
     def _convolved(self, inputs: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
-        """For graphs of any batch and size: inductor (torch 2.14) cannot keep views, and tracers not the expanded weight."""
+        """For graphs of any batch and size: inductor (torch 2.14) cannot keep a view, nor tracers `expand`."""
         first, *others = (x.contiguous(memory_format=torch.channels_last) for x in inputs)
         y = F.conv2d(first, weights[0], self.bias)
         for x, weight in zip(others, weights[1:], strict=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,46 @@ def test_who_fails_is_a_row_with_its_reason_and_stops_nobody(conduct: Conduct) -
     conduct({("isa", 8): [], ("unfused", 8): []}, *SLOW)  # nor is it tried again unless told, by --fresh
 
 
+def test_who_cannot_be_built_is_a_row_with_its_reason(conduct: Conduct, monkeypatch: pytest.MonkeyPatch) -> None:
+    make = measure.step
+
+    def step(provider: Provider, *rest: Any) -> Any:
+        if provider.name == "dense":
+            raise RuntimeError("CUDA out of memory")
+        return make(provider, *rest)
+
+    monkeypatch.setattr(measure, "step", step)
+    rows = conduct({("isa", 8): [1.0] * 6, ("dense", 8): []}, *SLOW)
+    assert rows["dense", 8].note == "RuntimeError: CUDA out of memory"
+    assert rows["isa", 8].seconds == 1.0
+
+
+def test_a_run_of_some_maps_remembers_the_others(conduct: Conduct) -> None:
+    options = "--rounds", "2", "--budget", "inf"
+    conduct({("isa", 8): [0.9] * 9, ("isa", 16): [0.2] * 3}, *options)
+    assert conduct({("isa", 8): [0.9] * 9}, *options)["isa", 8].note == "slower than 16x16, which is more work"
+
+
+def test_what_was_timed_elsewhere_stays_where_it_is_not_timed_here(
+    conduct: Conduct, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    conduct({("isa", 8): [1.0] * 2}, *SLOW)
+    here = measure.conditions("cpu")
+    monkeypatch.setattr(measure, "conditions", lambda device: here | {"host": "another"})
+    assert conduct({("isa", 8): []}, *SLOW, "--memory-limit", "0")["isa", 8].note.startswith("would need")
+    (row,) = read(tmp_path / "scaling.csv", Cost)
+    assert (row.seconds, row.host) == (1.0, here["host"])
+
+
+def test_no_ratio_to_a_doubtful_time_is_a_message() -> None:
+    def row(name: str, side: int, seconds: float, note: str = "") -> Cost:
+        workload = Workload("attention", "forward", side, side)
+        return replace(Cost.of(name, workload, "cpu"), seconds=seconds, note=note)
+
+    rows = [row("isa", 8, 1), row("dense-sdpa", 8, 2), row("isa", 16, 1, "one sample"), row("dense-sdpa", 16, 90)]
+    assert "takes 2 times ISA's time on 8x8" in figures.message(rows, QUANTITIES[2])
+
+
 def test_rows_of_another_machine_are_not_mixed_with_these(conduct: Conduct, monkeypatch: pytest.MonkeyPatch) -> None:
     conduct({("isa", 8): [1.0, 1.0]}, *SLOW)
     here = measure.conditions()
@@ -141,7 +182,7 @@ def test_redraw_draws_what_is_there_and_measures_nothing(
     assert {path.name for path in tmp_path.glob("*.png")} == {"scaling.png", "flops.png", "memory.png", "time.png"}
     said = capsys.readouterr().out
     assert "4 rows, 2 timed, 1 of these doubtful; --verbose says why." in said
-    assert "PyTorch's fused dense attention takes 0.8 times ISA's time on 8x8" in said
+    assert "Time of attention over a feature map" in said  # and no ratio to a doubtful time
 
 
 def test_a_plot_rings_what_is_doubtful_and_crosses_what_was_not_run() -> None:
