@@ -46,7 +46,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = parsers[chosen]  # whose usage stands above what is wrong
     if chosen in OF_KERNELS and not find_spec("triton"):
         parser.error(f"{chosen} looks at kernels and needs triton, which is not installed (pip install triton)")
-    command, arguments = import_module(f"bench.{chosen}"), import_module("bench.arguments")  # loads torch
+    try:
+        command, arguments = import_module(f"bench.{chosen}"), import_module("bench.arguments")  # loads torch
+    except ModuleNotFoundError as error:
+        from isa_triton._extras import install
+
+        parser.error(f"{chosen} needs {error.name}, which is not installed: {install('bench')}")
     parser.description, parser.formatter_class = command.__doc__, arguments.Help
     command.add_arguments(parser)
     args = parser.parse_args(argv[1:])

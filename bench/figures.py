@@ -226,7 +226,7 @@ def _chunks(row: Cost) -> str:
     """Why the fused dense attention has more FLOPs than the plain one."""
     K, V = row.key_channels, row.value_channels
     number = -(-V // K)
-    more = f"{FUSED} spends {Fraction(2 * number * K, K + V)} of dense's FLOPs"
+    more = f"attention alone, forward: {FUSED} spends {Fraction(2 * number * K, K + V)} of dense's FLOPs"
     return f"{more}: sdpa wants values as wide as keys, and each of {number} chunks of V computes the scores again"
 
 
@@ -396,7 +396,7 @@ def sharding_costs(rows: Sequence[sharding.Row], rate: float, links: Sequence[fl
                 panel.legend(frameon=False, fontsize=9)
         hosts = sorted({f"{row.host or 'a CPU without a name'}, {row.cores} cores" for row in run})
         where = f"run with gloo on {' and '.join(hosts)}; the rest counted on fake tensors"
-        figure.suptitle(f"Memory and traffic of a device fall as 1/N when devices share a map\n{where}", fontsize=14)
+        figure.suptitle(f"The memory of a device falls as 1/N when N devices share a map\n{where}", fontsize=14)
 
 
 def _draw_devices(panel: Any, line: Sequence[sharding.Row], column: str, scale: float, label: str, look: Look) -> None:

@@ -1,4 +1,4 @@
-"""Rows of results: dataclasses to a CSV and back, files that appear whole or not at all, tables for the terminal.
+"""Rows of results: dataclasses to a CSV and back, files that appear whole or not at all.
 
 A column is a field's name less a last "_"; None is an empty cell.
 """
@@ -8,16 +8,11 @@ from __future__ import annotations
 import csv
 import io
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
-from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
-
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -88,38 +83,6 @@ def write_text(path: Path, text: str) -> None:
     """Write a file, and the folders on the way to it: a reader never sees half of it."""
     with replacing(path) as temporary:
         temporary.write_text(text)
-
-
-def console(width: int = 90, quiet: bool = False) -> Console:
-    """The terminal, taken to be at least so wide: lines are rather wrapped by it than cut off."""
-    made = Console(highlight=False, quiet=quiet)
-    made.width = max(made.width, width)
-    return made
-
-
-def table(
-    title: str,
-    header: Sequence[str],
-    rows: Iterable[Sequence[object]],
-    words: int | Collection[str] = 1,
-    styles: Iterable[str | None] = (),
-) -> Table:
-    """A table for the terminal, where None is a dash, and a row of nothing a line between sections.
-
-    Args:
-        words: the columns of words, by name or the first so many; the others are numbers.
-        styles: of the rows, as rich names them.
-    """
-    of_words = header[:words] if isinstance(words, int) else words
-    made = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in header:
-        made.add_column(name, justify="left" if name in of_words else "right", no_wrap=name not in of_words)
-    for row, style in zip_longest(rows, styles):
-        if not row:
-            made.add_section()
-        else:
-            made.add_row(*("-" if cell is None else str(cell) for cell in row), style=style)
-    return made
 
 
 def format_size(size: tuple[int, int]) -> str:

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from bench import measure
+from bench.compared import PROVIDERS, Provider
+from bench.compared.modules import isa_block
+from bench.workload import Workload
 from isa_triton import ISAModule, SelfAttention2d
 from tests.cases import relative_error
 
@@ -53,3 +58,20 @@ def test_second_derivatives_are_those_without_recomputing() -> None:
     pairs = [(a, b) for a, b in zip(*second, strict=True) if b is not None]
     assert len(pairs) > 10
     assert max(relative_error(b, a) for a, b in pairs) < 1e-11
+
+
+def test_a_block_in_training_needs_the_bytes_of_fused_dense_attention() -> None:
+    """Counted: two stages that recompute, beside one dense stage by PyTorch's sdpa (bench/README.md)."""
+
+    def recomputing(workload: Workload) -> nn.Module:
+        block = isa_block(workload)
+        for stage in block.modules():
+            if isinstance(stage, SelfAttention2d):
+                stage.recompute = True
+        return block
+
+    workload = Workload("module", "training", 128, 128)
+    providers = PROVIDERS["dense-sdpa"], PROVIDERS["isa"], Provider("recomputing", module=recomputing)
+    dense, isa, ours = (measure.count(partial(measure.step, provider, workload))[1] for provider in providers)
+    assert ours <= 1.02 * dense
+    assert isa > 1.4 * dense

@@ -6,6 +6,8 @@ import argparse
 import os
 from importlib import import_module
 
+from bench.arguments import Help
+
 TOOLS = {  # modules of this folder, imported when they are chosen
     "verify": "registers, spills, matrix instructions and access widths of shipped binaries, or of any problem's",
     "report": "one pass: resources, instructions, waste, bytes, and the time that they predict",
@@ -23,7 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     tool = import_module(f"bench.tiles.{args.tool}")
-    parser = argparse.ArgumentParser(prog=f"python -m bench tiles {args.tool}", description=tool.__doc__)
+    parser = argparse.ArgumentParser(
+        prog=f"python -m bench tiles {args.tool}", description=tool.__doc__, formatter_class=Help, allow_abbrev=False
+    )
     tool.add_arguments(parser)
     options = parser.parse_args(args.options)
     if os.environ.get("TRITON_INTERPRET") == "1":

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import terminal
-from bench.arguments import positive
+from bench.arguments import SHORT_DTYPES, dtype, positive
 from bench.records import write_text
 from bench.terminal import Terminal
 from bench.tiles.binaries import Binaries
@@ -24,7 +24,6 @@ from bench.tiles.roofline import MACHINES, Machine
 from isa_triton.partition import Partition
 from isa_triton.tiles import Tile
 
-DTYPE_ALIASES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 TARGETS = list(dict.fromkeys(machine.target for machine in MACHINES.values()))
 GROUPS = 8, 8  # of the maps that problems are made on
 PARTITIONS = {
@@ -55,9 +54,9 @@ def add_shape(parser: argparse.ArgumentParser) -> None:
 
 def read_dtype(text: str) -> str:
     """A dtype as `isa_triton.tiles` names it, of that name or the short form."""
-    name = DTYPE_ALIASES.get(text, text)
-    if name not in DTYPES:
-        raise argparse.ArgumentTypeError(f"must be one of {', '.join((*DTYPES, *DTYPE_ALIASES))}, got {text!r}")
+    if (name := dtype(text)) not in DTYPES:
+        short = (short for short, name in SHORT_DTYPES.items() if name in DTYPES)
+        raise argparse.ArgumentTypeError(f"must be one of {', '.join((*DTYPES, *short))}, got {text!r}")
     return name
 
 
@@ -66,7 +65,7 @@ def add_problem(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--target", choices=TARGETS, help="architecture that is compiled for (default: the GPU's, or sm_90)")
     add("--gpu", choices=list(MACHINES), help="GPU that times are predicted for (default: the target's first)")
-    add("--pass", dest="pass_", choices=PASSES, default="forward", help="default: forward")
+    add("--pass", dest="pass_", choices=PASSES, default="forward", help="of the kernels")
     add_shape(parser)
     what = "default: {dtype}; tf32 is fp32 in memory".format(**DEFAULTS)
     add("--dtype", type=read_dtype, default=argparse.SUPPRESS, help=what)
