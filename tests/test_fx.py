@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
+import timm
 import torch
+from timm.models import GraphExtractNet
 from torch import nn
 from torch.fx import symbolic_trace
 from torchvision.models.feature_extraction import create_feature_extractor
@@ -12,6 +16,8 @@ from isa_triton import InterlacedSparseSelfAttention, ISAHead, ISAModule, SelfAt
 from isa_triton.inference import fuse
 from isa_triton.models.ianet import ianet
 from isa_triton.models.resnet import isa_resnet
+from isa_triton.models.timm import accelerate
+from tests.cases import relative_error
 
 LAYERS = {
     "stage": lambda: SelfAttention2d(5, 4, 6, pattern="columns"),
@@ -56,3 +62,24 @@ def test_a_segmentation_network_is_traced() -> None:
     network = ianet(5, name="resnet50", key_channels=8, partition_size=(2, 3)).eval()
     x = torch.randn(1, 3, 33, 49)
     assert torch.equal(symbolic_trace(network)(x)["out"], network(x)["out"])
+
+
+@pytest.mark.filterwarnings("ignore:NOTE. The nodes obtained by tracing")  # of timm's paths that are dropped in training
+@pytest.mark.parametrize(
+    ("name", "options", "node"),
+    [
+        ("maxvit_nano_rw_256", {"img_size": 64, "depths": (1, 1, 1, 1)}, "stages.1"),
+        ("swin_tiny_patch4_window7_224", {"img_size": 112, "depths": (2, 2, 1, 1)}, "layers.1"),
+    ],
+)
+@torch.no_grad()
+def test_extractors_of_timm_and_torchvision_read_accelerated_models(name: str, options: Any, node: str) -> None:
+    model = timm.create_model(name, **options).eval()
+    x = torch.randn(2, 3, options["img_size"], options["img_size"])
+    (expected,) = GraphExtractNet(model, [node])(x)
+    accelerate(model)
+    for extractor in (GraphExtractNet(model, [node]), create_feature_extractor(model, [node])):
+        for batch in (x, x[:1]):
+            found = extractor(batch)
+            (feature,) = found.values() if isinstance(found, dict) else found
+            assert relative_error(feature, expected[: len(batch)]) < 1e-5

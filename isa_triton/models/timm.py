@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._extras import install
-from .._tracing import is_inference, is_plain, is_recorded, wants_torch_operators
+from .._tracing import is_inference, is_plain, is_recorded, leaf_of_fx, wants_torch_operators
 from ..backend import check_backend
 from ..functional import partitioned_attention
 from ..partition import Partition
@@ -134,6 +134,7 @@ class AcceleratedBlockCl(PartitionAttentionCl):
     """`PartitionAttentionCl`: windows or a grid of maps [B, H, W, C]."""
 
     backend: str
+    forward = leaf_of_fx(PartitionAttentionCl.forward)
 
     def _partition_attn(self, x: Tensor) -> Tensor:
         partition = _block_or_grid(x.shape[1:3], self.partition_size, self.partition_block)
@@ -144,6 +145,7 @@ class AcceleratedBlock2d(PartitionAttention2d):
     """`PartitionAttention2d`: windows or a grid of maps [B, C, H, W]."""
 
     backend: str
+    forward = leaf_of_fx(PartitionAttention2d.forward)
 
     def _partition_attn(self, x: Tensor) -> Tensor:
         partition = _block_or_grid(x.shape[2:], self.partition_size, self.partition_block)
@@ -154,6 +156,7 @@ class AcceleratedParallelBlock(ParallelPartitionAttention):
     """`ParallelPartitionAttention`: windows beside a grid, of maps [B, H, W, C]."""
 
     backend: str
+    forward = leaf_of_fx(ParallelPartitionAttention.forward)
 
     def _partition_attn(self, x: Tensor) -> Tensor:
         block, grid = (_block_or_grid(x.shape[1:3], self.partition_size, block) for block in (True, False))
@@ -165,6 +168,7 @@ class AcceleratedSwinBlock(SwinTransformerBlock):
     """`SwinTransformerBlock`: windows, shifted or not, of maps [B, H, W, C]."""
 
     backend: str
+    forward = leaf_of_fx(SwinTransformerBlock.forward)
 
     def _attn(self, x: Tensor) -> Tensor:
         (height, width), window, shift = x.shape[1:3], self.window_size, self.shift_size
