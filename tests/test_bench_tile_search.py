@@ -285,7 +285,7 @@ def test_what_is_written_goes_before_what_the_dtype_had_to_itself(dtype: str, fo
         ("report --vs shipped", "--step and --vs are for --tiles"),
         ("report --pass backward --step dv --tiles num_warps=4", "no tile of dv is shipped"),
         ("report --bounds --tokens 64 --bias", "takes no --tokens --bias"),
-        ("report --dtype int8", "must be one of bfloat16, float16, tf32, float32, bf16, fp16, fp32, got 'int8'"),
+        ("report --dtype int8", "must be one of bfloat16, float16, tf32, float32, fp32, fp16, bf16, got 'int8'"),
         ("search --target sm_70", "invalid choice"),
         ("search --problems nowhere.json", "--problems nowhere.json is not a list of problems"),
         ("search --problems nowhere.json --heads 2", "takes no --heads"),

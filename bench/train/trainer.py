@@ -288,7 +288,9 @@ def stop_signals() -> Iterator[threading.Event]:
         asked.set()
         signal.signal(number, before[signal.Signals(number)])
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    for number in before:  # a signal may come at once
+        signal.signal(number, handle)
     try:
         yield asked
     finally:
