@@ -18,8 +18,8 @@ def allowed_error(
     """The largest difference from the fp64 result that a kernel may show.
 
     Twice the error of the plain formula in the same precision (three times that of a gradient's), and roundings: four
-    of the largest entry, and four of what a gradient is a sum of. (Whose rounding errors a peaked softmax cancels in the
-    plain formula, where the sum of p dp is made of the same numbers, and not where it is do out.)
+    of the largest entry, and four of what a gradient is a sum of: a peaked softmax cancels them in the plain formula,
+    whose sum of p dp is made of the same numbers, but not in that of do out.
 
     Args:
         name: of the result; gradients begin with "d".
