@@ -24,6 +24,7 @@ import torch
 
 from bench.__main__ import main
 from bench.records import replacing
+from bench.terminal import Terminal
 from bench.train import trainer
 from bench.train.trainer import stop_signals
 from tests import segmentation_data
@@ -110,6 +111,15 @@ def test_a_run_that_is_killed_and_stopped_ends_as_one_that_is_not(
     assert losses(broken) == losses(whole)
     assert [row[0] for row in losses(whole)] == ["iteration", *map(str, range(1, ITERATIONS + 1))]
     assert read(broken / "iou.csv") == read(whole / "iou.csv")
+
+
+def test_a_signal_is_heeded_from_the_first_word_on(
+    city: Path, tmp_path: Path, small_network: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handlers: list[Any] = []
+    monkeypatch.setattr(Terminal, "say", lambda *said: handlers.append(signal.getsignal(signal.SIGTERM)))
+    main(command(city, tmp_path, "--workers", "0", "--iterations", "1"))
+    assert handlers[0] != signal.SIG_DFL
 
 
 def test_a_voc_folder_trains_and_its_checkpoint_evaluates_alone(

@@ -213,15 +213,15 @@ def train(recipe: Recipe, args: argparse.Namespace, process: Process, said: Term
         pin_memory=process.device.type == "cuda",
         worker_init_fn=leave_process_group,
     )
-    said.say(
-        f"{recipe.head} on {recipe.backbone}, {recipe.data_set} with {len(paths)} images: {recipe.iterations}"
-        f" iterations of {recipe.batch} crops of {records.format_size(recipe.crop)}, learning rate {recipe.lr},"
-        f" weight decay {recipe.weight_decay}, to {args.out}"
-        + (f"; goes on after iteration {trainer.iteration}" if saved else "")
-    )
     stopping, first = False, trainer.iteration + 1
     bars, drawn = said.progress("iterations", recipe.iterations - trainer.iteration), events(args.out, process, first)
     with stop_signals() as asked, bars as bar, drawn as draw:
+        said.say(
+            f"{recipe.head} on {recipe.backbone}, {recipe.data_set} with {len(paths)} images: {recipe.iterations}"
+            f" iterations of {recipe.batch} crops of {records.format_size(recipe.crop)}, learning rate {recipe.lr},"
+            f" weight decay {recipe.weight_decay}, to {args.out}"
+            + (f"; goes on after iteration {trainer.iteration}" if saved else "")
+        )
         begin = time.perf_counter()
         for images, labels in loader:
             loss = trainer.step(images, labels)
