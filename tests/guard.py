@@ -118,6 +118,24 @@ def install() -> None:
     scalar = functools.cache(interpreter._get_np_dtype)
     interpreter._get_np_dtype = lambda of: np.dtype(np.uint64) if of.scalar.is_ptr() else scalar(of.scalar)
 
+    # And types and shapes, which do not change, for every operation.
+    attributes: dict[Any, dict[str, Any]] = {}
+    make_type, shape_of = tl.block_type.__init__, functools.cache(lambda *sizes: tl.tuple(map(tl.constexpr, sizes)))
+
+    def init_type(self: Any, element_ty: Any, shape: Any) -> None:
+        key = element_ty.name, *map(tl.core._unwrap_if_constexpr, shape)
+        if key not in attributes:
+            make_type(self, element_ty, shape)
+            attributes[key] = vars(self)
+        self.__dict__ = attributes[key]
+
+    def init_tensor(self: Any, handle: Any, type: Any) -> None:
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.shape = shape_of(*type.shape) if type.is_block() else shape_of()
+        self.numel = tl.constexpr(type.numel if type.is_block() else 1)
+
+    tl.block_type.__init__, tl.tensor.__init__ = init_type, init_tensor
+
 
 def _check_overflow(on: bool) -> None:
     builder = interpreter.interpreter_builder

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from itertools import permutations
+from itertools import permutations, product
 from typing import Any
 
 import pytest
@@ -65,9 +65,15 @@ STEPS: dict[str, Any] = {"accelerate": accelerate, "adapt": adapt, "fuse": fuse}
 
 
 @pytest.mark.filterwarnings("ignore")  # of the tracers, about themselves
-@pytest.mark.slow  # programs of three networks in six orders
-@pytest.mark.parametrize("name", BACKBONES)
-@pytest.mark.parametrize("order", list(permutations(STEPS)), ids=", ".join)
+@pytest.mark.slow  # programs of networks in every order
+@pytest.mark.parametrize(
+    ("name", "order"),
+    [
+        *product(("MaxViT", "Swin"), permutations(STEPS)),
+        ("MaxViT, tf", tuple(STEPS)),
+        ("MaxViT, tf", tuple(STEPS)[::-1]),
+    ],
+)
 @torch.no_grad()
 def test_each_step_leaves_the_function_as_it_is(name: str, order: tuple[str, ...]) -> None:
     torch.manual_seed(0)
