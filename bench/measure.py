@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from datetime import UTC, datetime
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -135,7 +135,8 @@ def samples(
 ) -> dict[str, list[float]]:
     """Seconds of calls of each step in interleaved rounds (A B C C B A), so that a drifting machine is fair to all.
 
-    The first call of each is a warm-up, and its only sample where the budget allows no second.
+    The first call of each is a warm-up, and its only sample where the budget allows no second. On a device kernels may
+    be compiled in that call, which takes thousands of times as long: there one more goes before, untimed.
 
     Args:
         steps: what to time, by name.
@@ -145,16 +146,25 @@ def samples(
         failures: takes what a step raised, in a line; the step has no samples then. Without it, it is raised.
     """
     times: dict[str, list[float]] = {name: [] for name in steps}
+
+    def attempt(name: str, action: Callable[[], Any]) -> Any:
+        try:
+            return action()
+        except Exception as error:  # anyone's code runs here
+            if failures is None:
+                raise
+            failures[name] = in_a_line(error)
+            del times[name]
+
+    if torch.device(device).type != "cpu":
+        for name, call in steps.items():
+            attempt(name, call)
     for round_ in range(1 + rounds):
         for name, call in list(steps.items())[:: -1 if round_ % 2 else 1]:
             if name in times and (not times[name] or sum(times[name]) < budget):
-                try:
-                    times[name].append(_timed(call, device))
-                except Exception as error:  # anyone's code runs here
-                    if failures is None:
-                        raise
-                    failures[name] = in_a_line(error)
-                    del times[name]
+                seconds = attempt(name, partial(_timed, call, device))
+                if seconds is not None:
+                    times[name].append(seconds)
     return {name: each[1:] or each for name, each in times.items()}
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.fx import Proxy
 
+_PLAIN = (Tensor, torch.nn.Parameter)
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -41,14 +42,35 @@ def has_modes() -> bool:
 
 def is_differentiated(tensors: list[Tensor]) -> bool:
     """Whether autograd, in reverse or forward mode, or a transform may want a function of these tensors recorded."""
-    recorded = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-    return recorded or is_transformed() or forward_ad._current_level >= 0
+    return (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)) or is_differentiated_forward()
+
+
+def is_differentiated_forward() -> bool:
+    """Whether forward mode, or a transform, may want it."""
+    return is_transformed() or forward_ad._current_level >= 0
 
 
 def wants_operators(tensors: list[Tensor]) -> bool:
     """Whether somebody looks at operators: a mode, a profiler, a subclass of Tensor, or tensors without memory."""
     observed = has_modes() or torch.autograd._profiler_enabled()
-    return observed or any(type(x) not in (Tensor, torch.nn.Parameter) or x.is_meta for x in tensors)
+    return observed or any(type(x) not in _PLAIN or x.is_meta for x in tensors)
+
+
+def is_unwatched(tensors: tuple[Tensor, ...]) -> bool:
+    """Whether results and gradients, in reverse mode, are all that anybody sees of a call on tensors in memory."""
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None  # what the functions above ask: this is on every call's way
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch.autograd._profiler_enabled()
+    ):
+        return False
+    for x in tensors:  # any() takes twice as long
+        if type(x) not in _PLAIN or x.layout != torch.strided or x.is_nested or x.is_meta or x.is_neg():
+            return False
+    return True
 
 
 def is_inference() -> bool:
@@ -103,6 +125,12 @@ def constant_in_graphs(function: Function) -> Function:
     """`torch.compiler.assume_constant_result` without the second and more of import that it takes."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+@constant_in_graphs
+def has_autocast(kind: str) -> bool:
+    """Whether there is autocast for a kind of devices; Dynamo (torch 2.11) cannot look into the answer."""
+    return torch.amp.is_autocast_available(kind)
 
 
 def when_imported(name: str, action: Callable[[ModuleType], None]) -> None:

@@ -7,7 +7,7 @@ import sys
 import torch
 from torch import Tensor
 
-from . import ops
+from . import _tracing, ops, replays
 from .backend import check_backend, choose
 from .backend.contract import Call
 from .partition import Partition
@@ -108,13 +108,16 @@ def _attention(
     backend: str,
     with_lse: bool,
 ) -> tuple[Tensor, Tensor]:
+    key = replays.key(q, k, v, bias, partition, scale, backend, with_lse)
+    if key is not None and (results := replays.again(key, q, k, v, bias)) is not None:
+        return results
     check_backend(backend)
     if not isinstance(partition, Partition):
         raise TypeError(f"partition must be a Partition, got {type(partition).__name__}")
-    tensors = {"q": q, "k": k, "v": v} | ({} if bias is None else {"bias": bias})
+    given = tensors = {"q": q, "k": k, "v": v} | ({} if bias is None else {"bias": bias})
     _check_kinds(tensors)
     kind = q.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and q.dtype != torch.float64:
+    if _tracing.has_autocast(kind) and torch.is_autocast_enabled(kind) and q.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(kind)
         tensors = {name: x.to(dtype) for name, x in tensors.items()}
     _check_fit(tensors, partition)
@@ -124,9 +127,12 @@ def _attention(
         raise TypeError(f"scale must be a number or None, got {scale!r}")
     elif not -sys.float_info.max <= scale <= sys.float_info.max:  # nor an integer beyond it
         raise ValueError(f"scale must be finite, got {scale!r}")
-    q, k, v = tensors["q"], tensors["k"], tensors["v"]
+    q, k, v, bias = tensors["q"], tensors["k"], tensors["v"], tensors.get("bias")
     call = Call(float(scale), partition, with_lse, choose(backend, q))
-    return ops.attention(q, k, v, tensors.get("bias"), call)
+    results = ops.attention(q, k, v, bias, call)
+    if key is not None and all(tensors[name] is x for name, x in given.items()):  # nothing was cast
+        replays.remember(key, q, k, v, bias, call)
+    return results
 
 
 def _check_kinds(tensors: dict[str, Tensor]) -> None:

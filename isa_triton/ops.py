@@ -29,6 +29,21 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, call: Call) 
     return _apply(_Attention, q, k, v, bias, call)
 
 
+def gradients(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    out: Tensor | None,
+    lse: Tensor | None,
+    do: Tensor,
+    dlse: Tensor | None,
+    call: Call,
+) -> Tensors:
+    """dq, dk, dv and dbias (of no elements where there is no bias), differentiable in their turn."""
+    return _apply(_AttentionBackward, q, k, v, bias, out, lse, do, dlse, call)
+
+
 # -- operators: what a compiler keeps in its graph instead of the loop over chunks or the kernels ----------------------
 
 _library = torch.library.Library("isa_triton", "DEF")
@@ -137,7 +152,7 @@ class _Attention(torch.autograd.Function):
         q, k, v, bias, out, lse = ctx.saved_tensors
         do = q.new_zeros(v.shape) if do is None else do
         dlse = dlse if ctx.call.with_lse else None  # a compiler passes zeros where autograd passes None
-        dq, dk, dv, dbias = _apply(_AttentionBackward, q, k, v, bias, out, lse, do, dlse, ctx.call)
+        dq, dk, dv, dbias = gradients(q, k, v, bias, out, lse, do, dlse, ctx.call)
         return dq, dk, dv, None if bias is None else dbias, None
 
     @staticmethod

@@ -10,7 +10,7 @@ Import after TRITON_INTERPRET=1 is set. `install()` mends the interpreter for th
 
 A launch fails on the spot when a lane outside its mask touches an address that no element of the launch's tensors has
 (a view's gaps count as outside), when one store writes an address twice, and when a program writes what another has
-read or written. Written for Triton 3.8.
+read or written. Written for Triton 3.8, and runs with 3.6.
 """
 
 from __future__ import annotations
@@ -111,7 +111,13 @@ def install() -> None:
 
     # The interpreter patches triton.language for every call of a helper; once a launch is enough, and a third faster.
     patch = interpreter._patch_lang
-    interpreter._patch_lang = lambda _: patch(_mend_bf16)  # reaches tl and core, globals of this file
+
+    def patch_lang(_: Any) -> Any:
+        scope = patch(_mend_bf16)  # reaches tl and core, globals of this file
+        tl.tensor.__index__ = lambda self: self.handle.data.item()  # in Triton 3.6 what NumPy 2.4 refuses
+        return scope
+
+    interpreter._patch_lang = patch_lang
     interpreter.InterpretedFunction.__call__ = lambda self, *args, **kwargs: self.rewrite()(*args, **kwargs)
 
     # It also makes its table of dtypes anew for every look-up.

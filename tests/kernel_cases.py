@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bench.cases import Case, Pair, derivatives, laid_out
-from isa_triton.backend.kernels import launch
+from isa_triton.backend.kernels import launch, plan
 from isa_triton.tiles import BackwardTiles, Tile
 from reference.budget import allowed_error, natural_scales
 from tests import guard
@@ -75,8 +75,8 @@ def launched(case: Case, tiles: tuple[Tile, BackwardTiles], inputs: dict[str, Te
     lse, delta = (torch.full(q.shape[:4], nan) for _ in range(2))
     partials = None
     if bias is not None:
-        partials = torch.full(launch.bias_partials_shape(case.maps, case.heads, partition, backward), nan)
-    one = launch.in_one_kernel(backward, partition)
+        partials = torch.full(plan.bias_partials_shape(case.maps, case.heads, partition, backward), nan)
+    one = plan.in_one_kernel(backward, partition)
     assert one == (backward.group is not None)
 
     with guard.watch() as memory:

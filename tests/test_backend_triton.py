@@ -16,7 +16,7 @@ from bench.tiles import options, search
 from isa_triton import InterlacedSparseSelfAttention, Partition, partitioned_attention, tiles
 from isa_triton import partitioned_attention_with_lse as with_lse
 from isa_triton.backend import triton as triton_backend
-from isa_triton.backend.kernels import launch
+from isa_triton.backend.kernels import plan
 from tests.cases import PARTITIONS, qkv, relative_error
 
 pytestmark = pytest.mark.usefixtures("mended_interpreter")
@@ -163,11 +163,11 @@ def test_fp32_products_follow_torchs_matmul_precision() -> None:
     cuda = torch.device("cuda")
     try:
         torch.set_float32_matmul_precision("high")
-        assert triton_backend._precision(torch.float32, cuda) == "tf32"
+        assert triton_backend.precision_of(torch.float32, cuda) == "tf32"
         assert triton_backend._arithmetic(torch.float32, cuda) == "tf32"
         assert (
-            triton_backend._precision(torch.bfloat16, cuda)
-            == triton_backend._precision(torch.float32, torch.device("cpu"))
+            triton_backend.precision_of(torch.bfloat16, cuda)
+            == triton_backend.precision_of(torch.float32, torch.device("cpu"))
             == "ieee"
         )
     finally:
@@ -184,7 +184,7 @@ def test_what_is_kept_is_what_the_tiles_need(target: str, width: int, monkeypatc
         partition = Partition.rows((1, tokens))
         q = torch.empty(1, 1, tokens, 1, width, dtype=torch.bfloat16, device="meta")
         chosen = tiles.backward(target, width, width, "bfloat16", tokens)
-        assert triton_backend.keeps_output(q, q, partition) == (not launch.in_one_kernel(chosen, partition))
+        assert triton_backend.keeps_output(q, q, partition) == (not plan.in_one_kernel(chosen, partition))
 
 
 def test_the_target_is_the_device_s_architecture(monkeypatch: pytest.MonkeyPatch) -> None:

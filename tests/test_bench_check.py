@@ -1,4 +1,4 @@
-"""The check sees what is wrong, and its groups are the library's; overhead runs every layer."""
+"""The check sees what is wrong, and its groups are the library's."""
 
 from __future__ import annotations
 
@@ -88,13 +88,3 @@ def test_the_budget_is_the_eager_error_and_roundings() -> None:
     assert allowed_error("out", exact, eager, torch.float16) == pytest.approx(2 * 0.5 + 16 * eps)
     assert allowed_error("dq", exact, eager, torch.float16, natural=3.0) == pytest.approx(3 * 0.5 + 28 * eps)
     assert allowed_error("dq", exact, eager, torch.float16, uncertain=0.1) == pytest.approx(1.5 + 16 * eps + 0.8)
-
-
-def test_overhead_measures_every_layer(tmp_path: Path) -> None:
-    main(["overhead", "--out", str(tmp_path), "--rounds", "2", "--calls", "2"])
-    rows = list(csv.DictReader((tmp_path / "overhead.csv").read_text().splitlines()))
-    assert [row["layer"] for row in rows if row["pass"] == "forward"][0::5] == [
-        "bare Python call",
-        "partitioned_attention: checks",
-    ]
-    assert all(float(row["microseconds"]) > 0 for row in rows)

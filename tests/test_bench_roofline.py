@@ -214,7 +214,7 @@ def planted(stretch: Stretch = QUIET, ctas_per_sm: int = 4, matrix: str = "HGMMA
     return Binary(64, 0, 0, 0, 0, 4, ctas_per_sm, 1, {matrix: 1}, 0, (), (), PROGRAM, (stretch,))
 
 
-LAUNCHED = Launch("isa_triton.backend.kernels.forward", "forward_kernel", "sm_90", PROBLEM, {}, {}, {}, {}, (2112,))
+LAUNCHED = Launch("sm_90", PROBLEM, "isa_triton.backend.kernels.forward", "forward_kernel", 2112, {}, {})
 H100 = MACHINES["H100"]
 
 

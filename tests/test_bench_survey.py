@@ -72,6 +72,30 @@ def test_spread_is_of_the_median_above_the_fastest() -> None:
     assert measure.spread([2.0, 3.0]) == 0.25
 
 
+@pytest.mark.parametrize(("device", "calls"), [("cpu", ["a", "b"]), ("cuda", ["a", "b", "bad", "a", "b"])])
+def test_on_a_device_the_call_that_compiles_is_not_timed(
+    device: str, calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called: list[str] = []
+
+    def step(name: str) -> tuple[()]:
+        called.append(name)
+        if name == "bad":
+            raise RuntimeError("not on this device")
+        return ()
+
+    def timed(call: Callable[[], Any], device: str) -> float:
+        call()
+        return 1.0 if len(called) > 2 or device == "cpu" else 1000.0
+
+    monkeypatch.setattr(measure, "_timed", timed)
+    names, failures = ["a", "b"] + ["bad"] * (device == "cuda"), dict[str, str]()
+    times = measure.samples({n: partial(step, n) for n in names}, rounds=0, device=device, failures=failures)
+    assert called == calls
+    assert times == {"a": [1.0], "b": [1.0]}
+    assert failures == ({"bad": "RuntimeError: not on this device"} if device == "cuda" else {})
+
+
 def test_one_disturbed_sample_is_no_figure(conduct: Conduct) -> None:
     script: Clock = {("isa", 8): [9.0, 1.0, 1.0, 7.0]}
     row = conduct(script, *SLOW)["isa", 8]

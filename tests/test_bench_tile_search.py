@@ -84,7 +84,7 @@ class PlantedLaunch(Launch):
 class PlantedTask(Task):
     def launch(self, tile: Tile) -> Launch:
         kernel = "isa_triton.backend.kernels.forward", "forward_kernel"
-        return PlantedLaunch(*kernel, "sm_90", self.problem, {}, {}, {}, {"tile": tile}, (132,))
+        return PlantedLaunch("sm_90", self.problem, *kernel, 132, {}, {"tile": tile})
 
 
 @dataclass
@@ -148,20 +148,21 @@ def test_what_spills_ranks_behind() -> None:
 
 TIMED = """
 import torch
-from unittest.mock import patch
-from triton.runtime.jit import JITFunction
-from bench import measure
+from bench import measure, stand_in
 from bench.tiles import search
 from bench.tiles.compile import STEPS
 from bench.tiles.options import make_problem
 from bench.tiles.roofline import MACHINES
+from isa_triton import replays
+from isa_triton.backend.kernels import launch
 from isa_triton.tiles import Tile
 
-def run(kernel, *args, grid, warmup, **kwargs):
-    if not warmup:
-        given = dict(zip(kernel.arg_names, args))
-        written = [name for name in ("dk", "dv") if given.get(name) is not None]
-        launched.append(" ".join([kernel.fn.__name__, *written]))
+class Binary:
+    function = packed_metadata = None
+
+    def __init__(self, planned, target):
+        written = [name for name in ("dk", "dv") if planned.arguments.get(name) is not None]
+        self.run = lambda *args: launched.append(" ".join([planned.kernel.fn.__name__, *written]))
 
 def seconds(calls, **options):
     launched.clear()
@@ -169,17 +170,18 @@ def seconds(calls, **options):
         call()
     return dict.fromkeys(calls, 1.0)
 
-randn, recorded = torch.randn, JITFunction.run
-measure.seconds, search.use_driver = seconds, lambda: setattr(JITFunction, "run", run)  # as a GPU's, from here on
+randn, measure.seconds, launch.compile = torch.randn, seconds, Binary
 torch.randn = lambda shape, device, dtype: randn(shape, dtype=dtype)
 for step in STEPS:
     for tokens in (16, 64):
-        launched, JITFunction.run = [], recorded
+        launched = []
+        replays.forget()
         problem = make_problem(tokens, 16, 16, bias=True, maps=1)
         task, tile = search.Task(MACHINES["H100"], problem, step), Tile(64 if step == "group" else 32, 32, 16, 16)
-        if task.launch(tile) is not None:
-            assert task.seconds(tile) == 1.0
-            print(step, tokens, *launched)
+        with stand_in.installed():
+            if task.launch(tile) is not None:
+                assert task.seconds(tile) == 1.0
+                print(step, tokens, *launched)
 """
 
 
@@ -352,7 +354,7 @@ import json, os, shutil, sys
 from contextlib import contextmanager
 from pathlib import Path
 from bench.__main__ import main
-from bench.tiles import options, plot
+from bench.tiles import options, plot, warm
 from bench.tiles.assembly import Stretch
 from bench.tiles.binaries import Access, Binaries, Binary, dump_file
 from bench.tiles.program import Op
@@ -374,7 +376,7 @@ def planted(args, said, dump=None):
     with said.progress("binaries") as bar:
         yield Planted(args.cache, None, dump, bar)
 
-options.compilers = planted
+options.compilers, warm.compiled = planted, lambda wanted, cache, pool: wanted
 os.chdir(sys.argv[1])
 tiles.FOLDER = Path(shutil.copytree(tiles.FOLDER, "tiles"))
 if "fails" in sys.argv:
@@ -399,7 +401,7 @@ def test_every_command_on_a_page_runs_to_its_last_output(tmp_path: Path) -> None
     _, *said = re.split(r"^\$ ", done.stdout, flags=re.MULTILINE)
     assert len(said) == len(commands)
     last = {"verify": "0 with a violation", "calibrate": "predicted / published", "report": "PREDICTED",
-            "search": "PREDICTED: now", "plot": "PREDICTED"}  # fmt: skip
+            "search": "PREDICTED: now", "plot": "PREDICTED", "warm": "are in Triton's cache"}  # fmt: skip
     for words, text in zip(commands, said, strict=True):
         wanted = ",yes," if "csv" in words else last[words[1]]  # what is no row of a CSV goes to stderr
         assert wanted in "\n".join(text.splitlines()[-2:]), text

@@ -27,7 +27,7 @@ from bench.tiles.binaries import (
     in_rows,
     violations,
 )
-from bench.tiles.compile import NOT_SHIPPED, Launch, Problem, format_tile, named
+from bench.tiles.compile import NOT_SHIPPED, Launch, Problem, compile_launch, format_tile, named
 from bench.tiles.options import add_problem, make_problem
 from bench.tiles.options import machine as find_machine
 from bench.tiles.options import tile as read_tile
@@ -160,7 +160,7 @@ SOUND = Binary(128, 0, 0, 32 << 10, 0, 4, 3, 2000, {"HMMA": 160}, 0, WIDE)
 
 def planted(target: str = "sm_80", dtype: str = "bfloat16", width: int = 64) -> Launch:
     problem = Problem(Partition.local((16, 24), (8, 8)), width, width, dtype=dtype)
-    return Launch("m", "kernel", target, problem, {}, {}, {}, {}, (1,))
+    return Launch(target, problem, "m", "kernel", 1, {}, {})
 
 
 @pytest.mark.parametrize(
@@ -258,9 +258,9 @@ def test_what_is_no_tile_is_refused(text: str) -> None:
 def test_a_launch_says_its_tile_and_where_it_comes_from() -> None:
     def launched(tokens: int, tile: Tile) -> Launch:
         names, problem = forward.forward_kernel.arg_names, make_problem(tokens, 48, 48)
-        constants = {(names.index(name),): n for name, n in named(tile).items() if name in names}
+        arguments = {name: n for name, n in named(tile).items() if name in names}
         options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-        return Launch(forward.__name__, "forward_kernel", "sm_90", problem, {}, constants, {}, options, (1,))
+        return Launch("sm_90", problem, forward.__name__, "forward_kernel", 1, arguments, options)
 
     for tokens, origin in ((49, "its own entry"), (100, "the entry of sm_90, K = 64, V = 64, 128 tokens")):
         tile = tiles.lookup("sm_90", "forward", 48, 48, "bfloat16", tokens)
@@ -296,7 +296,7 @@ def test_an_interpreting_process_refuses(capsys: pytest.CaptureFixture[str]) -> 
         main(["tiles", "verify"])
     assert "TRITON_INTERPRET=1 interprets them" in capsys.readouterr().err
     with pytest.raises(RuntimeError, match="unset TRITON_INTERPRET"):
-        launches(["sm_80"], [SHAPES["ISA 64"]], ["bfloat16"])
+        compile_launch(launches(["sm_80"], [SHAPES["ISA 64"]], ["bfloat16"])[0], Path())
 
 
 @pytest.mark.slow

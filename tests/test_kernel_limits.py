@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bench.cases import Pair
-from isa_triton.backend.kernels import launch
+from isa_triton.backend.kernels import launch, plan
 from isa_triton.partition import Partition
 from isa_triton.tiles import BackwardTiles, Tile
 from tests import guard
@@ -43,7 +43,7 @@ def test_a_constant_added_to_the_bias_is_added_to_lse_and_changes_nothing_else(f
 
 @pytest.mark.parametrize(("kind", "form"), [("local", FORMS[0]), ("interlaced", FORMS[1]), ("local", FORMS[2])])
 def test_programs_in_any_order_give_the_same_bits(kind: str, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "PARTIAL_SUMS", 4)  # of dbias: a program sums over several groups
+    monkeypatch.setattr(plan, "PARTIAL_SUMS", 4)  # of dbias: a program sums over several groups
     case = of_groups(kind, TOKENS[form], (1, 3), (0, 2), (24, 39), heads=2, bias=True, dtype=torch.float16)
     inputs, tiles = inputs_of(case), tiles_of(form, case.partition.tokens)
     in_order = launched(case, tiles, inputs)
@@ -86,7 +86,7 @@ def test_an_empty_batch_launches_nothing() -> None:
     case = of_groups("local", (4, 4), (2, 1), maps=0, bias=True)
     inputs, (tile, tiles) = inputs_of(case), tiles_of("one block", 16)
     q, k, v, do, bias = (inputs[name] for name in ("q", "k", "v", "do", "bias"))
-    partials = torch.empty(launch.bias_partials_shape(0, 1, case.partition, tiles))
+    partials = torch.empty(plan.bias_partials_shape(0, 1, case.partition, tiles))
     with guard.watch() as memory:
         launch.forward(q, k, v, bias, v.clone(), None, 1.0, case.partition, tile)
         launch.backward(q, k, v, bias, None, None, do, None, q.clone(), k.clone(), v.clone(), None, partials,
@@ -127,6 +127,6 @@ def test_partial_sums_of_dbias_stay_bounded() -> None:
     tiles = BackwardTiles(tile, tile, tile, None, tile)
     for size, window in (((56, 56), (7, 7)), ((512, 512), (8, 8)), ((96, 96), (12, 12)), ((64, 64), (64, 64))):
         partition = Partition.local(size, window)
-        slots, heads, *pairs = launch.bias_partials_shape(64, 8, partition, tiles)
+        slots, heads, *pairs = plan.bias_partials_shape(64, 8, partition, tiles)
         programs = slots * heads * prod(ceil(n / 64) for n in pairs)
-        assert slots == 1 or programs <= launch.PARTIAL_SUMS
+        assert slots == 1 or programs <= plan.PARTIAL_SUMS

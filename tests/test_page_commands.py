@@ -31,10 +31,14 @@ SMALL = {
     "photograph": "--sizes 33x49 --rounds 1",
     "sharding": "--size 16 --channels 16 --partition-size 2 --rounds 1 --devices 1 2 --simulated-sizes 64",
     "check": "--backends eager --cases 5",
-    "overhead": "--rounds 1 --calls 1",
 }
 # Whom others run as they stand: they take no options, or binaries that need no compiler.
-ELSEWHERE = {"paper": "test_bench_paper.py", "pictures": "test_bench.py", "tiles": "test_bench_tile_search.py"}
+ELSEWHERE = {
+    "overhead": "test_launches.py",
+    "paper": "test_bench_paper.py",
+    "pictures": "test_bench.py",
+    "tiles": "test_bench_tile_search.py",
+}
 LINES = list(dict.fromkeys(shlex.join(words) for _, words in COMMANDS if words[0] not in ELSEWHERE))
 
 
@@ -47,10 +51,7 @@ def small(line: str) -> list[str]:
 
 @pytest.mark.parametrize(
     "command",
-    [
-        pytest.param(name, marks=[] if name == "overhead" else [pytest.mark.slow])
-        for name in dict.fromkeys(line.split()[0] for line in LINES)
-    ],
+    [pytest.param(name, marks=[pytest.mark.slow]) for name in dict.fromkeys(line.split()[0] for line in LINES)],
 )
 def test_every_command_on_a_page_runs_to_its_last_output(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

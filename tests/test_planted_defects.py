@@ -32,9 +32,9 @@ DEFECTS = (
     Defect("h and w exchanged", "partition.py", "(token // w.tokens)", "(token // h.tokens)"),
     Defect(
         "stride of the wrong tensor",
-        "backend/kernels/launch.py",
-        "_pixels(v), _pairs(bias)",
-        "Pixels(v, *_pixels(k)[1:]), _pairs(bias)",
+        "backend/kernels/plan.py",
+        "zip(names, layouts, strict=True)",
+        "zip(names, (*layouts[:2], layouts[1], *layouts[3:]), strict=True)",
         f"{NAMED}[values of one channel]",
     ),
     Defect(
@@ -60,9 +60,9 @@ DEFECTS = (
     ),
     Defect(
         "tail group skipped",
-        "backend/kernels/launch.py",
-        "maps * partition.groups *",
-        "maps * (partition.groups - 1) *",
+        "backend/kernels/plan.py",
+        "items = maps * partition.groups\n    if",
+        "items = maps * (partition.groups - 1)\n    if",
     ),
     Defect("delta of the wrong row", "backend/kernels/backward.py", "(dp - delta[:, None])", "(dp - delta[None, :])"),
     Defect(

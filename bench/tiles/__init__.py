@@ -13,6 +13,7 @@ TOOLS = {  # modules of this folder, imported when they are chosen
     "report": "one pass: resources, instructions, waste, bytes, and the time that they predict",
     "search": "the tile of every kernel of a pass that is predicted to be fastest, and why",
     "plot": "the tile space of a problem, and the roofline with it and the shipped kernels",
+    "warm": "compile ahead for a GPU that is elsewhere, into Triton's cache",
     "calibrate": "predictions beside published measurements",
 }
 

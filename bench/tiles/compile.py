@@ -1,35 +1,27 @@
 """Compiling without a GPU: the launches of a call, as the run time would make them, and their binaries.
 
-A launcher runs on tensors without memory under a driver that only names a target, and every kernel it launches is
-recorded with Triton's own specialisation: which strides are 1, which integers and pointers 16 divides. Compiling such a
-record gives the binary that the run time would launch. TRITON_INTERPRET must not be set.
+Launches are planned for the layouts of tensors without memory, by the run time's own plan; compiling one gives the
+binary that the run time would launch. TRITON_INTERPRET must not be set.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
-from unittest.mock import patch
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 from triton import knobs
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton.runtime.driver import driver
-from triton.runtime.jit import JITFunction
 
 from isa_triton import tiles
-from isa_triton.backend.kernels import launch
+from isa_triton.backend.kernels import launch, plan
 from isa_triton.partition import Partition
 from isa_triton.tiles import BackwardTiles, Entry, Tile
 
@@ -38,7 +30,7 @@ STEPS = tuple(step for steps in PASSES.values() for step in steps)
 FILED = {"dk": "keys", "dv": "values"}  # steps that `isa_triton.tiles.STEPS` calls otherwise
 TILE = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_V", "num_warps", "num_stages")  # a tile's fields, as kernels have them
 NOT_SHIPPED = "not shipped"
-GRID_LIMITS = 2**31 - 1, 2**16 - 1, 2**16 - 1  # of CUDA; HIP's are no lower
+GRID_LIMIT = 2**31 - 1  # of CUDA; HIP's is no lower
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "tf32": torch.float32, "float32": torch.float32}
 
 
@@ -82,31 +74,44 @@ class Problem:
 
 
 class Launch(NamedTuple):
-    """One launch of a kernel: everything that its binary depends on, the grid, and the integers that it is given.
+    """One launch of a kernel for a problem on a target; it travels between processes, its kernel by name."""
 
-    It travels between processes.
-    """
-
-    module: str
-    name: str
     target: str
     problem: Problem
-    signature: dict[str, Any]
-    constants: dict[tuple[int, ...], Any]
-    attributes: dict[tuple[int, ...], Any]
+    module: str
+    name: str
+    programs: int
+    arguments: dict[str, Any]
     options: dict[str, Any]
-    grid: tuple[int, ...]
-    integers: tuple[tuple[str, int], ...] = ()  # with the names of arguments, "h.size" for the size of `h`
+
+    @classmethod
+    def of(cls, planned: plan.Launch, target: str, problem: Problem) -> Launch:
+        """A planned launch on a target.
+
+        Raises:
+            ValueError: its grid is beyond what devices take.
+        """
+        kernel, programs, arguments, options = planned
+        module, name = kernel.fn.__module__, kernel.fn.__name__
+        if programs > GRID_LIMIT:
+            raise ValueError(f"{name}: a grid of {programs} programs is beyond {GRID_LIMIT}")
+        return cls(target, problem, module, name, programs, arguments, options)
 
     @property
-    def kernel(self) -> Any:
-        return getattr(import_module(self.module), self.name)
+    def planned(self) -> plan.Launch:
+        """What it is of."""
+        kernel = getattr(import_module(self.module), self.name)
+        return plan.Launch(kernel, self.programs, self.arguments, self.options)
+
+    @property
+    def integers(self) -> dict[str, int]:
+        """The integers that it is given, "h.size" for the size of `h`."""
+        return dict(_integers(self.arguments.items()))
 
     @property
     def writes(self) -> set[str]:
-        """Which of dk and dv it writes: an argument that is None is a constant."""
-        at = {name: (i,) for i, name in enumerate(self.kernel.arg_names) if name in ("dk", "dv")}
-        return {name for name, place in at.items() if self.constants.get(place, 0) is not None}
+        """Which of dk and dv it writes."""
+        return {name for name in ("dk", "dv") if self.arguments.get(name) is not None}
 
     @property
     def label(self) -> str:
@@ -123,8 +128,7 @@ class Launch(NamedTuple):
     @property
     def tile(self) -> Tile:
         """The tile that it was given."""
-        given = {self.kernel.arg_names[place[0]]: n for place, n in self.constants.items() if len(place) == 1}
-        m, n, k, v = (given.get(name) or given["BLOCK"] for name in TILE[:4])
+        m, n, k, v = (self.arguments.get(name) or self.arguments["BLOCK"] for name in TILE[:4])
         return Tile(m, n, k, v, self.options["num_warps"], self.options["num_stages"])
 
     @property
@@ -139,9 +143,9 @@ class Launch(NamedTuple):
     @property
     def key(self) -> str:
         """A name for the binary: a hash of the kernel's source, the specialisation, the target and Triton's version."""
-        options = {name: value for name, value in self.options.items() if name != "extern_libs"}  # paths of a machine
-        binary = gpu_target(self.target), self.signature, self.constants, self.attributes, options, triton.__version__
-        return hashlib.sha256(f"{self.kernel.cache_key} {binary}".encode()).hexdigest()[:32]
+        target = gpu_target(self.target)
+        binary = target, *self.planned.specialised(target), self.options, triton.__version__
+        return hashlib.sha256(f"{self.planned.kernel.cache_key} {binary}".encode()).hexdigest()[:32]
 
 
 def shipped_entry(target: str, step: str, problem: Problem) -> Entry | None:
@@ -195,42 +199,48 @@ class Tensors:
         self.bias = new(problem.heads, tokens, tokens) if problem.bias else None
         self.new = new
 
+    def of_forward(self, with_lse: bool = True) -> Any:
+        """What a forward pass reads and writes, in the order of `plan.FORWARD`."""
+        return self.q, self.k, self.v, self.bias, self.out, self.lse if with_lse else None
+
     def forward(self, tile: Tile, with_lse: bool = True) -> None:
         """Launch the forward pass."""
-        lse = self.lse if with_lse else None
-        launch.forward(
-            self.q, self.k, self.v, self.bias, self.out, lse, self.scale, self.problem.partition, tile,
-            self.problem.precision,
-        )  # fmt: skip
+        q, k, v, bias, out, lse = self.of_forward(with_lse)
+        partition, precision = self.problem.partition, self.problem.precision
+        launch.forward(q, k, v, bias, out, lse, self.scale, partition, tile, precision)
 
     def partials(self, tiles: BackwardTiles) -> Tensor | None:
         """Where a backward pass with these tiles sums dbias, if there is a bias."""
         problem = self.problem
-        shape = launch.bias_partials_shape(problem.maps, problem.heads, problem.partition, tiles)
+        shape = plan.bias_partials_shape(problem.maps, problem.heads, problem.partition, tiles)
         return self.new(*shape, dtype=torch.float32) if problem.bias else None
 
+    def of_backward(self, partials: Tensor | None) -> Any:
+        """What a backward pass reads and writes, without a gradient of lse, in the order of `plan.BACKWARD`."""
+        saved, gradients = (self.out, self.lse, self.do, None), (self.dq, self.dk, self.dv, self.delta, partials)
+        return self.q, self.k, self.v, self.bias, *saved, *gradients
+
     def backward(self, tiles: BackwardTiles, partials: Tensor | None) -> None:
-        """Launch the backward pass, without a gradient of lse."""
-        problem = self.problem
-        launch.backward(
-            self.q, self.k, self.v, self.bias, self.out, self.lse, self.do, None, self.dq, self.dk, self.dv,
-            self.delta, partials, self.scale, problem.partition, tiles, problem.precision,
-        )  # fmt: skip
+        """Launch the backward pass."""
+        run: Any = launch.backward
+        run(*self.of_backward(partials), self.scale, self.problem.partition, tiles, self.problem.precision)
 
 
 def forward_launches(target: str, problem: Problem, tile: Tile, with_lse: bool = False) -> list[Launch]:
     """The launch of the forward pass."""
-    with _recording(target, problem) as launches:
-        Tensors(problem).forward(tile, with_lse)
-    return launches
+    tensors = Tensors(problem)
+    planned = plan.forward(
+        _layouts(tensors.of_forward(with_lse)), tensors.scale, problem.partition, tile, problem.precision
+    )
+    return [Launch.of(each, target, problem) for each in planned]
 
 
 def backward_launches(target: str, problem: Problem, tiles: BackwardTiles) -> list[Launch]:
     """The launches of the backward pass."""
-    with _recording(target, problem) as launches:
-        tensors = Tensors(problem)
-        tensors.backward(tiles, tensors.partials(tiles))
-    return launches
+    tensors = Tensors(problem)
+    given = tensors.of_backward(tensors.partials(tiles))
+    planned = plan.backward(_layouts(given), tensors.scale, problem.partition, tiles, problem.precision)
+    return [Launch.of(each, target, problem) for each in planned]
 
 
 def pass_launches(target: str, problem: Problem, pass_: str, training: bool = False) -> list[Launch]:
@@ -238,60 +248,29 @@ def pass_launches(target: str, problem: Problem, pass_: str, training: bool = Fa
     backward = tiles.backward(target, *problem.sizes)
     if pass_ == "backward":
         return backward_launches(target, problem, backward)
-    with_lse = training and not launch.in_one_kernel(backward, problem.partition)
+    with_lse = training and not plan.in_one_kernel(backward, problem.partition)
     return forward_launches(target, problem, tiles.lookup(target, "forward", *problem.sizes), with_lse)
 
 
-def compile_launch(launch: Launch, cache: Path) -> Any:
+def compile_launch(launched: Launch, cache: Path) -> Any:
     """Triton's compiled kernel; `cache` is where Triton keeps what it compiled before."""
-    source = ASTSource(launch.kernel, launch.signature, launch.constants, launch.attributes)
     with knobs.cache.scope():
         knobs.cache.dir = str(cache)
-        return triton.compile(source, target=gpu_target(launch.target), options=launch.options)
+        return launch.compile(launched.planned, gpu_target(launched.target))
 
 
-def use_driver(stub: Any = None) -> None:
-    """Launch by a stub of a driver, or by that of this machine's GPU, and forget what was compiled for another."""
-    driver.set_active(stub)
-    for kernel in vars(launch).values():
-        if isinstance(kernel, JITFunction):
-            kernel.device_caches.clear()
-
-
-@contextmanager
-def _recording(target: str, problem: Problem) -> Iterator[list[Launch]]:
-    """Kernels launched inside are recorded instead, under a driver that knows the name of its device only."""
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        raise RuntimeError("kernels are interpreted in this process: unset TRITON_INTERPRET to compile them")
-    named = {"get_current_target": lambda: gpu_target(target), "get_current_device": lambda: 0}
-    use_driver(SimpleNamespace(**named, get_current_stream=lambda device: 0))
-    launches = list[Launch]()
-    run, calls = JITFunction.run, list[tuple[tuple[int, ...], tuple[tuple[str, int], ...]]]()
-
-    def run_without_launch(kernel: Any, *args: Any, grid: tuple[int, ...], warmup: bool, **kwargs: Any) -> Any:
-        if any(programs > limit for programs, limit in zip(grid, GRID_LIMITS, strict=False)):
-            raise ValueError(f"{kernel.fn.__name__}: a grid of {grid} programs is beyond the limits {GRID_LIMITS}")
-        calls.append((grid, tuple(_integers(zip(kernel.arg_names, args, strict=False)))))
-        return run(kernel, *args, grid=grid, warmup=True, **kwargs)
-
-    def record(*, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
-        options = json.loads(compile["specialization_data"])["options"]
-        options = {name: tuples(value) for name, value in options.items()}
-        specialised = compile["signature"], compile["constants"], compile["configs"][0], options
-        launches.append(Launch(fn.module, fn.name, target, problem, *specialised, *calls[-1]))
-        return True  # do not compile
-
-    with patch.object(JITFunction, "run", run_without_launch), knobs.runtime.scope():
-        knobs.runtime.jit_cache_hook = record
-        yield launches
+def _layouts(tensors: Iterable[Tensor | None]) -> tuple[plan.Layout | None, ...]:
+    """Of tensors without memory, which pass for aligned ones."""
+    return tuple(None if x is None else plan.Layout(tuple(x.shape), x.stride(), x.dtype, True) for x in tensors)
 
 
 def _integers(arguments: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, int]]:
     """The integers among a kernel's arguments and in its named tuples."""
     for name, value in arguments:
-        if isinstance(value, int):
-            yield name, value
-        elif isinstance(value, tuple) and (fields := getattr(value, "_fields", None)):
+        number = value.value if isinstance(value, tl.constexpr) else value
+        if type(number) is int:
+            yield name, number
+        elif fields := getattr(value, "_fields", None):
             yield from _integers((f"{name}.{field}", part) for field, part in zip(fields, value, strict=True))
 
 

@@ -136,27 +136,35 @@ def change(ratio: float) -> str:
 # -- compilers ---------------------------------------------------------------------------------------------------------
 
 
+def add_jobs(parser: argparse.ArgumentParser) -> None:
+    """What `pool` is given."""
+    what = "compilers at a time (default: one a core)"
+    parser.add_argument("--jobs", type=positive, default=os.cpu_count(), metavar="N", help=what)
+
+
 def add_compilers(parser: argparse.ArgumentParser) -> None:
     """What `compilers` reads, and how tables are shown."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "isa_triton"
+    add_jobs(parser)
     add = parser.add_argument
-    add("--jobs", type=positive, default=os.cpu_count(), metavar="N", help="compilers at a time (default: one a core)")
     add("--cache", type=Path, default=cache, metavar="DIR", help=f"kernels and their figures (default: {cache})")
     terminal.add_arguments(parser)
+
+
+def pool(jobs: int) -> ProcessPoolExecutor:
+    """Processes that compile; nobody is started before there is work."""
+    return ProcessPoolExecutor(jobs, mp_context=get_context("spawn"))
 
 
 @contextmanager
 def compilers(args: argparse.Namespace, said: Terminal, dump: Path | None = None) -> Iterator[Binaries]:
     """Binaries as `add_compilers` says, on processes of their own, with a bar for as long as they are wanted."""
     said.say(f"Binaries and their figures are kept in {args.cache}")
-    with (
-        said.progress("binaries") as bar,
-        ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool,  # starts nobody before there is work
-    ):
+    with said.progress("binaries") as bar, pool(args.jobs) as processes:
         try:
-            yield Binaries(args.cache, pool, dump, bar)
+            yield Binaries(args.cache, processes, dump, bar)
         except KeyboardInterrupt:
-            pool.shutdown(cancel_futures=True)
+            processes.shutdown(cancel_futures=True)
             raise
 
 

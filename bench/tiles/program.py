@@ -123,13 +123,13 @@ def work(loops: tuple[Loop, ...], ops: tuple[Op, ...], launch: Launch) -> Work:
     lanes = columns = unmasked = 0.0  # bytes of tiles: of all lanes, of channels that exist, and of these in pixels
     distinct = set[tuple[str, str, int]]()
     for kind, shape, itemsize, argument, nest in ops:
-        times = prod(launch.grid) * often(nest)
+        times = launch.programs * often(nest)
         if kind == "dot":
             flops += 2 * prod(shape) * times
         elif argument in PAIRS:
             pairs = prod(_filled(partition.tokens, partition.tokens, block) * block for block in shape)
             others += times * itemsize * pairs
-            tables = dict(launch.integers)["slots"] if argument == "partials" else 1
+            tables = launch.integers["slots"] if argument == "partials" else 1
             distinct.add((kind, argument, tables * problem.heads * partition.tokens**2 * itemsize))
         elif len(shape) == 1:
             others += times * itemsize * shape[0] * _filled(tokens, partition.tokens, shape[0])
@@ -152,7 +152,7 @@ KEY_WIDE = ("q", "k", "dq", "dk")  # arguments of the key width; other maps have
 
 def repeats(loops: Iterable[Loop], launch: Launch) -> Callable[[Nest], float]:
     """How often a program of a launch runs what stands in some of the loops: the mean over all programs."""
-    values = {**dict(launch.integers), "program": np.arange(prod(launch.grid))}
+    values = {**launch.integers, "program": np.arange(launch.programs)}
     trips = [loop.trips(values) for loop in loops]
     return lambda nest: prod(trips[loop] for loop in nest)
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -132,7 +131,7 @@ def _facts(kernel: Kernel) -> Iterator[tuple[str, Any, str]]:
         yield name, str(n), ""
     yield "tile from", launch.origin, ""
     yield "", "", ""
-    yield "grid", f"{prod(launch.grid)} CTAs of {binary.warps} warps", ""
+    yield "grid", f"{launch.programs} CTAs of {binary.warps} warps", ""
     yield "registers per thread", binary.registers, ""
     yield "spills, bytes/accesses", f"{binary.spill_bytes}/{binary.spill_accesses}", ""
     yield "shared memory, bytes", binary.shared, ""
@@ -219,7 +218,7 @@ class Kernel:
         launch, prediction, work = self.launch, self.prediction, self.prediction.work
         resources = "registers", "spill_bytes", "spill_accesses", "shared", "tensor_columns", "warps", "ctas_per_sm"
         return {
-            "kernel": launch.label, "key": launch.key, "grid": launch.grid,
+            "kernel": launch.label, "key": launch.key, "programs": launch.programs,
             "tile": named(launch.tile), "tile_from": launch.origin,
             **{name: getattr(self.binary, name) for name in resources}, "limited_by": self.limiter,
             "occupancy": self.occupancy, "instructions": self.instructions(), "violations": self.violations,

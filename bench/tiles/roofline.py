@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from dataclasses import dataclass
-from math import ceil, inf, prod
+from math import ceil, inf
 from typing import NamedTuple
 
 from bench.tiles.assembly import Stretch
@@ -97,7 +97,7 @@ def predict(launch: Launch, binary: Binary, machine: Machine) -> Prediction:
     """
     if not binary.ctas_per_sm:
         raise ValueError(f"no CTA of {launch.name} fits on an SM of {machine.name}")
-    ctas, asked = prod(launch.grid), work(binary.loops, binary.ops, launch)
+    ctas, asked = launch.programs, work(binary.loops, binary.ops, launch)
     most = ceil(ctas / machine.sms)  # CTAs of the busiest SM
     waves = ceil(most / binary.ctas_per_sm)
     executions = repeats(binary.loops, launch)

@@ -10,15 +10,12 @@ import argparse
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from math import inf
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
-from triton.runtime.jit import JITFunction
 
 from bench import measure, records
 from bench.arguments import positive
@@ -39,11 +36,11 @@ from bench.tiles.compile import (
     named,
     pass_launches,
     shipped_entry,
-    use_driver,
 )
 from bench.tiles.roofline import Machine, Prediction, predict
 from isa_triton import tiles
-from isa_triton.backend.kernels.launch import padded
+from isa_triton.backend.kernels import launch, plan
+from isa_triton.backend.kernels.plan import padded
 from isa_triton.tiles import ARITHMETIC, BackwardTiles, Entry, Tile
 
 LARGEST = {"block_m": 256, "block_n": 256, "block_k": 512, "block_v": 512, "num_warps": 16, "num_stages": 5}
@@ -144,28 +141,24 @@ class Task:
         return BackwardTiles(group, queries=tile, keys=tile, values=values, pairs=tile)
 
     def seconds(self, tile: Tile) -> float:
-        """Median seconds on the GPU of this machine, for a tile that serves the problem, on normal numbers."""
-        launch = self.launch(tile)
-        assert launch is not None
-        use_driver()
+        """Median seconds on the GPU of this machine, for a tile that serves the problem, on normal numbers.
+
+        What other kernels of the pass write for this one comes from those that are shipped.
+        """
+        chosen = self.launch(tile)
+        assert chosen is not None
         tensors = Tensors(self.problem, lambda x: torch.randn(x.shape, device="cuda", dtype=x.dtype))
+        tensors.forward(tiles.lookup(self.gpu.target, "forward", *self.problem.sizes))
+        shipped = tiles.backward(self.gpu.target, *self.problem.sizes)
+        if self.step in PASSES["backward"] and not plan.in_one_kernel(shipped, self.problem.partition):
+            tensors.backward(shipped, tensors.partials(shipped))
         if self.step == "forward":
-            call = partial(tensors.forward, tile)
+            given = dict(zip(plan.FORWARD, tensors.of_forward(), strict=True))
         else:
-            first = tiles.lookup(self.gpu.target, "forward", *self.problem.sizes)
-            tensors.forward(first)  # out and lse are what they are
-            call = partial(tensors.backward, self.backward(tile), tensors.partials(self.backward(tile)))
-        call()  # and so is delta
-        run = JITFunction.run
-
-        def run_one(kernel: Any, *args: Any, **kwargs: Any) -> Any:
-            given = {name for name, value in zip(kernel.arg_names, args, strict=False) if value is not None}
-            if kernel.fn.__name__ == launch.name and given & {"dk", "dv"} == launch.writes:
-                return run(kernel, *args, **kwargs)
-            return None
-
-        with patch.object(JITFunction, "run", run_one):
-            return measure.seconds({"kernel": lambda: call() or ()}, rounds=ROUNDS, device="cuda")["kernel"]
+            partials = tensors.partials(self.backward(tile))
+            given = dict(zip(plan.BACKWARD, tensors.of_backward(partials), strict=True))
+        run = launch.bind(chosen.planned, given)
+        return measure.seconds({"kernel": lambda: run() or ()}, rounds=ROUNDS, device="cuda")["kernel"]
 
     @property
     def entry(self) -> Entry | None:
@@ -373,9 +366,9 @@ def search_pass(gpu: Machine, problem: Problem, pass_: str, binaries: Binaries, 
         if found := search(Task(gpu, problem, step), binaries, measured):
             tried[step] = found
     shipped = list[Finding]()
-    for launch in pass_launches(gpu.target, problem, pass_):
-        (found_now,) = findings(Task(gpu, problem, launch.step), [launch.tile], binaries)
-        shipped.append(replace(found_now, measured=found_now.task.seconds(launch.tile)) if measured else found_now)
+    for now in pass_launches(gpu.target, problem, pass_):
+        (found_now,) = findings(Task(gpu, problem, now.step), [now.tile], binaries)
+        shipped.append(replace(found_now, measured=found_now.task.seconds(now.tile)) if measured else found_now)
     return Search(gpu, problem, pass_, tried, choose(tried), shipped)
 
 

@@ -66,8 +66,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    said, problems = Terminal(args), _problems(args)
-    shipped = launches(args.targets, problems, args.dtypes)
+    said, chosen = Terminal(args), problems(args)
+    shipped = launches(args.targets, chosen, args.dtypes)
     with options.compilers(args, said, args.dump) as binaries:
         verdicts = binaries.verdicts(shipped)
     said.show(*(_table(target, [v for v in verdicts if v.launch.target == target], said.verbose)
@@ -86,7 +86,8 @@ def run(args: argparse.Namespace) -> None:
         sys.exit(1)
 
 
-def _problems(args: argparse.Namespace) -> list[Problem]:
+def problems(args: argparse.Namespace) -> list[Problem]:
+    """Those that --shapes names, or the one that --tokens and the rest say."""
     described = options.given(args)
     if described and args.shapes:
         raise argparse.ArgumentError(None, f"--shapes names problems, and {described} describes another: give one")
@@ -118,7 +119,7 @@ def _as_dict(verdict: Verdict) -> dict[str, Any]:
     return {
         "target": launch.target, "shape": problem.name, "tokens": problem.partition.tokens,
         **{name: getattr(problem, name) for name in ("key_width", "value_width", "heads", "bias", "dtype")},
-        "kernel": launch.name, "key": launch.key, "grid": launch.grid,
+        "kernel": launch.name, "key": launch.key, "programs": launch.programs,
         "tile": named(launch.tile), "tile_from": launch.origin,
         **({} if binary is None else asdict(binary)),
         "accesses": [] if binary is None else [access._asdict() for access in binary.accesses],

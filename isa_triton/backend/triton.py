@@ -55,7 +55,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, call: Call) ->
 
     q, k, v, bias = map(_in_memory, (q, k, v, bias))
     out, lse = empty_outputs(q, v, call.with_lse)
-    kept_lse, precision = lse if call.with_lse else None, _precision(q.dtype, q.device)
+    kept_lse, precision = lse if call.with_lse else None, precision_of(q.dtype, q.device)
     tile = _forward_tile(*_problem(q, v, bias, call.partition))
     with _on(q.device):
         launch.forward(q, k, v, bias, out, kept_lse, call.scale, call.partition, tile, precision)
@@ -74,15 +74,15 @@ def backward(
     call: Call,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv and dbias, by one kernel or in passes; out and lse are needed where `keeps_output` says so."""
-    from .kernels import launch
+    from .kernels import launch, plan
 
     q, k, v, bias, do, dlse = map(_in_memory, (q, k, v, bias, do, dlse))
     dq, dk, dv, dbias = empty_gradients(q, k, v, bias)
     chosen = _backward_tiles(*_problem(q, v, bias, call.partition))
-    delta, precision = None if lse is None else torch.empty_like(lse), _precision(q.dtype, q.device)
+    delta, precision = None if lse is None else torch.empty_like(lse), precision_of(q.dtype, q.device)
     partials = None
     if bias is not None:
-        shape = launch.bias_partials_shape(q.shape[0], q.shape[3], call.partition, chosen)
+        shape = plan.bias_partials_shape(q.shape[0], q.shape[3], call.partition, chosen)
         partials = q.new_empty(shape, dtype=torch.float32)
     with _on(q.device):
         launch.backward(
@@ -92,6 +92,60 @@ def backward(
     if partials is not None:
         dbias.copy_(partials.sum(0))
     return dq, dk, dv, dbias
+
+
+class Replay:
+    """A call that was made, for tensors that differ from its own in what they hold only: nothing is chosen again.
+
+    Args:
+        q, k, v, bias, call: as of `forward`.
+    """
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, call: Call) -> None:
+        from .kernels import launch
+
+        self.call, self.rest = call, (call.scale, call.partition, precision_of(q.dtype, q.device))
+        self.chosen = _backward_tiles(*_problem(q, v, bias, call.partition))
+        tile = _forward_tile(*_problem(q, v, bias, call.partition))
+        out, lse = empty_outputs(q, v, call.with_lse)
+        scale, partition, precision = self.rest
+        with _on(q.device):
+            tensors = q, k, v, bias, out, lse if call.with_lse else None
+            self.launch = launch.Replay(tensors, scale, partition, tile, precision)
+
+    def is_here(self) -> bool:
+        """Whether the current device is that of the call."""
+        return self.launch.is_here()
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """out and lse, if the call is with lse."""
+        out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+        lse = torch.empty(q.shape[:4], dtype=torch.float32, device=q.device) if self.call.with_lse else None
+        self.launch((q, k, v, bias, out, lse))
+        return out, lse
+
+    def backward(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Any, lse: Any, do: Tensor) -> Any:
+        """dq, dk, dv and dbias or None; saved tensors may come back in other layouts, by a hook."""
+        from .kernels import launch, plan
+
+        dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+        delta = None if lse is None else torch.empty_like(lse)
+        partials = None
+        if bias is not None:
+            shape = plan.bias_partials_shape(q.shape[0], q.shape[3], self.call.partition, self.chosen)
+            partials = torch.empty(shape, dtype=torch.float32, device=q.device)
+        scale, partition, precision = self.rest
+        launch.backward(
+            q, k, v, bias, out, lse, do, None, dq, dk, dv, delta, partials, scale, partition, self.chosen, precision
+        )
+        return dq, dk, dv, None if partials is None else partials.sum(0).to(q.dtype)
+
+
+def can_replay(q: Tensor) -> bool:
+    """Whether there is anything to launch, and to a device."""
+    from .kernels import launch
+
+    return not launch.INTERPRETED and q.numel() > 0
 
 
 def _in_memory(x: Any) -> Any:
@@ -151,13 +205,22 @@ def _longest_group_of(target: str, arithmetic: str, key_width: int, value_width:
 
 def _arithmetic(dtype: torch.dtype, device: torch.device) -> str:
     """The dtype as `tiles` names it."""
-    return "tf32" if _precision(dtype, device) == "tf32" else str(dtype).removeprefix("torch.")
+    return "tf32" if precision_of(dtype, device) == "tf32" else str(dtype).removeprefix("torch.")
 
 
-def _precision(dtype: torch.dtype, device: torch.device) -> str:
+def precision_of(dtype: torch.dtype, device: torch.device) -> str:
     """How products of fp32 are multiplied: as torch's own matmul precision says, where the device has tf32."""
     allowed = dtype == torch.float32 and device.type == "cuda" and torch.version.hip is None
     return "tf32" if allowed and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def forget() -> None:
+    """Forget what was looked up and compiled."""
+    from .kernels import launch
+
+    for looked_up in (_forward_tile, _backward_tiles, _longest_group_of):
+        looked_up.cache_clear()
+    launch.forget()
 
 
 def target_of(device: torch.device) -> str:

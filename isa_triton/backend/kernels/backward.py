@@ -56,7 +56,7 @@ def store_sum(partials, index, query, key, values):
     tl.store(pointer, values, exists)
 
 
-@triton.jit(do_not_specialize=["items", "slots"])
+@triton.jit
 def backward_group_kernel(
     q, k, v, bias, do, dlse, dq, dk, dv, partials, scale, heads, items, slots, h, w,
     K: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
@@ -261,7 +261,7 @@ def backward_keys_kernel(
             store(rows(dv, key), 0, dv_acc, V, WIDTH_V)
 
 
-@triton.jit(do_not_specialize=["items", "slots"])
+@triton.jit
 def backward_pairs_kernel(
     q, k, v, bias, lse, delta, do, partials, scale, heads, items, slots, h, w,
     K: tl.constexpr, V: tl.constexpr,

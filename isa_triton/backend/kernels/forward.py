@@ -68,7 +68,7 @@ def forward_kernel(
         tl.store(rows(lse, query).pointer, log_sum_exp(row_max, row_sum, bias), query.inside)
 
 
-@triton.jit(do_not_specialize=["items", "slots"])
+@triton.jit
 def forward_group_kernel(
     q, k, v, bias, out, lse, scale, heads, items, slots, h, w,
     K: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,

@@ -7,27 +7,36 @@ Tensors are anything with `shape`, `stride()` and a data pointer, on the current
     lse, dlse, delta   [B, H, W, heads]              fp32
     bias               [heads, tokens, tokens]       any float
     dbias_partials     [slots, heads, tokens, tokens], contiguous, fp32
+
+What a call launches is planned and compiled once for its layouts, sizes and tiles; after that a call is a look-up and
+the launches themselves. Triton's own `kernel[grid](...)` takes several times as long, to find out what we know.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any
 
-import triton.language as tl
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
 
-from isa_triton.backend.kernels.backward import (
-    backward_group_kernel,
-    backward_keys_kernel,
-    backward_pairs_kernel,
-    backward_queries_kernel,
-)
+from isa_triton.backend.kernels import plan
 from isa_triton.backend.kernels.common import Pairs, Pixels
-from isa_triton.backend.kernels.forward import forward_group_kernel, forward_kernel
-from isa_triton.partition import Axis, Partition, ceil_div
+from isa_triton.backend.kernels.forward import forward_kernel
+from isa_triton.backend.kernels.plan import Launch, Layout, Pointer
+from isa_triton.partition import Partition
 from isa_triton.tiles import BackwardTiles, Tile
 
-PARTIAL_SUMS = (
-    1024  # programs that take maps and groups in turns, for a bias or its gradient: about what a device holds
-)
+INTERPRETED = not isinstance(forward_kernel, JITFunction)
+Tensors = tuple[Any | None, ...]
+Planned = Callable[..., Iterator[Launch]]
+_NAMES: dict[Planned, tuple[str, ...]] = {plan.forward: plan.FORWARD, plan.backward: plan.BACKWARD}
+_BINARIES: dict[Any, Any] = {}
 
 
 def forward(
@@ -40,24 +49,7 @@ def forward(
         tile: a group of at most `tile.block_n` tokens is one block of keys.
         precision: of products of fp32, as `tl.dot` names it: "ieee", "tf32" or "tf32x3".
     """
-    maps, heads = q.shape[0], q.shape[3]
-    programs = maps * partition.groups * heads * ceil_div(partition.tokens, tile.block_m)
-    if not programs:
-        return
-    if bias is not None and partition.tokens <= tile.block_m == tile.block_n:
-        items = maps * partition.groups
-        slots = min(items, max(1, PARTIAL_SUMS // heads))
-        forward_group_kernel[(slots * heads,)](
-            _pixels(q), _pixels(k), _pixels(v), _pairs(bias), _pixels(out), _pixels(lse), float(scale), heads, items,
-            slots, *_axes(partition), BLOCK=tile.block_n, BLOCK_K=tile.block_k, BLOCK_V=tile.block_v,
-            **_constants(q, v, tile, precision),
-        )  # fmt: skip
-    else:
-        forward_kernel[(programs,)](
-            _pixels(q), _pixels(k), _pixels(v), _pairs(bias), _pixels(out), _pixels(lse), float(scale), heads,
-            *_axes(partition), ONE_BLOCK=partition.tokens <= tile.block_n, **_blocks(tile),
-            **_constants(q, v, tile, precision),
-        )  # fmt: skip
+    _launch(plan.forward, (q, k, v, bias, out, lse), scale, partition, tile, precision)
 
 
 def backward(
@@ -68,110 +60,133 @@ def backward(
     """Write dq, dk, dv and partial sums of dbias, which the caller adds over their first dimension.
 
     Args:
-        out, lse: what forward wrote; like delta, not looked at where `in_one_kernel` holds.
+        out, lse: what forward wrote; like delta, not looked at where `plan.in_one_kernel` holds.
         dlse: the gradient of lse, or None for zero.
         delta: scratch.
-        dbias_partials: of the shape that `bias_partials_shape` says, or None where dbias is not wanted.
+        dbias_partials: of the shape that `plan.bias_partials_shape` says, or None where dbias is not wanted.
         precision: as in `forward`.
     """
-    heads, items = q.shape[3], q.shape[0] * partition.groups
-    slots = items if dbias_partials is None else dbias_partials.shape[0]
-    if not items * heads:
+    tensors = q, k, v, bias, out, lse, do, dlse, dq, dk, dv, delta, dbias_partials
+    _launch(plan.backward, tensors, scale, partition, tiles, precision)
+
+
+class Replay:
+    """`forward` on the current device for tensors laid out as these are, all of it settled but the tensors.
+
+    Args:
+        tensors: those of `forward`.
+        rest: what `forward` takes beside them.
+    """
+
+    def __init__(self, tensors: Tensors, *rest: Any) -> None:
+        self.device = driver.active.get_current_device()
+        self.launches = _bound(plan.forward, self.device, tuple(map(layout, tensors)), *rest)
+
+    def is_here(self) -> bool:
+        """Whether its device is the current one."""
+        return driver.active.get_current_device() == self.device
+
+    def __call__(self, tensors: Tensors) -> None:
+        """Launch, where `is_here` holds."""
+        stream = driver.active.get_current_stream(self.device)
+        for bound in self.launches:
+            bound(tensors, stream)
+
+
+def layout(x: Any | None) -> tuple[Any, ...] | None:
+    """A tensor's `plan.Layout`, as a plain tuple, which takes half the time."""
+    return None if x is None else (x.shape, x.stride(), x.dtype, not x.data_ptr() % 16)
+
+
+def _launch(planned: Planned, tensors: Tensors, *rest: Any) -> None:
+    layouts = tuple(map(layout, tensors))
+    if INTERPRETED:
+        for launch in _planned(planned, layouts, *rest):
+            interpret(launch, dict(zip(_NAMES[planned], tensors, strict=True)))
         return
-    inputs = _pixels(q), _pixels(k), _pixels(v), _pairs(bias)
-    partials = None if dbias_partials is None else _pairs(dbias_partials.flatten(0, 1))
-    do, dlse, dq, dk, dv = map(_pixels, (do, dlse, dq, dk, dv))
-    scaling = float(scale), heads
-
-    if in_one_kernel(tiles, partition):
-        tile = tiles.group or tiles.keys
-        backward_group_kernel[(slots * heads,)](
-            *inputs, do, dlse, dq, dk, dv, partials, *scaling, items, slots, *_axes(partition),
-            BLOCK=tile.block_m, BLOCK_K=tile.block_k, BLOCK_V=tile.block_v, **_constants(q, v, tile, precision),
-        )  # fmt: skip
-        return
-
-    out, lse, delta = map(_pixels, (out, lse, delta))
-    width_k, width_v = padded(q.shape[4]), padded(v.shape[4])
-    tile = tiles.queries
-    backward_queries_kernel[(items * heads * ceil_div(partition.tokens, tile.block_m),)](
-        *inputs, out, lse, do, dlse, dq, delta, *scaling, *_axes(partition),
-        WIDTH_K=width_k, ONE_BLOCK=partition.tokens <= tile.block_n, **_blocks(tile),
-        **_constants(q, v, tile, precision),
-    )  # fmt: skip
-    passes = [(tiles.keys, dk, dv)] if tiles.values is None else [(tiles.keys, dk, None), (tiles.values, None, dv)]
-    for tile, *outputs in passes:
-        backward_keys_kernel[(items * heads * ceil_div(partition.tokens, tile.block_n),)](
-            *inputs, lse, delta, do, *outputs, *scaling, *_axes(partition),
-            WIDTH_K=width_k, WIDTH_V=width_v, ONE_BLOCK=partition.tokens <= tile.block_m, **_blocks(tile),
-            **_constants(q, v, tile, precision),
-        )  # fmt: skip
-    if partials is not None:
-        tile = tiles.pairs
-        backward_pairs_kernel[(slots * heads * _blocks_of_pairs(tiles, partition),)](
-            *inputs, lse, delta, do, partials, *scaling, items, slots, *_axes(partition),
-            **_blocks(tile), **_constants(q, v, tile, precision),
-        )  # fmt: skip
+    device = driver.active.get_current_device()
+    stream = driver.active.get_current_stream(device)
+    for bound in _bound(planned, device, layouts, *rest):
+        bound(tensors, stream)
 
 
-def in_one_kernel(tiles: BackwardTiles, partition: Partition) -> bool:
-    """Whether `backward` is one kernel, which needs q, k, v and bias only: the group fits in its block."""
-    return tiles.group is not None and partition.tokens <= tiles.group.block_m
+def _planned(planned: Planned, layouts: tuple[Any, ...], *rest: Any) -> Iterator[Launch]:
+    return planned(tuple(None if layout is None else Layout(*layout) for layout in layouts), *rest)
 
 
-def bias_partials_shape(maps: int, heads: int, partition: Partition, tiles: BackwardTiles) -> tuple[int, int, int, int]:
-    """Shape [slots, heads, tokens, tokens] of the partial sums of dbias: bounded, and the same on every device."""
-    slots = max(1, PARTIAL_SUMS // max(1, heads * _blocks_of_pairs(tiles, partition)))
-    return min(slots, maps * partition.groups), heads, partition.tokens, partition.tokens
+def compile(launch: Launch, target: GPUTarget) -> Any:
+    """Triton's compiled kernel, the binary of a launch for a target; no device is needed.
+
+    Raises:
+        RuntimeError: kernels are interpreted in this process.
+    """
+    if INTERPRETED:
+        raise RuntimeError("kernels are interpreted in this process: unset TRITON_INTERPRET to compile them")
+    source = ASTSource(launch.kernel, *launch.specialised(target))
+    return triton.compile(source, target=target, options=launch.options)
 
 
-def _blocks_of_pairs(tiles: BackwardTiles, partition: Partition) -> int:
-    if in_one_kernel(tiles, partition):
-        return 1
-    return ceil_div(partition.tokens, tiles.pairs.block_m) * ceil_div(partition.tokens, tiles.pairs.block_n)
+def bind(launch: Launch, tensors: dict[str, Any]) -> Callable[[], None]:
+    """A function that runs one launch on the current device and stream."""
+    device, given = driver.active.get_current_device(), tuple(tensors.values())
+    bound = _Bound(launch, tuple(tensors), device)
+    return lambda: bound(given, driver.active.get_current_stream(device))
 
 
-@lru_cache(maxsize=1024)
-def _axes(partition: Partition) -> tuple[Axis, ...]:
-    """The axes as kernels take them: the origin is a constant, so that only shifted windows test for y, x >= 0."""
-    return tuple(axis._replace(origin=tl.constexpr(axis.origin)) for axis in partition)
+def interpret(launch: Launch, tensors: dict[str, Any]) -> None:
+    """Run a launch in Triton's interpreter."""
+    launch.kernel[(launch.programs,)](**filled(launch, tensors))
 
 
-_UNITS = {unit: tl.constexpr(unit) for unit in (1, 2, 4, 8)}
+def filled(launch: Launch, tensors: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a launch, its tensors put in."""
+
+    def fill(argument: Any) -> Any:
+        pointer = getattr(argument, "data", None)
+        return argument._replace(data=tensors[pointer.name]) if isinstance(pointer, Pointer) else argument
+
+    return {name: fill(argument) for name, argument in launch.arguments.items()}
 
 
-def _unit(together: int, itemsize: int) -> int:
-    """The largest power of two, of at most 16 bytes, that divides all of some integers, given their bitwise or."""
-    return min(together & -together or 8, 16 // itemsize)
+class _Bound:
+    """A launch that is compiled and loaded; what is left is to put the tensors in."""
+
+    def __init__(self, launch: Launch, names: tuple[str, ...], device: int) -> None:
+        self.grid, self.compiled = (launch.programs, 1, 1), _compiled(launch, device)
+        self.run, self.arguments = self.compiled.run, list(launch.arguments.values())
+        self.tensors = [  # where each goes, which it is, and the strides that follow it
+            (at, names.index(value.data.name), value[1:])
+            for at, value in enumerate(self.arguments)
+            if isinstance(value, Pixels | Pairs)
+        ]
+
+    def __call__(self, tensors: Tensors, stream: int) -> None:
+        compiled, arguments = self.compiled, self.arguments.copy()
+        for at, which, numbers in self.tensors:
+            arguments[at] = (tensors[which], *numbers)
+        enter, leave, said = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook, None
+        if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):  # a profiler's
+            said = compiled.launch_metadata(self.grid, stream, *arguments)
+        else:
+            enter = leave = None
+        self.run(*self.grid, stream, compiled.function, compiled.packed_metadata, said, enter, leave, *arguments)
 
 
-def _pixels(tensor: Any | None) -> Pixels | None:
-    if tensor is None:
-        return None
-    batch, y, x, head, *channel = tensor.stride()
-    unit = _unit(batch | y | x | head, tensor.itemsize)
-    strides = batch // unit, y // unit, x // unit, head // unit
-    return Pixels(tensor, *strides, channel[0] if channel else 1, _UNITS[unit])
+@lru_cache(maxsize=4096)
+def _bound(planned: Planned, device: int, layouts: tuple[Any, ...], *rest: Any) -> tuple[_Bound, ...]:
+    return tuple(_Bound(launch, _NAMES[planned], device) for launch in _planned(planned, layouts, *rest))
 
 
-def _pairs(tensor: Any | None) -> Pairs | None:
-    if tensor is None:
-        return None
-    (head, query, key), tokens = tensor.stride(), tensor.shape[1]
-    unit = _unit(head | query | tokens, tensor.itemsize)
-    return Pairs(tensor, head // unit, query // unit, key, tokens // unit, _UNITS[unit])
+def forget() -> None:
+    """Forget what was compiled: for another driver in the place of this one."""
+    _bound.cache_clear()
+    _BINARIES.clear()
 
 
-def _blocks(tile: Tile) -> dict[str, int]:
-    return {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "BLOCK_V": tile.block_v}
-
-
-def _constants(q: Any, v: Any, tile: Tile, precision: str) -> dict[str, Any]:
-    """The rest of a kernel's constants and its options; contraction is said, as Triton's default is about to change."""
-    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "enable_fp_fusion": True}
-    return {"K": q.shape[4], "V": v.shape[4], "PRECISION": precision, **options}
-
-
-def padded(width: int) -> int:
-    """The width as a power of two that matrix units take."""
-    return max(16, 1 << (width - 1).bit_length())
+def _compiled(launch: Launch, device: int) -> Any:
+    """The binary on a device, one for all launches that differ in integers only."""
+    target = driver.active.get_current_target()
+    key = device, launch.kernel.fn.__name__, repr((*launch.specialised(target), launch.options))
+    if key not in _BINARIES:
+        _BINARIES[key] = compile(launch, target)
+    return _BINARIES[key]

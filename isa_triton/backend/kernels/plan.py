@@ -1,0 +1,228 @@
+"""From layouts, a partition and tiles to launches: which kernels run, on what grid, with which arguments.
+
+Nothing here needs a device or memory: tensors are seen as their `Layout`s, and a `Launch` says all that its binary
+depends on. What tensors hold is said in `launch`, which runs launches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
+
+from isa_triton.backend.kernels.backward import (
+    backward_group_kernel,
+    backward_keys_kernel,
+    backward_pairs_kernel,
+    backward_queries_kernel,
+)
+from isa_triton.backend.kernels.common import Pairs, Pixels
+from isa_triton.backend.kernels.forward import forward_group_kernel, forward_kernel
+from isa_triton.partition import Axis, Partition, ceil_div
+from isa_triton.tiles import BackwardTiles, Tile
+
+PARTIAL_SUMS = (
+    1024  # programs that take maps and groups in turns, for a bias or its gradient: about what a device holds
+)
+FORWARD = ("q", "k", "v", "bias", "out", "lse")  # the tensors of a pass, in the order of their layouts
+BACKWARD = ("q", "k", "v", "bias", "out", "lse", "do", "dlse", "dq", "dk", "dv", "delta", "partials")
+Path = tuple[int, ...]  # to an argument, or to a part of one
+ELEMENTS = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "float64": "fp64"}  # by Triton's names
+
+
+class Layout(NamedTuple):
+    """All of a tensor but what it holds and where; `aligned` says that its first element lies at a multiple of 16."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: Any  # PyTorch's
+    aligned: bool
+
+
+Layouts = tuple[Any, ...]  # of a pass's tensors, each a `Layout`, or None where there is no tensor
+
+
+class Pointer(NamedTuple):
+    """A tensor's place among the arguments of a launch, and what a compiler may assume of it."""
+
+    name: str  # of the tensor
+    element: str  # Triton's name of its dtype
+    aligned: bool  # to 16 bytes
+    near: bool  # every element lies within 2 GiB
+
+
+class Launch(NamedTuple):
+    """A launch of a kernel, its tensors left open.
+
+    Attributes:
+        kernel: of `forward` or `backward`.
+        programs: of its grid, which has one axis.
+        arguments: by name and in the kernel's order; tensors are `Pixels` or `Pairs` whose data is a `Pointer`.
+        options: of the compiler.
+    """
+
+    kernel: Any
+    programs: int
+    arguments: dict[str, Any]
+    options: dict[str, Any]
+
+    def specialised(self, target: GPUTarget) -> tuple[dict[str, Any], dict[Path, Any], dict[Path, Any]]:
+        """What a binary of it depends on beside the options, as Triton takes it: types, constants and attributes.
+
+        A binary serves all integers but those that are constants here: which of them 16 divides, or are 1, is what
+        Triton would make another of, and resolutions are many. How rows are aligned is in the strides' unit. Of one
+        kind it matters: with tokens in rows of a multiple of 16, and in so many rows, a compiler finds a block's rows
+        and columns in fewer registers, without which some kernels spill.
+        """
+        types, constants, attributes = dict[str, Any](), dict[Path, Any](), dict[Path, Any]()
+        attributes_of = make_backend(target).parse_attr
+
+        def type_of(value: Any, path: Path) -> Any:
+            if isinstance(value, Pointer):
+                attributes[path] = attributes_of("D" * value.aligned + "S" * value.near)
+                return f"*{value.element}"
+            if isinstance(value, tuple):
+                return type(value)(*(type_of(part, (*path, i)) for i, part in enumerate(value)))
+            if isinstance(value, float):
+                return "fp32"
+            if type(value) is int and not self.kernel.params[path[0]].is_constexpr:
+                return "i32" if -(2**31) <= value < 2**31 else "i64"
+            constants[path] = value.value if isinstance(value, tl.constexpr) else value
+            return "constexpr"
+
+        for i, (name, value) in enumerate(self.arguments.items()):
+            types[name] = type_of(value, (i,))
+        for axis in ("w", "h"):
+            if self.arguments[axis].tokens % 16:
+                break
+            attributes[list(types).index(axis), Axis._fields.index("tokens")] = attributes_of("D")
+        return types, constants, attributes
+
+
+def forward(layouts: Layouts, scale: float, partition: Partition, tile: Tile, precision: str) -> Iterator[Launch]:
+    """The launch of the forward pass; its tensors are `FORWARD`."""
+    given = _given(FORWARD, layouts, scale, partition, precision)
+    maps, heads = layouts[0].shape[0], layouts[0].shape[3]
+    items = maps * partition.groups
+    if given["bias"] is not None and partition.tokens <= tile.block_m == tile.block_n:
+        slots = min(items, max(1, PARTIAL_SUMS // heads)) if heads else 0
+        given |= {"items": items, "slots": slots, "BLOCK": tile.block_n}
+        yield from _launch(forward_group_kernel, slots * heads, given, tile)
+    else:
+        given |= {"ONE_BLOCK": partition.tokens <= tile.block_n}
+        yield from _launch(forward_kernel, items * heads * ceil_div(partition.tokens, tile.block_m), given, tile)
+
+
+def backward(
+    layouts: Layouts, scale: float, partition: Partition, tiles: BackwardTiles, precision: str
+) -> Iterator[Launch]:
+    """The launches of the backward pass; its tensors are `BACKWARD`."""
+    given = _given(BACKWARD, layouts, scale, partition, precision)
+    maps, heads = layouts[0].shape[0], layouts[0].shape[3]
+    items, partials, tokens = maps * partition.groups, layouts[-1], partition.tokens
+    given |= {"items": items, "slots": items if partials is None else partials.shape[0]}
+    if in_one_kernel(tiles, partition):
+        tile = tiles.group or tiles.keys
+        yield from _launch(backward_group_kernel, given["slots"] * heads, given | {"BLOCK": tile.block_m}, tile)
+        return
+
+    given |= {"WIDTH_K": padded(given["K"]), "WIDTH_V": padded(given["V"])}
+    tile = tiles.queries
+    one_block = {"ONE_BLOCK": tokens <= tile.block_n}
+    yield from _launch(backward_queries_kernel, items * heads * ceil_div(tokens, tile.block_m), given | one_block, tile)
+    passes = [(tiles.keys, {})] if tiles.values is None else [(tiles.keys, {"dv": None}), (tiles.values, {"dk": None})]
+    for tile, left_out in passes:
+        more = {"ONE_BLOCK": tokens <= tile.block_m} | left_out
+        yield from _launch(backward_keys_kernel, items * heads * ceil_div(tokens, tile.block_n), given | more, tile)
+    if partials is not None:
+        programs = partials.shape[0] * heads * _blocks_of_pairs(tiles, partition)
+        yield from _launch(backward_pairs_kernel, programs, given, tiles.pairs)
+
+
+def in_one_kernel(tiles: BackwardTiles, partition: Partition) -> bool:
+    """Whether `backward` is one kernel, which needs q, k, v and bias only: the group fits in its block."""
+    return tiles.group is not None and partition.tokens <= tiles.group.block_m
+
+
+def bias_partials_shape(maps: int, heads: int, partition: Partition, tiles: BackwardTiles) -> tuple[int, int, int, int]:
+    """Shape [slots, heads, tokens, tokens] of the partial sums of dbias: bounded, and the same on every device."""
+    slots = max(1, PARTIAL_SUMS // max(1, heads * _blocks_of_pairs(tiles, partition)))
+    return min(slots, maps * partition.groups), heads, partition.tokens, partition.tokens
+
+
+def _blocks_of_pairs(tiles: BackwardTiles, partition: Partition) -> int:
+    if in_one_kernel(tiles, partition):
+        return 1
+    return ceil_div(partition.tokens, tiles.pairs.block_m) * ceil_div(partition.tokens, tiles.pairs.block_n)
+
+
+def padded(width: int) -> int:
+    """The width as a power of two that matrix units take."""
+    return max(16, 1 << (width - 1).bit_length())
+
+
+# -- arguments ---------------------------------------------------------------------------------------------------------
+
+
+def _launch(kernel: Any, programs: int, given: dict[str, Any], tile: Tile) -> Iterator[Launch]:
+    """Nothing for a grid of no programs. Contraction is said, as Triton's default is about to change."""
+    if programs:
+        blocks = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "BLOCK_V": tile.block_v}
+        options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "enable_fp_fusion": True}
+        yield Launch(kernel, programs, {name: (blocks | given)[name] for name in kernel.arg_names}, options)
+
+
+def _given(names: tuple[str, ...], layouts: Layouts, scale: float, partition: Partition, precision: str) -> Any:
+    """What all kernels are given, by the names of their arguments."""
+    views, given = {"bias": _pairs, "partials": _pairs}, zip(names, layouts, strict=True)
+    tensors = {name: None if of is None else views.get(name, _pixels)(_pointer(name, of), of) for name, of in given}
+    (*_, heads, key_width), (*_, value_width) = layouts[0].shape, layouts[2].shape
+    h, w = (_axis(axis, whole=partition.groups == 1) for axis in partition)
+    numbers = {"scale": float(scale), "heads": _one(heads), "h": h, "w": w}
+    return tensors | numbers | {"K": key_width, "V": value_width, "PRECISION": precision}
+
+
+def _one(n: int) -> Any:
+    """An integer that a layer has for all its maps: 1 is a constant, which saves registers."""
+    return tl.constexpr(1) if n == 1 else n
+
+
+@lru_cache(maxsize=1024)
+def _axis(axis: Axis, whole: bool) -> Axis:
+    """An axis as kernels take it: the origin is a constant, so that only shifted windows test for y, x >= 0.
+
+    Args:
+        axis: of a partition.
+        whole: the map is one group.
+    """
+    groups = _one(axis.groups) if whole else axis.groups
+    group_stride, token_stride, origin = _one(axis.group_stride), _one(axis.token_stride), tl.constexpr(axis.origin)
+    return axis._replace(groups=groups, group_stride=group_stride, token_stride=token_stride, origin=origin)
+
+
+def _pointer(name: str, of: Layout) -> Pointer:
+    extent = 1 + sum((n - 1) * abs(stride) for n, stride in zip(of.shape, of.stride, strict=True))
+    return Pointer(name, ELEMENTS[str(of.dtype).removeprefix("torch.")], of.aligned, extent * of.dtype.itemsize < 2**31)
+
+
+def _unit(together: int, itemsize: int) -> int:
+    """The largest power of two, of at most 16 bytes, that divides all of some integers, given their bitwise or."""
+    return min(together & -together or 8, 16 // itemsize)
+
+
+def _pixels(pointer: Pointer, of: Layout) -> Pixels:
+    batch, y, x, head, *channel = of.stride
+    unit = _unit(batch | y | x | head, of.dtype.itemsize)
+    strides = batch // unit, y // unit, _one(x // unit), _one(head // unit)
+    return Pixels(pointer, *strides, _one(channel[0] if channel else 1), tl.constexpr(unit))
+
+
+def _pairs(pointer: Pointer, of: Layout) -> Pairs:
+    *_, head, query, key = of.stride  # of partials, which are contiguous, heads of the next slot follow
+    tokens = of.shape[-1]
+    unit = _unit(head | query | tokens, of.dtype.itemsize)
+    return Pairs(pointer, head // unit, query // unit, _one(key), tokens // unit, tl.constexpr(unit))
