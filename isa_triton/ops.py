@@ -29,19 +29,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, call: Call) 
     return _apply(_Attention, q, k, v, bias, call)
 
 
-def gradients(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    out: Tensor | None,
-    lse: Tensor | None,
-    do: Tensor,
-    dlse: Tensor | None,
-    call: Call,
-) -> Tensors:
-    """dq, dk, dv and dbias (of no elements where there is no bias), differentiable in their turn."""
-    return _apply(_AttentionBackward, q, k, v, bias, out, lse, do, dlse, call)
+def gradients(*tensors_and_call: Any) -> Tensors:
+    """dq, dk, dv and dbias, differentiable in their turn; takes and returns what `Backend.backward` does."""
+    return _apply(_AttentionBackward, *tensors_and_call)
 
 
 # -- operators: what a compiler keeps in its graph instead of the loop over chunks or the kernels ----------------------

@@ -6,8 +6,7 @@ more than the result and gradients, is its launches again, in a fraction of the 
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,14 +17,29 @@ from .backend.contract import Call
 from .partition import Partition
 
 MOST = 4096  # calls that are known at a time
-_KNOWN: dict[Hashable, triton.Replay] = {}
+
+
+class Key(NamedTuple):
+    """All that a call depends on beside what its tensors hold."""
+
+    tensors: tuple[Any, ...]  # shape, stride, dtype, device and alignment of each
+    partition: Partition
+    scale: Any
+    backend: str
+    with_lse: bool
+    recorded: bool  # for gradients
+    autocast: torch.dtype | None
+    precision: str | None  # of products of fp32
+
+
+_KNOWN: dict[Key, triton.Replay] = {}
 _SCALES = (float, int, type(None))
 
 
 def key(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, partition: Partition, scale: Any, backend: Any, with_lse: bool
-) -> Hashable | None:
-    """All that a call depends on beside what its tensors hold; None for a call that has to be made as any other."""
+) -> Key | None:
+    """The key of a call, or None if it has to be made as any other."""
     tensors = (q, k, v) if bias is None else (q, k, v, bias)
     if type(partition) is not Partition or type(scale) not in _SCALES or type(backend) is not str:
         return None
@@ -38,23 +52,23 @@ def key(
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     precision = triton.precision_of(q.dtype, q.device) if q.dtype == torch.float32 else None
     of_tensors = tuple([(x.shape, x.stride(), x.dtype, x.device, not x.data_ptr() % 16) for x in tensors])
-    return of_tensors, partition, scale, backend, with_lse, recorded, autocast, precision
+    return Key(of_tensors, partition, scale, backend, with_lse, recorded, autocast, precision)
 
 
-def again(key: Hashable, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Any] | None:
+def again(key: Key, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Any] | None:
     """The results of a call whose like was remembered; None where there was none, or another device is current."""
     known = _KNOWN.get(key)
     if known is None or not known.is_here():
         return None
-    return (_Again.apply(known, q, k, v, bias), None) if key[5] else known.forward(q, k, v, bias)  # type: ignore[index]
+    return (_Again.apply(known, q, k, v, bias), None) if key.recorded else known.forward(q, k, v, bias)
 
 
-def remember(key: Hashable, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, call: Call) -> None:
+def remember(key: Key, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, call: Call) -> None:
     """Know a call from now on, if it can be repeated."""
     if call.backend == "triton" and triton.can_replay(q):
         if len(_KNOWN) >= MOST:
             _KNOWN.clear()
-        with_lse = call.with_lse or (key[5] and triton.keeps_output(q, v, call.partition))  # type: ignore[index]
+        with_lse = call.with_lse or (key.recorded and triton.keeps_output(q, v, call.partition))
         _KNOWN[key] = triton.Replay(q, k, v, bias, call._replace(with_lse=with_lse))
 
 
