@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from triton.runtime.errors import OutOfResources
 
 from bench.__main__ import main
 from bench.terminal import Terminal
@@ -27,7 +29,7 @@ from bench.tiles.options import make_problem
 from bench.tiles.program import Op
 from bench.tiles.report import BOUNDS, Pass
 from bench.tiles.roofline import MACHINES
-from bench.tiles.search import Finding, Search, Task, choose, search, write
+from bench.tiles.search import Finding, Search, Task, choose, measure_finding, search, write
 from isa_triton import tiles
 from isa_triton.tiles import Tile
 from tests.compiling import run_compiling
@@ -200,6 +202,35 @@ def test_only_the_kernel_of_a_step_is_timed() -> None:
         *(f"dv {tokens} backward_keys_kernel dv" for tokens in (16, 64)),
         *(f"pairs {tokens} backward_pairs_kernel" for tokens in (16, 64)),
     ]
+
+
+@dataclass(frozen=True)
+class MeasuredTask(Task):
+    """On a GPU where tiles of four warps do not fit."""
+
+    def seconds(self, tile: Tile) -> float:
+        if tile.num_warps == 4:
+            raise OutOfResources(300000, 232448, "shared memory")
+        return 2e-6
+
+
+def test_a_tile_that_does_not_fit_is_a_row_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    task = MeasuredTask(H100, PROBLEM, "forward")
+    fits, large = (measure_finding(Finding(task, TILE._replace(num_warps=n), None, [], None)) for n in (8, 4))
+    assert (fits.seconds, fits.measured_on, fits.violations) == (2e-6, "a GPU", [])
+    assert large.measured is None
+    assert large.violations[0].startswith("does not fit on this GPU: out of resource: shared memory, Required: 300000")
+    assert fits.rank < large.rank
+
+
+def test_another_gpu_than_the_targets_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(command, "target_of", lambda device: "sm_80")
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    with pytest.raises(argparse.ArgumentError, match="this machine's GPU, which is sm_80, not sm_90"):
+        command.run(parser.parse_args(["--measure", "2"]))
 
 
 # -- the choice --------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from triton.runtime.errors import OutOfResources
 
 from bench import measure, records
 from bench.arguments import positive
@@ -41,6 +42,7 @@ from bench.tiles.roofline import Machine, Prediction, predict
 from isa_triton import tiles
 from isa_triton.backend.kernels import launch, plan
 from isa_triton.backend.kernels.plan import padded
+from isa_triton.backend.triton import target_of
 from isa_triton.tiles import ARITHMETIC, BackwardTiles, Entry, Tile
 
 LARGEST = {"block_m": 256, "block_n": 256, "block_k": 512, "block_v": 512, "num_warps": 16, "num_stages": 5}
@@ -68,6 +70,8 @@ def run(args: argparse.Namespace) -> None:
     gpu, problems, said = options.machine(args), _problems(args), Terminal(args)
     if args.measure and not torch.cuda.is_available():
         raise argparse.ArgumentError(None, "--measure needs a GPU on this machine, and torch finds none")
+    if args.measure and (here := target_of(torch.device("cuda"))) != gpu.target:
+        raise argparse.ArgumentError(None, f"--measure times on this machine's GPU, which is {here}, not {gpu.target}")
     if args.write:
         said.say(f"Entries go into {tiles.FOLDER}")
     searches, written = list[Search](), list[Path]()
@@ -233,6 +237,7 @@ class Finding:
     violations: list[str]
     prediction: Prediction | None
     measured: float | None = None  # seconds on a real GPU
+    measured_on: str | None = None  # which it is
 
     @property
     def seconds(self) -> float:
@@ -278,8 +283,17 @@ def search(task: Task, binaries: Binaries, measured: int = 0) -> list[Finding]:
         gained = before is None or before[0] > bool(best.violations) or best.seconds < (1 - GAIN) * before[2]
         candidates = [tile for tile in task.neighbours(best.tile) if tile not in tried] if gained else []
     ranked = sorted(tried.values(), key=lambda finding: finding.rank)
-    timed = [replace(finding, measured=task.seconds(finding.tile)) for finding in ranked[:measured]]
+    timed = [measure_finding(finding) for finding in ranked[:measured]]
     return sorted(timed + ranked[measured:], key=lambda finding: finding.rank)
+
+
+def measure_finding(finding: Finding) -> Finding:
+    """A finding with its time on the GPU of this machine, or with the reason why it has none there."""
+    try:
+        seconds = finding.task.seconds(finding.tile)
+    except OutOfResources as error:
+        return replace(finding, violations=[*finding.violations, f"does not fit on this GPU: {error}"])
+    return replace(finding, measured=seconds, measured_on=torch.cuda.get_device_name())
 
 
 def findings(task: Task, candidates: Iterable[Tile], binaries: Binaries) -> list[Finding]:
@@ -368,7 +382,7 @@ def search_pass(gpu: Machine, problem: Problem, pass_: str, binaries: Binaries, 
     shipped = list[Finding]()
     for now in pass_launches(gpu.target, problem, pass_):
         (found_now,) = findings(Task(gpu, problem, now.step), [now.tile], binaries)
-        shipped.append(replace(found_now, measured=found_now.task.seconds(now.tile)) if measured else found_now)
+        shipped.append(measure_finding(found_now) if measured else found_now)
     return Search(gpu, problem, pass_, tried, choose(tried), shipped)
 
 
@@ -401,7 +415,7 @@ def _entries(finding: Finding) -> list[dict[str, Any]]:
     evidence = {
         "us": round(1e6 * finding.seconds, 1),
         "how": "predicted" if finding.measured is None else "measured",
-        "gpu": finding.task.gpu.name,
+        "gpu": finding.measured_on or finding.task.gpu.name,
         "maps": [problem.maps, *problem.partition.size],
         "bound": getattr(finding.prediction, "bound", None),
         "registers": getattr(finding.binary, "registers", None),
