@@ -1,0 +1,103 @@
+"""Tiles that are timed: the kernel that is named runs and no other, and a tile that cannot run says why."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+
+import pytest
+import torch
+from triton.runtime.errors import OutOfResources
+
+from bench.tiles import search as command
+from bench.tiles.options import make_problem
+from bench.tiles.roofline import MACHINES
+from bench.tiles.search import Finding, Task, measure_finding
+from isa_triton.tiles import Tile
+from tests.compiling import run_compiling
+
+H100, PROBLEM = MACHINES["H100"], make_problem(64, 64, 64)
+TILE = Tile(64, 64, 32, 32, 4, 2)
+TIMED = """
+import torch
+from bench import measure, stand_in
+from bench.tiles import search
+from bench.tiles.compile import STEPS
+from bench.tiles.options import make_problem
+from bench.tiles.roofline import MACHINES
+from isa_triton import replays
+from isa_triton.backend.kernels import launch
+from isa_triton.tiles import Tile
+
+class Binary:
+    function = packed_metadata = None
+
+    def __init__(self, planned, target):
+        written = [name for name in ("dk", "dv") if planned.arguments.get(name) is not None]
+        self.run = lambda *args: launched.append(" ".join([planned.kernel.fn.__name__, *written]))
+
+def seconds(calls, **options):
+    launched.clear()
+    for call in calls.values():
+        call()
+    return dict.fromkeys(calls, 1.0)
+
+randn, measure.seconds, launch.compile = torch.randn, seconds, Binary
+torch.randn = lambda shape, device, dtype: randn(shape, dtype=dtype)
+for step in STEPS:
+    for tokens in (16, 64):
+        launched = []
+        replays.forget()
+        problem = make_problem(tokens, 16, 16, bias=True, maps=1)
+        task, tile = search.Task(MACHINES["H100"], problem, step), Tile(64 if step == "group" else 32, 32, 16, 16)
+        with stand_in.installed():
+            if task.launch(tile) is not None:
+                assert task.seconds(tile) == 1.0
+                print(step, tokens, *launched)
+"""
+
+
+@pytest.mark.slow
+def test_only_the_kernel_of_a_step_is_timed() -> None:
+    done = run_compiling("-c", TIMED)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        "forward 16 forward_group_kernel",
+        "forward 64 forward_kernel",
+        "group 16 backward_group_kernel dk dv",
+        "group 64 backward_group_kernel dk dv",
+        *(f"queries {tokens} backward_queries_kernel" for tokens in (16, 64)),
+        *(f"keys {tokens} backward_keys_kernel dk dv" for tokens in (16, 64)),
+        *(f"dk {tokens} backward_keys_kernel dk" for tokens in (16, 64)),
+        *(f"dv {tokens} backward_keys_kernel dv" for tokens in (16, 64)),
+        *(f"pairs {tokens} backward_pairs_kernel" for tokens in (16, 64)),
+    ]
+
+
+@dataclass(frozen=True)
+class MeasuredTask(Task):
+    """On a GPU where tiles of four warps do not fit."""
+
+    def seconds(self, tile: Tile) -> float:
+        if tile.num_warps == 4:
+            raise OutOfResources(300000, 232448, "shared memory")
+        return 2e-6
+
+
+def test_a_tile_that_does_not_fit_is_a_row_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    task = MeasuredTask(H100, PROBLEM, "forward")
+    fits, large = (measure_finding(Finding(task, TILE._replace(num_warps=n), None, [], None)) for n in (8, 4))
+    assert (fits.seconds, fits.measured_on, fits.violations) == (2e-6, "a GPU", [])
+    assert large.measured is None
+    assert large.violations[0].startswith("does not fit on this GPU: out of resource: shared memory, Required: 300000")
+    assert fits.rank < large.rank
+
+
+def test_another_gpu_than_the_targets_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(command, "target_of", lambda device: "sm_80")
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    with pytest.raises(argparse.ArgumentError, match="this machine's GPU, which is sm_80, not sm_90"):
+        command.run(parser.parse_args(["--measure", "2"]))
