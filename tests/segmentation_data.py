@@ -70,3 +70,54 @@ def voc(folder: Path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(f"{name}\n" for name in names))
     return folder
+
+
+COLOURS = ((128, 64, 128), (70, 70, 70), (0, 130, 180))  # of three classes of one's own
+CLASSES_TXT = {  # by what masks hold
+    "colours": "# what we label\nroad 128 64 128\nwall 70 70 70\n\nopen water 0 130 180\nignore 0 0 0\n",
+    "values": "road 0\nwall 7\nopen water 255\nignore 99\n",
+    "wide": "road 0\nwall 300\nopen water 65535\nignore 99\n",
+    "names": "road\nwall\nopen water\nignore 255\n",
+}
+NUMBERS = {"values": (0, 7, 255, 99), "wide": (0, 300, 65535, 99), "names": (0, 1, 2, 255)}  # the last is ignored
+
+
+def mask(choice: np.ndarray, kind: str) -> Image.Image:
+    """A mask of the classes 0 to 2, and of 3, which is ignored, as tools write them."""
+    rgb = np.array([*COLOURS, (0, 0, 0)], np.uint8)[choice]
+    if kind == "wide":
+        return Image.fromarray(np.array(NUMBERS[kind], np.uint16)[choice])
+    if kind in NUMBERS:
+        return Image.fromarray(np.array(NUMBERS[kind], np.uint8)[choice])
+    if kind == "palette":  # indices that are no classes' values
+        picture = Image.fromarray(np.array([9, 4, 30, 2], np.uint8)[choice])
+        palette = np.full((256, 3), 13, np.uint8)
+        palette[[9, 4, 30, 2]] = [*COLOURS, (0, 0, 0)]
+        picture.putpalette(palette.tobytes())
+        return picture
+    if kind == "RGBA":
+        return Image.fromarray(np.dstack([rgb, np.where(choice == 1, 0, 200).astype(np.uint8)]))
+    assert kind == "colours"
+    return Image.fromarray(rgb)
+
+
+def own(
+    folder: Path,
+    kinds: tuple[str, ...] = ("colours", "palette", "RGBA"),
+    ends: tuple[str, ...] = ("png", "JPG", "tif", "webp", "bmp"),
+    counts: tuple[int, int] = (5, 2),
+    listed: str = "colours",
+) -> Path:
+    """A data set of one's own, of blocks whose colours say their classes; masks of all kinds by turns, in PNGs."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "classes.txt").write_text(CLASSES_TXT[listed])
+    rng = np.random.default_rng(3)
+    for split, count in zip(("train", "val"), counts, strict=True):
+        for i in range(count):
+            choice = rng.integers(4, size=(H // 16, W // 16)).repeat(16, 0).repeat(16, 1)
+            choice[0] = 3
+            save(folder / "images" / split / f"scene {i}.{ends[i % len(ends)]}", colours(choice, 4).astype(np.uint8))
+            path = folder / "labels" / split / f"scene {i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            mask(choice, kinds[i % len(kinds)]).save(path)
+    return folder

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from bench.__main__ import main
 from bench.train import trainer
+from bench.train.data import DATA_SETS
 from bench.train.recipe import RECIPES, Recipe
 from isa_triton import ISAHead
 from isa_triton.models.ianet import IANet, fcn_head
@@ -45,7 +46,7 @@ def recipe(**changes: Any) -> Recipe:
         "partition_size": (2, 2),
     }
     name = changes.pop("data_set", "cityscapes")
-    return Recipe(data_set=name, **RECIPES[name] | mine | changes)
+    return Recipe(data_set=name, **RECIPES[name] | {"classes": DATA_SETS[name].classes} | mine | changes)
 
 
 if __name__ == "__main__":

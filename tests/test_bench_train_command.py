@@ -53,7 +53,7 @@ def wrong_labels() -> Iterator[tuple[np.ndarray, str]]:
     yield np.full(SIZE, 77, np.uint8), "must hold numbers of classes, got 77"
     yield (
         np.zeros((*SIZE, 3), np.uint8),
-        "must have one byte a pixel and the 80x48 pixels of a.jpg, got 80x48 of mode RGB",
+        "must have one number a pixel and the 80x48 pixels of a.jpg, got 80x48 of mode RGB",
     )
     yield np.zeros((4, 6), np.uint8), "got 6x4 of mode L"
 

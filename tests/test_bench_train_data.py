@@ -13,7 +13,7 @@ from torch import Tensor
 from torchvision import datasets, tv_tensors
 
 from bench.train import data as loading
-from bench.train.data import DATA_SETS, MEAN, STD, RandomSamples, flip, random_scale
+from bench.train.data import DATA_SETS, MEAN, STD, DataSet, RandomSamples, flip, random_scale
 from bench.train.recipe import IGNORED, InputError
 from tests import segmentation_data
 from tests.segmentation_data import IDS, SIZE, colours, save
@@ -47,9 +47,9 @@ def test_a_sample_is_a_function_of_the_seed_and_its_number(city: Path) -> None:
 def test_every_epoch_has_every_image_once_in_another_order(city: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stream, taken = samples(city), []
 
-    def load(image: Path, label: Path, classes: Tensor) -> tuple[Tensor, Tensor]:
+    def load(image: Path, label: Path, data: DataSet) -> tuple[Tensor, Tensor]:
         taken.append(stream.paths.index((image, label)))
-        return original(image, label, classes)
+        return original(image, label, data)
 
     original = loading.load
     monkeypatch.setattr(loading, "load", load)
@@ -64,7 +64,7 @@ def test_labels_move_with_their_images(city: Path) -> None:
     """What is left of the image's colour says which label there must be; outside the image there is none."""
     stream = samples(city, crop=(40, 100))
     palette = torch.tensor(colours(np.arange(len(IDS)), len(IDS)))  # of the classes that occur, in the order of IDS
-    classes = DATA_SETS["cityscapes"].classes[list(IDS)]
+    classes = torch.from_numpy(DATA_SETS["cityscapes"].classes.table)[list(IDS)]
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in (MEAN, STD))
     shares, outside = [], 0
     for n in range(12):
@@ -92,7 +92,7 @@ def test_scales_are_those_of_the_recipe() -> None:
 
 def test_a_flip_makes_left_arms_right() -> None:
     label = torch.randint(20, (1, 4, 6), dtype=torch.uint8)
-    image, flipped = flip(label.expand(3, -1, -1), label, DATA_SETS["lip"].mirror)
+    image, flipped = flip(label.expand(3, -1, -1), label, DATA_SETS["lip"].classes.mirror)
     other = {14: 15, 15: 14, 16: 17, 17: 16, 18: 19, 19: 18}
     expected = [[other.get(int(c), int(c)) for c in row] for row in label[0].flip(-1)]
     assert flipped[0].tolist() == expected
@@ -102,8 +102,8 @@ def test_a_flip_makes_left_arms_right() -> None:
 def test_labels_mean_what_their_publishers_say() -> None:
     for c in datasets.Cityscapes.classes:
         if c.id >= 0:
-            assert DATA_SETS["cityscapes"].classes[c.id] == c.train_id
-    assert {name: len(data.ids) for name, data in DATA_SETS.items()} == {
+            assert DATA_SETS["cityscapes"].classes.table[c.id] == c.train_id
+    assert {name: len(data.classes) for name, data in DATA_SETS.items()} == {
         "cityscapes": 19,
         "ade20k": 150,
         "lip": 20,
@@ -111,11 +111,12 @@ def test_labels_mean_what_their_publishers_say() -> None:
         "coco": 171,
     }
     for data in DATA_SETS.values():
-        assert len(data.names) == len(data.ids)
-        assert data.classes[list(data.ids)].tolist() == list(range(len(data.ids)))
-        assert data.classes[IGNORED] == IGNORED
-    assert DATA_SETS["ade20k"].classes[:3].tolist() == [IGNORED, 0, 1]
-    assert DATA_SETS["coco"].classes[[0, 10, 11, 12, 181]].tolist() == [0, 10, IGNORED, 11, 170]
+        classes = data.classes
+        assert len(classes.names) == len(classes.numbers) == len(classes.palette)
+        assert classes.table[list(classes.numbers)].tolist() == list(range(len(classes)))
+        assert classes.table[IGNORED] == IGNORED
+    assert DATA_SETS["ade20k"].classes.table[:3].tolist() == [IGNORED, 0, 1]
+    assert DATA_SETS["coco"].classes.table[[0, 10, 11, 12, 181]].tolist() == [0, 10, IGNORED, 11, 170]
 
 
 @pytest.mark.parametrize(

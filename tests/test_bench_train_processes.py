@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bench.train import trainer
+from bench.terminal import Terminal
+from bench.train import checking, trainer
+from bench.train.classes import read_classes
+from bench.train.data import DataSet, own
+from bench.train.recipe import InputError
 from bench.train.trainer import Process, Trainer
+from tests import segmentation_data
 from tests.cases import relative_error
 from tests.processes import processes
 from tests.small_network import recipe, small
@@ -30,6 +37,40 @@ def two_steps() -> dict[str, Tensor]:
         labels = torch.randint(19, (4, *SIZE), generator=generator)
         training.step(*(x.chunk(count)[rank] for x in (images, labels)))
     return dict(training.network.state_dict())
+
+
+def checked(folder: Path) -> tuple[str, list[Any], int]:
+    """What a check of three pairs says, its tables, and how many pairs this process has looked at."""
+    looked = []
+    original = checking.look_at
+
+    def noted(data: DataSet, pair: tuple[Path, Path]) -> checking.Seen:
+        looked.append(pair)
+        return original(data, pair)
+
+    checking.look_at = noted
+    rank, count = dist.get_rank(), dist.get_world_size()
+    tables: list[Any] = []
+    Terminal.show = lambda said, *shown: tables.extend(table.as_dict() for table in shown)  # type: ignore[method-assign]
+    process = Process(torch.device("cpu"), rank, count)
+    try:
+        checking.check(own(read_classes(folder)), folder, process, Terminal(quiet=True))
+    except InputError as error:
+        return str(error), tables, len(looked)
+    return "", tables, len(looked)
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_check_and_hear_of_the_same_faults(tmp_path: Path) -> None:
+    folder = segmentation_data.own(tmp_path / "data", counts=(2, 1))
+    path = folder / "labels/train/scene 1.png"
+    path.write_bytes(path.read_bytes()[:-30])
+    (error, tables, first), (other, same, second) = processes(2, partial(checked, folder), tmp_path)
+    assert error == other
+    assert error.startswith(f"{path} cannot be read: ")
+    assert tables == same
+    assert [row["images"] for row in tables[0]["rows"]] == [2, 1]
+    assert (first, second) == (2, 1)
 
 
 @pytest.mark.slow

@@ -1,17 +1,32 @@
 """``python -m bench train``: train a segmentation network by the authors' recipe, and measure its mean IoU.
 
-IANet on a dilated ResNet with any of the compared heads, on Cityscapes, ADE20K, LIP, VOC or COCO-Stuff from a folder.
-The same command again goes on where it was. The order of the images and all chance are functions of the seed and of the
-iteration, so what an interrupted run computes is what an uninterrupted one does: bit for bit on a CPU with the same
-number of threads. SIGTERM and SIGINT (Ctrl-C) end the iteration and save. For several processes, on GPUs one each:
+IANet on a dilated ResNet with any of the compared heads, on Cityscapes, ADE20K, LIP, VOC or COCO-Stuff as published, or
+on data of one's own. The same command again goes on where it was. The order of the images and all chance are functions
+of the seed and of the iteration, so what an interrupted run computes is what an uninterrupted one does: bit for bit on
+a CPU with the same number of threads. SIGTERM and SIGINT (Ctrl-C) end the iteration and save. For several processes, on
+GPUs one each:
 
     torchrun --nproc-per-node N -m bench train ...
 
 Batch statistics are then those of all processes, and --batch is that of all together.
 
 A run leaves log.csv (every iteration) and checkpoint.pt (network, momentum and where it was: to go on); when it stops,
-network.pt (half as large: weights and recipe, to evaluate and to use); when it ends, iou.csv as well; and where
-tensorboard is installed, its event files.
+network.pt (half as large: weights, and recipe with its classes, to evaluate, to predict with and to use); when it ends,
+iou.csv as well; and where tensorboard is installed, its event files.
+
+Data of one's own, --data-set folder: images/train, images/val, labels/train and labels/val with png, jpg, tif, webp or
+bmp files, where an image and its label have one name; and classes.txt, a line a class:
+
+    NAME                    the values 0, 1, 2, ... in this order
+    NAME VALUE              of grey masks of 1, 8 or 16 bits, or the index into a palette
+    NAME R G B              of RGB masks, or the colour in a palette
+    NAME VALUE R G B        a value, and the colour that the class is drawn in
+    ignore VALUE            or ignore R G B: pixels without a class
+    # what no class is
+
+or classes.json, a list of objects with "name", "value", "colour" (or "color"), "ignore", and "mirrored": the name of
+the class that a flip makes of this one, as of left arms. Alpha says nothing; images are as EXIF turns them. Every file
+is decoded and counted before training starts; --check stops there.
 """
 
 from __future__ import annotations
@@ -33,12 +48,15 @@ from isa_triton._extras import install
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     required, add = parser.add_argument_group("required"), parser.add_argument
-    layout = "folder of the data set, as its publishers lay it out"
+    layout = "folder of the data set, as its publishers lay it out or as said above"
     required.add_argument("--data", type=Path, required=True, metavar="DIR", help=layout)
     what = required.add_mutually_exclusive_group(required=True)
     what.add_argument("--data-set", choices=RECIPES, help="train: which one it is, and whose recipe is followed")
     evaluated = "do not train: network.pt or checkpoint.pt of an earlier run, by its own recipe"
     what.add_argument("--evaluate", type=Path, metavar="FILE", help=evaluated)
+    add(
+        "--check", action="store_true", help="do not train: decode every file, and show what is there and what is wrong"
+    )
     add_out(parser, default="out/train")
     add("--head", choices=CONTEXTS, default="ISA", help="what attends; none is a fully convolutional network")
     add("--backbone", default="resnet101", metavar="NAME", help="a ResNet of torchvision")
@@ -67,33 +85,61 @@ def name_or_none(text: str) -> str | None:
 
 
 def run(args: argparse.Namespace) -> None:
-    if missing := [name for name in ("torchvision", "torchmetrics") if not find_spec(name)]:
-        raise InputError(f"needs {' and '.join(missing)}: {install('train')}")
-    from bench.train.trainer import build, evaluate, join, read_checkpoint, train  # which need them
+    check_extra()
+    from bench.train.checking import check  # which need it
+    from bench.train.data import data_set
+    from bench.train.trainer import build, evaluate, join, read_checkpoint, train
+
+    if args.check and args.evaluate:
+        raise InputError("--check must come with --data-set, whose files are checked, and not with --evaluate")
 
     with join(args.device) as process:
         said = Terminal(args, quiet=process.rank > 0)
         if args.evaluate:
             checkpoint = read_checkpoint(args.evaluate, process.device)
+            check_classes(args.data, checkpoint["recipe"])
             network = build(checkpoint["recipe"]).to(process.device)
             network.load_state_dict(checkpoint["network"])
             evaluate(network, checkpoint["recipe"], args, process, said)
         else:
             recipe = recipe_of(args, process.world_size)
+            if args.check:
+                paths = check(data_set(recipe), args.data, process, said)
+                said.end(f"{sum(map(len, paths.values()))} pairs of images and labels are in order.")
+                return
             trainer = train(recipe, args, process, said)
             if trainer.iteration == recipe.iterations:
                 evaluate(trainer.network, recipe, args, process, said)
 
 
+def check_extra() -> None:
+    """Raises InputError where the extra "train" is not installed."""
+    if missing := [name for name in ("torchvision", "torchmetrics") if not find_spec(name)]:
+        raise InputError(f"needs {' and '.join(missing)}: {install('train')}")
+
+
+def check_classes(folder: Path, recipe: Recipe) -> None:
+    """Raises InputError where a folder of one's own has other classes than a network was trained on."""
+    from bench.train.classes import read_classes
+
+    if recipe.data_set == "folder" and (listed := read_classes(folder)) != recipe.classes:
+        raise InputError(f"{folder} must list the classes that the network knows, {recipe.classes}, got {listed}")
+
+
 def recipe_of(args: argparse.Namespace, world_size: int) -> Recipe:
-    """The data set's recipe with what the user says otherwise.
+    """The data set's recipe with what the user says otherwise, and its classes.
 
     Raises:
-        InputError: arguments that are wrong together.
+        InputError: arguments that are wrong together, or a class list that is.
     """
+    from bench.train.classes import read_classes
+    from bench.train.data import DATA_SETS
+
     names = {field.name for field in fields(Recipe)}
     given = {name: value for name, value in vars(args).items() if name in names and value is not None}
-    recipe = Recipe(**RECIPES[args.data_set] | given)
+    own = args.data_set == "folder"
+    classes = read_classes(args.data) if own else DATA_SETS[args.data_set].classes
+    recipe = Recipe(**RECIPES[args.data_set] | {"classes": classes} | given)
     if recipe.channels % 16:
         raise InputError(f"--channels must be a multiple of 16, got {recipe.channels}")
     if recipe.batch % world_size:

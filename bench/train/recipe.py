@@ -5,12 +5,16 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from bench.train.classes import Classes
 
 IGNORED = 255  # the class of pixels that no loss and no score counts
 
@@ -20,18 +24,25 @@ _ROWS: dict[str, tuple[Any, ...]] = {
     "cityscapes": ((512, 1024), 8, 0.01, 5e-4, 40_000, 8),
     "ade20k": ((520, 520), 16, 0.02, 1e-4, 150_000, 8),
     "lip": ((473, 473), 32, 0.007, 5e-4, 110_000, 16),
-    # ours, after the schedules that are usual for these two
+    # ours, after the schedules that are usual for these
     "voc": ((512, 512), 16, 0.01, 5e-4, 40_000, 8),
     "coco": ((512, 512), 16, 0.01, 1e-4, 80_000, 8),
+    "folder": ((512, 512), 8, 0.01, 5e-4, 20_000, 8),  # of one's own
 }
 RECIPES = {name: dict(zip(_COLUMNS, row, strict=True)) for name, row in _ROWS.items()}  # by data set
 
 
 class InputError(argparse.ArgumentError):
-    """What the user gave cannot be used; the message says what would be valid."""
+    """What the user gave cannot be used; the message says what would be valid.
 
-    def __init__(self, message: str) -> None:
+    Args:
+        message: a line.
+        path: of the file that it is about, which the message names first.
+    """
+
+    def __init__(self, message: str, path: Path | None = None) -> None:
         super().__init__(None, message.rpartition("InputError: ")[2])  # a data loader puts its traceback before it
+        self.path = path
 
 
 @dataclass(frozen=True)
@@ -43,6 +54,7 @@ class Recipe:
     """
 
     data_set: str
+    classes: Classes
     head: str  # a segmentation head by its name in `bench.compared.heads`
     backbone: str
     channels: int  # of the head

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -32,12 +32,15 @@ from torch.utils.data import DataLoader, Subset
 from bench import records
 from bench.compared import heads
 from bench.terminal import Table, Terminal
-from bench.train.data import DATA_SETS, RandomSamples, Samples, batches
+from bench.train.checking import check
+from bench.train.classes import Classes
+from bench.train.data import DATA_SETS, RandomSamples, Samples, batches, data_set
 from bench.train.evaluation import intersection_over_union, probabilities
 from bench.train.recipe import InputError, Recipe, Stream, seed_of
 from isa_triton.models.ianet import IANet, ianet
 from isa_triton.sharding import ShardedBatchNorm2d
 
+T = TypeVar("T")
 SPOKEN = 100  # iterations to a line for who watches
 
 # -- a process, a network ----------------------------------------------------------------------------------------------
@@ -58,6 +61,14 @@ class Process:
             dist.all_reduce(total)
         return total.tolist()
 
+    def gather(self, value: T) -> list[T]:
+        """The values of all processes, in everyone's hands."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
 
 @contextmanager
 def join(device: str) -> Iterator[Process]:
@@ -77,12 +88,12 @@ def join(device: str) -> Iterator[Process]:
 
 
 def build(recipe: Recipe, weights: str | None = None) -> IANet:
-    """IANet with the recipe's head, for its data set; the backbone starts with `weights` of torchvision or random ones.
+    """IANet with the recipe's head, for its classes; the backbone starts with `weights` of torchvision or random ones.
 
     Raises:
         InputError: torchvision has no such network or weights, or cannot get them.
     """
-    num_classes = len(DATA_SETS[recipe.data_set].ids)
+    num_classes = len(recipe.classes)
     head = heads.head(recipe.head, 2048, recipe.channels, num_classes, recipe.partition_size)
     try:
         return ianet(num_classes, name=recipe.backbone, head=head, output_stride=recipe.output_stride, weights=weights)
@@ -157,14 +168,16 @@ class Trainer:
 
 
 def read_checkpoint(path: Path, device: torch.device) -> dict[str, Any]:
-    """What `Trainer.save` wrote, its recipe as a `Recipe`.
+    """What `Trainer.save` wrote, its recipe as a `Recipe` that says its classes.
 
     Raises:
         InputError: the file is missing or something else.
     """
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
-        return checkpoint | {"recipe": Recipe(**checkpoint["recipe"])}
+        recipe = checkpoint["recipe"]
+        classes = Classes(**recipe["classes"]) if "classes" in recipe else DATA_SETS[recipe["data_set"]].classes
+        return checkpoint | {"recipe": Recipe(**recipe | {"classes": classes})}  # older ones name the data set alone
     except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
         raise InputError(f"{path} must be a checkpoint that this command wrote") from error
 
@@ -192,9 +205,12 @@ class IoU:
 
 def train(recipe: Recipe, args: argparse.Namespace, process: Process, said: Terminal) -> Trainer:
     """Train until the recipe is fulfilled or a signal comes, from the checkpoint in --out on if there is one."""
-    data = DATA_SETS[recipe.data_set]
-    paths = data.paths(args.data, "train")
-    data.paths(args.data, "val")  # missing ones are better noticed before training than after
+    data = data_set(recipe)
+    if data.own:  # nobody else has checked it
+        paths = check(data, args.data, process, said)["train"]
+    else:
+        paths = data.paths(args.data, "train")
+        data.paths(args.data, "val")  # missing ones are better noticed before training than after
     log, checkpoint, network = (args.out / name for name in ("log.csv", "checkpoint.pt", "network.pt"))
     saved = read_checkpoint(checkpoint, process.device) if checkpoint.exists() else None
     if saved and saved["recipe"] != recipe:
@@ -306,11 +322,11 @@ def leave_process_group(worker: int) -> None:
 
 def evaluate(network: nn.Module, recipe: Recipe, args: argparse.Namespace, process: Process, said: Terminal) -> None:
     """Mean IoU over the validation images, printed and written to iou.csv."""
-    data = DATA_SETS[recipe.data_set]
+    data = data_set(recipe)
     images = Samples(data, data.paths(args.data, "val"))
     mine = Subset(images, range(process.rank, len(images), process.world_size))
     loader = DataLoader(mine, batch_size=None, num_workers=args.workers, worker_init_fn=leave_process_group)
-    mirror = data.mirror[: len(data.ids)].to(process.device) if args.flip else None
+    mirror = data.classes.mirror[: len(data.classes)].to(process.device) if args.flip else None
     network.eval()
 
     def predicted() -> Iterator[tuple[Tensor, Tensor]]:
@@ -321,10 +337,10 @@ def evaluate(network: nn.Module, recipe: Recipe, args: argparse.Namespace, proce
             bar.advance()
 
     with torch.inference_mode(), recipe.autocast(process.device), said.progress("images", len(mine)) as bar:
-        ious, mean = intersection_over_union(predicted(), len(data.ids), process.device)
+        ious, mean = intersection_over_union(predicted(), len(data.classes), process.device)
     scales = " ".join(f"{scale:g}" for scale in args.scales) + (", flipped and not" if args.flip else "")
     title = f"IoU of {len(images)} images in windows of {records.format_size(recipe.crop)}, scaled by {scales}"
-    rows = [*map(IoU, data.names, ious), IoU("mean", mean)]
+    rows = [*map(IoU, data.classes.names, ious), IoU("mean", mean)]
     lines = [(row.class_, None if row.iou is None else f"{row.iou:.4f}") for row in rows]
     said.show(Table(title, ("class", "IoU"), [*lines[:-1], (), lines[-1]]))
     path = args.out / "iou.csv"
