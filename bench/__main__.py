@@ -20,6 +20,7 @@ COMMANDS = {  # modules of this folder, imported when they are chosen
     "sharding": "one map over several devices (torchrun -m bench sharding), run and simulated: sharding.csv, .png",
     "accuracy": "tasks that need long-range context, learned with every head: accuracy.csv, accuracy_*.png",
     "train": "a segmentation network by the authors' recipe, and its mean IoU: checkpoint.pt, log.csv, iou.csv",
+    "predict": "what such a network sees in a folder of images: labels, overlays, contact_sheet.png",
     "check": "both backends against fp64, forward and backward: check.csv, with times on a GPU",
     "overhead": "microseconds of host time a call, layer by layer: overhead.csv",
     "tiles": "the workbench of the kernels: verify, report, search, plot and calibrate, without a GPU",

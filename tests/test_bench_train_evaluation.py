@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.train.evaluation import intersection_over_union, probabilities, slide, window_starts
+from bench.train.evaluation import intersection_over_union, probabilities, slide, strips, window_starts
 from bench.train.recipe import IGNORED
 
 
@@ -45,6 +45,15 @@ def test_sliding_is_the_mean_over_the_windows_of_a_pixel() -> None:
     y = slide(lambda x: torch.arange(3.0).view(1, 1, 3, 1).expand(1, 1, 3, 3), x, (3, 3))
     assert torch.equal(y[0, 0, :, 0], total / count)
     assert count.max() > 1
+
+
+def test_what_a_window_has_beyond_the_image_is_zero_whatever_is_done_to_the_image() -> None:
+    def mean(x: Tensor) -> Tensor:
+        return x.mean((2, 3), keepdim=True).expand_as(x)
+
+    x = torch.rand(1, 2, 3, 5)
+    (y,) = strips(mean, x, (6, 10), prepare=lambda x: x + 7)
+    assert torch.allclose(y, mean(x + 7) / 4)
 
 
 def test_probabilities_are_the_mean_over_scales_and_mirrors() -> None:

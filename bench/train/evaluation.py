@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from itertools import product
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -22,22 +21,46 @@ def window_starts(length: int, window: int) -> list[int]:
     return [*range(0, last, max(1, 2 * window // 3)), last]
 
 
-def slide(network: Network, x: Tensor, window: tuple[int, int]) -> Tensor:
-    """Logits [1, classes, H, W] of an image x [1, 3, H, W]: the mean over all windows that a pixel lies in.
+def strips(
+    network: Network, x: Tensor, window: tuple[int, int], prepare: Callable[[Tensor], Tensor] = lambda x: x
+) -> Iterator[Tensor]:
+    """Logits of an image x [1, 3, H, W] from top to bottom: strips [1, classes, h', W] that H is the sum of.
 
-    An image smaller than the window is padded with zeros on its right and below.
+    A pixel's are the mean over all windows that it lies in; a strip is done when no later window reaches it, so that no
+    more is held than a window's height of the whole width. An image smaller than the window is padded with zeros on its
+    right and below.
+
+    Args:
+        network: windows -> logits.
+        x: the image.
+        window: (h, w) of what the network sees at once.
+        prepare: what is done to a window before it is padded: an image of bytes becomes one of numbers.
     """
     (H, W), (h, w) = x.shape[2:], window
-    x = F.pad(x, (0, max(0, w - W), 0, max(0, h - H)))
-    total, count = x.new_zeros(()), x.new_zeros(1, 1, *x.shape[2:])
-    for top, left in product(window_starts(x.shape[2], h), window_starts(x.shape[3], w)):
-        here = (..., slice(top, top + h), slice(left, left + w))
-        logits = network(x[here]).float()
-        if total.dim() == 0:
-            total = logits.new_zeros(1, logits.shape[1], *x.shape[2:])
-        total[here] += logits
-        count[here] += 1
-    return (total / count)[:, :, :H, :W]
+    tops, lefts = window_starts(H, h), window_starts(W, w)
+    total, count = x.new_zeros(1, 0, 0, max(W, w)), x.new_zeros(1, 1, 0, max(W, w))  # no row, of no class yet
+    for top, following in zip(tops, [*tops[1:], max(H, h)], strict=True):
+        for left in lefts:
+            part = prepare(x[..., top : top + h, left : left + w])
+            logits = network(F.pad(part, (0, w - part.shape[3], 0, h - part.shape[2]))).float()
+            if left == 0:
+                total, count = _grown(total, logits, h), _grown(count, logits[:, :1], h)
+            total[..., left : left + w] += logits
+            count[..., left : left + w] += 1
+        done = following - top
+        yield (total[:, :, :done] / count[:, :, :done])[:, :, : H - top, :W]
+        total, count = total[:, :, done:], count[:, :, done:]
+
+
+def _grown(rows: Tensor, like: Tensor, height: int) -> Tensor:
+    """Rows with further ones of zeros below them."""
+    fresh = like.new_zeros(1, like.shape[1], height - rows.shape[2], rows.shape[3])
+    return torch.cat([rows, fresh], 2) if rows.shape[2] else fresh
+
+
+def slide(network: Network, x: Tensor, window: tuple[int, int]) -> Tensor:
+    """Logits [1, classes, H, W] of an image x [1, 3, H, W], all `strips` of it."""
+    return torch.cat(list(strips(network, x, window)), 2)
 
 
 def probabilities(
