@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,8 @@ SMALL = {
     "accuracy": "--experiments keys --networks none ISA --seeds 1 --steps 2 --workers 1",
     "train": LEARN,
     "train --data cityscapes/ --evaluate": TRAIN,
+    "train --data data/ --data-set folder --check": "",
+    "predict": "--device cpu",
     "inference": f"--sizes 8 --models --rounds 1 {WIDTHS}",
     "photograph": "--sizes 33x49 --rounds 1",
     "sharding": "--size 16 --channels 16 --partition-size 2 --rounds 1 --devices 1 2 --simulated-sizes 64",
@@ -57,11 +60,19 @@ def test_every_command_on_a_page_runs_to_its_last_output(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    if command == "train":
+    if command in ("train", "predict"):
         segmentation_data.cityscapes(tmp_path / "cityscapes")
+        segmentation_data.own(tmp_path / "data", counts=(3, 1))
+        shutil.copytree(tmp_path / "data/images/val", tmp_path / "photographs")
+    if command == "predict":  # what a page trains first, in the place of all that it trains
+        (line,) = (line for line in LINES if line.endswith("--out runs/own"))
+        main(small(line))
     for line in LINES:
         if line.split()[0] == command:
             main(small(line))
+            if line.endswith("--check"):
+                assert "4 pairs of images and labels are in order." in capsys.readouterr().out
+                continue
             *_, last = re.split(r"Wrote\s+", capsys.readouterr().out)
             assert all(Path(path).stat().st_size for path in last.splitlines()[0].split(", ")), line
 

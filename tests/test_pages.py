@@ -44,6 +44,7 @@ EXAMPLES = [
     for name, page in PAGES.items()
     for example in EXAMPLE.findall(page)
 ]
+IMPORTED_AS = {"scikit_learn": "sklearn"}  # packages of another name than their modules
 OPTIONAL = {"natten"}  # what even our tests do not bring: it is compiled for a GPU
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 MMSEG = "isanet_r50-d8_512x1024_40k_cityscapes_20210901_054739-981bd763.pth"
@@ -111,6 +112,7 @@ def test_an_example_says_what_to_install(page: str, example: str, printed: str) 
     hints = " ".join(re.findall(r"^# pip install (.*)$", example, re.MULTILINE))
     brought = [need for extra in re.findall(r"'\.\[(\w+)\]'", hints) for need in EXTRAS[extra]]
     packages = {re.split("[<>=]", need)[0].replace("-", "_") for need in (*brought, *hints.split())}
+    packages = {IMPORTED_AS.get(package, package) for package in packages}
     assert imported(example) - packages == set()
 
 
