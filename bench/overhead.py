@@ -28,6 +28,7 @@ from isa_triton.backend.kernels import launch, plan
 
 TARGET = "sm_90"
 BARE, MULTIPLIED = "bare Python call", "torch's own multiplication and its backward"
+NOTHING = "a Function that does nothing, and its backward"  # what autograd takes of any in Python
 FIRST, DOOR, LEARNED = "partitioned_attention, unlike any before", "partitioned_attention", "and its backward"
 Layers = dict[str, Callable[[], Any]]
 
@@ -148,6 +149,7 @@ def training(case: Case, dtype: torch.dtype) -> Layers:
         partials = torch.empty(plan.bias_partials_shape(1, case.heads, case.partition, chosen))
     given: Any = (q, k, v, bias, out, lse, do, None)
     whole, rest = (*given, dq, dk, dv, delta, partials), (call.scale, case.partition, chosen, "ieee")
+    ready = [torch.empty_like(x) for x in leaves]
     run: Any = launch.backward
     alone: Any = triton.backward
 
@@ -162,6 +164,7 @@ def training(case: Case, dtype: torch.dtype) -> Layers:
         "operator: dispatch": lambda: torch.ops.isa_triton.backward.default(*given, *call.flat()),
         "partitioned_attention, recorded": attend,
         LEARNED: lambda: torch.autograd.grad(attend(), leaves, do),
+        NOTHING: lambda: torch.autograd.grad(_Nothing.apply(v, ready, *leaves), leaves, do),
         MULTIPLIED: lambda: torch.autograd.grad(c * 2.0, c, do),
     }
 
@@ -195,6 +198,20 @@ def _by_triton(planned: Any, names: tuple[str, ...], tensors: Any, rest: Any) ->
             kernel(**arguments, **options)
 
     return run
+
+
+class _Nothing(torch.autograd.Function):
+    """A tensor like another of some, which it saves; the gradients are there already."""
+
+    @staticmethod
+    def forward(ctx: Any, like: torch.Tensor, gradients: list[torch.Tensor], *tensors: torch.Tensor) -> torch.Tensor:
+        ctx.gradients = gradients
+        ctx.save_for_backward(*tensors)
+        return torch.empty_like(like)
+
+    @staticmethod
+    def backward(ctx: Any, _: torch.Tensor) -> tuple[Any, ...]:
+        return None, None, *ctx.gradients[: len(ctx.saved_tensors)]
 
 
 def _bias(case: Case, dtype: torch.dtype) -> torch.Tensor | None:

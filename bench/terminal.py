@@ -18,6 +18,7 @@ from pathlib import Path
 import rich.table
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.measure import Measurement
 from rich.progress import (
     BarColumn,
@@ -117,7 +118,7 @@ class Table:
 
 
 def _text(cell: object) -> str:
-    return "-" if cell is None else str(cell)
+    return "-" if cell is None else escape(str(cell))  # brackets are markup to rich
 
 
 class Terminal:

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
 
 import pytest
+from triton.backends.amd.driver import HIPLauncher
+from triton.runtime import _allocation
+from triton.runtime.driver import driver
 
 from bench.__main__ import main
+from isa_triton.backend.kernels import launch
 from tests.compiling import run_compiling
 
 HEAD = """
@@ -30,7 +37,8 @@ import triton.language as tl
 
 def flat(value, tensors):
     if isinstance(value, Pointer):
-        yield struct.pack("<Q", tensors[value.name].data_ptr())
+        x = tensors[value.name]
+        yield struct.pack("<Q", x if isinstance(x, int) else x.data_ptr())
     elif isinstance(value, tuple):
         for part in value:
             yield from flat(part, tensors)
@@ -61,6 +69,8 @@ with stand_in.installed() as launches:
         bias = torch.randn(2, partition.tokens, partition.tokens, dtype=q.dtype) if biased else None
         out, lse = partitioned_attention_with_lse(q, k, v, partition, bias=bias)
         (out.sum() + lse.sum()).backward()
+        for _ in range(3):
+            partitioned_attention(q, k, v, partition, bias=bias).backward(torch.ones_like(v))
     print(*sorted(set(launched)))
 """
 SAME = """
@@ -77,16 +87,17 @@ class Binary:
     # what a launch would be compiled to, by all that it depends on
     made, function, packed_metadata = 0, None, None
 
-    def __init__(self, planned, target):
-        self.known, self.run = repr((planned.kernel, *planned.specialised(target), planned.options)), lambda *args: None
+    def __init__(self, planned):
+        target = launch.driver.active.get_current_target()
+        self.known = repr((planned.kernel, *planned.specialised(target), planned.options))
         Binary.made += 1
 
-launch.compile, seen = Binary, []
+launch._loaded, seen = lambda planned, device: (Binary(planned), lambda *args: None), []
 class Spy(launch._Bound):
     def __call__(self, tensors, stream):
-        seen.append((self.compiled.known, self.grid, [(x.data_ptr() if x is not None else None) for x in tensors[:4]],
-                     [x is None for x in tensors],
-                     [tuple(map(str, numbers)) for _, _, numbers in self.tensors], list(map(str, self.arguments))))
+        given = [x.data_ptr() if isinstance(x, torch.Tensor) else x for x in tensors]
+        seen.append((self.compiled.known, self.grid, given[:4], [x is None for x in given],
+                     list(map(str, self.arguments))))
         super().__call__(tensors, stream)
 launch._Bound = Spy
 
@@ -192,6 +203,67 @@ with stand_in.installed() as launches:
 """
 
 
+ODD = """
+q, k, v = maps(32, 32, 24)
+P = Partition.local((14, 21), (7, 7))
+
+def is_known(q, k=k, v=v):
+    key = replays.key(q, k, v, None, P, None, "auto", False)
+    return key is not None and key in replays._KNOWN
+
+with stand_in.installed() as launches, torch.no_grad():
+    for _ in range(2):
+        partitioned_attention(q, k, v, P)
+        for odd in (q.to_sparse(), torch.nested.nested_tensor([q[0], q[1]]), q.to("meta"), None, "q"):
+            try:
+                print(partitioned_attention(odd, k, v, P))
+            except (TypeError, ValueError) as error:
+                print(type(error).__name__)
+    negated = torch.randn(2, 14, 21, 2, 32, dtype=torch.complex64).conj().imag
+    partitioned_attention(negated, k.float(), v.float(), P)
+    print(negated.is_neg(), is_known(q), is_known(negated, k.float(), v.float()))
+"""
+PROFILED = """
+import triton as language
+knobs = launch.knobs.runtime
+q, k, v = maps(32, 32, 24)
+P = Partition.local((14, 21), (7, 7))
+events, scratch = [], torch.empty(1 << 20, dtype=torch.int8)
+
+def enter(said):
+    events.append("enter " + said.get()["name"])
+
+def leave(said):
+    events.append(f"leave {said.get()['stream']}")
+
+def allocate(size, alignment, stream):
+    events.append(f"allocate {size}")
+    return scratch
+
+with stand_in.installed() as launches, torch.no_grad():
+    for _ in range(2):
+        partitioned_attention(q, k, v, P)
+    knobs.launch_enter_hook.add(enter)
+    knobs.launch_exit_hook.add(leave)
+    partitioned_attention(q, k, v, P)
+    knobs.launch_enter_hook.remove(enter)
+    knobs.launch_exit_hook.remove(leave)
+    partitioned_attention(q, k, v, P)
+    print(*events, launches.count())
+
+    events.clear()
+    replays.forget()
+    loaded = launch._loaded
+    def with_scratch(planned, device):
+        compiled, launcher = loaded(planned, device)
+        launcher.global_scratch_size = 1
+        return compiled, launcher
+    launch._loaded = with_scratch
+    language.set_allocator(allocate)
+    for _ in range(3):
+        partitioned_attention(q, k, v, P)
+    print(len(events), launches.count())
+"""
 OVERHEAD = """
 import sys
 from bench import overhead
@@ -236,6 +308,35 @@ def test_calls_that_somebody_watches_are_not_short_cut() -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("scratch", [0, 8])
+def test_what_amds_launcher_hands_over_in_its_own_order_is_handed_over_again(scratch: int) -> None:
+    handed, launcher = list[Any](), HIPLauncher.__new__(HIPLauncher)
+    memory = SimpleNamespace(get=lambda: lambda size, align, stream: (size, stream))
+    vars(launcher).update(launch=lambda *given: handed.append(given), launch_cooperative_grid=False, warp_size=64)
+    vars(launcher).update(arg_annotations=[None] * 3, kernel_signature=b"iii", num_ctas=1)
+    for of in ("global", "profile"):
+        vars(launcher).update({f"{of}_scratch_size": scratch, f"{of}_scratch_align": 1})
+    compiled = SimpleNamespace(function=5, packed_metadata=(4, 1, 0))
+    allocators = patch.multiple(_allocation, _allocator=memory, _profile_allocator=memory)
+    with allocators, patch.object(driver, "_active", SimpleNamespace()):
+        run, before, after = launch._settled(launcher, (7, 1, 1), compiled, [1, 2, 3])
+        assert not handed
+        run(*before, 9, *after, [4, 5, 6])
+        launcher(7, 1, 1, 9, compiled.function, compiled.packed_metadata, None, None, None, 4, 5, 6)
+    ours, theirs = ([list(x) if isinstance(x, tuple) else x for x in given] for given in handed)
+    assert ours == theirs
+    assert ([56, 9] in ours) == (scratch == 8)
+
+
+def test_a_call_on_odd_tensors_is_made_as_any_other() -> None:
+    refused = ["TypeError", "TypeError", "ValueError", "TypeError", "TypeError"]
+    assert printed(ODD) == [*refused, *refused, "True True False"]
+
+
+def test_profilers_and_scratch_memory_see_every_launch() -> None:
+    assert printed(PROFILED) == ["enter forward_kernel leave 0 4", "3 7"]
+
+
 @pytest.mark.slow  # compiles four binaries
 def test_overhead_measures_every_layer(tmp_path: Path) -> None:
     result = run_compiling("-c", HEAD + OVERHEAD, str(tmp_path))
@@ -244,7 +345,7 @@ def test_overhead_measures_every_layer(tmp_path: Path) -> None:
     layers = [row["layer"] for row in rows if row["pass"] == "forward"]
     assert layers[:3] == ["bare Python call", "kernel[grid](...)", "launcher"]
     assert layers[-2:] == ["partitioned_attention, unlike any before", "partitioned_attention"]
-    assert [row["pass"] for row in rows] == 8 * ["forward"] + 8 * ["training"]
+    assert [row["pass"] for row in rows] == 8 * ["forward"] + 9 * ["training"]
     assert all(float(row["microseconds"]) > 0 for row in rows)
     assert "A call costs the host" in result.stdout
 

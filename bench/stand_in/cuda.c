@@ -76,6 +76,7 @@ Result cuLaunchKernelEx(const LaunchConfig *config, void *function, void **param
   for (int i = 0; i < expected; i++) memcpy(memset(&parameters_kept[i], 0, 8), parameters[i], sizes[i]);
   return 0;
 }
+Result cuStreamIsCapturing(void *stream, int *status) { *status = 0; return 0; }
 Result cuOccupancyMaxActiveClusters(int *count, void *function, const LaunchConfig *config) { *count = 1; return 0; }
 Result cuTensorMapEncodeTiled(void) { return 0; }
 Result cuTensorMapEncodeIm2col(void) { return 0; }

@@ -95,57 +95,72 @@ def backward(
 
 
 class Replay:
-    """A call that was made, for tensors that differ from its own in what they hold only: nothing is chosen again.
+    """`forward` made again, for tensors that differ from these in what they hold only: nothing is chosen again.
 
-    Args:
-        q, k, v, bias, call: as of `forward`.
+    Attributes:
+        backward: `BackwardReplay`s of its results, by what tells them apart; the caller's.
     """
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, call: Call) -> None:
-        from .kernels import launch
+    def __init__(self, call: Call, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> None:
+        from .kernels import launch, plan
 
-        self.call, self.rest = call, (call.scale, call.partition, precision_of(q.dtype, q.device))
-        self.chosen = _backward_tiles(*_problem(q, v, bias, call.partition))
-        tile = _forward_tile(*_problem(q, v, bias, call.partition))
+        self.call, self.backward = call, dict[Any, BackwardReplay]()
         out, lse = empty_outputs(q, v, call.with_lse)
-        scale, partition, precision = self.rest
+        tile, precision = _forward_tile(*_problem(q, v, bias, call.partition)), precision_of(q.dtype, q.device)
         with _on(q.device):
             tensors = q, k, v, bias, out, lse if call.with_lse else None
-            self.launch = launch.Replay(tensors, scale, partition, tile, precision)
+            self.launch = launch.Replay(plan.forward, tensors, call.scale, call.partition, tile, precision)
 
-    def is_here(self) -> bool:
-        """Whether the current device is that of the call."""
-        return self.launch.is_here()
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """out and lse, if the call is with lse."""
-        out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-        lse = torch.empty(q.shape[:4], dtype=torch.float32, device=q.device) if self.call.with_lse else None
+        out = torch.empty_like(v, memory_format=torch.contiguous_format)
+        lse = q.new_empty(q.shape[:4], dtype=torch.float32) if self.call.with_lse else None
         self.launch((q, k, v, bias, out, lse))
         return out, lse
 
-    def backward(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Any, lse: Any, do: Tensor) -> Any:
-        """dq, dk, dv and dbias or None; saved tensors may come back in other layouts, by a hook."""
+
+class BackwardReplay:
+    """`backward` made again, without dlse, as `Replay` does `forward`."""
+
+    def __init__(
+        self,
+        call: Call,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias: Tensor | None,
+        out: Tensor | None,
+        lse: Tensor | None,
+        do: Tensor,
+    ) -> None:
         from .kernels import launch, plan
 
-        dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-        delta = None if lse is None else torch.empty_like(lse)
-        partials = None
-        if bias is not None:
-            shape = plan.bias_partials_shape(q.shape[0], q.shape[3], self.call.partition, self.chosen)
-            partials = torch.empty(shape, dtype=torch.float32, device=q.device)
-        scale, partition, precision = self.rest
-        launch.backward(
-            q, k, v, bias, out, lse, do, None, dq, dk, dv, delta, partials, scale, partition, self.chosen, precision
-        )
+        chosen, precision = _backward_tiles(*_problem(q, v, bias, call.partition)), precision_of(q.dtype, q.device)
+        self.partials = plan.bias_partials_shape(q.shape[0], q.shape[3], call.partition, chosen)
+        with _on(q.device):
+            tensors = q, k, v, bias, out, lse, do, None, *self._empty(q, k, v, bias, lse)
+            self.launch = launch.Replay(plan.backward, tensors, call.scale, call.partition, chosen, precision)
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Any, lse: Any, do: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """dq, dk, dv and dbias."""
+        dq, dk, dv, delta, partials = self._empty(q, k, v, bias, lse)
+        self.launch((q, k, v, bias, out, lse, do, None, dq, dk, dv, delta, partials))
         return dq, dk, dv, None if partials is None else partials.sum(0).to(q.dtype)
 
+    def _empty(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, lse: Tensor | None) -> tuple[Any, ...]:
+        dq, dk, dv = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
+        delta = None if lse is None else torch.empty_like(lse)
+        return dq, dk, dv, delta, None if bias is None else q.new_empty(self.partials, dtype=torch.float32)
 
-def can_replay(q: Tensor) -> bool:
-    """Whether there is anything to launch, and to a device."""
+
+def can_replay(q: Tensor, *others: Tensor | None) -> bool:
+    """Whether a call launched something, on a device, for tensors as they lie in memory."""
     from .kernels import launch
 
-    return not launch.INTERPRETED and q.numel() > 0
+    as_they_lie = not any(x is not None and x.is_neg() for x in (q, *others))
+    return not launch.INTERPRETED and q.device.type in DEVICES and q.numel() > 0 and as_they_lie
 
 
 def _in_memory(x: Any) -> Any:

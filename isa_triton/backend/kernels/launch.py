@@ -9,14 +9,16 @@ Tensors are anything with `shape`, `stride()` and a data pointer, on the current
     dbias_partials     [slots, heads, tokens, tokens], contiguous, fp32
 
 What a call launches is planned and compiled once for its layouts, sizes and tiles; after that a call is a look-up and
-the launches themselves. Triton's own `kernel[grid](...)` takes several times as long, to find out what we know.
+the launches themselves, by Triton's function in C. Its own `kernel[grid](...)` takes many times as long, to find out
+what we know.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 from triton import knobs
@@ -26,7 +28,6 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from isa_triton.backend.kernels import plan
-from isa_triton.backend.kernels.common import Pairs, Pixels
 from isa_triton.backend.kernels.forward import forward_kernel
 from isa_triton.backend.kernels.plan import Launch, Layout, Pointer
 from isa_triton.partition import Partition
@@ -71,26 +72,29 @@ def backward(
 
 
 class Replay:
-    """`forward` on the current device for tensors laid out as these are, all of it settled but the tensors.
+    """The launches of a pass on the current device, all of them settled but where the tensors lie.
 
     Args:
-        tensors: those of `forward`.
-        rest: what `forward` takes beside them.
+        planned: `plan.forward` or `plan.backward`.
+        tensors: those of the pass, in its order; every call's are laid out as they are.
+        rest: what the pass takes beside them.
     """
 
-    def __init__(self, tensors: Tensors, *rest: Any) -> None:
-        self.device = driver.active.get_current_device()
-        self.launches = _bound(plan.forward, self.device, tuple(map(layout, tensors)), *rest)
+    def __init__(self, planned: Planned, tensors: Tensors, *rest: Any) -> None:
+        self.current_device, self.current_stream = driver.active.get_current_device, driver.active.get_current_stream
+        self.device = self.current_device()
+        self.launches = _bound(planned, self.device, tuple(map(layout, tensors)), *rest)
 
     def is_here(self) -> bool:
         """Whether its device is the current one."""
-        return driver.active.get_current_device() == self.device
+        return self.current_device() == self.device
 
     def __call__(self, tensors: Tensors) -> None:
-        """Launch, where `is_here` holds."""
-        stream = driver.active.get_current_stream(self.device)
+        """Launch, where `is_here` holds; that the tensors are on the device is the caller's word."""
+        stream = self.current_stream(self.device)
+        addresses = [None if x is None else x.data_ptr() for x in tensors]
         for bound in self.launches:
-            bound(tensors, stream)
+            bound(addresses, stream)
 
 
 def layout(x: Any | None) -> tuple[Any, ...] | None:
@@ -149,27 +153,51 @@ def filled(launch: Launch, tensors: dict[str, Any]) -> dict[str, Any]:
 
 
 class _Bound:
-    """A launch that is compiled and loaded; what is left is to put the tensors in."""
+    """A launch that is compiled and loaded; what is left is to say where the tensors lie."""
 
     def __init__(self, launch: Launch, names: tuple[str, ...], device: int) -> None:
-        self.grid, self.compiled = (launch.programs, 1, 1), _compiled(launch, device)
-        self.run, self.arguments = self.compiled.run, list(launch.arguments.values())
-        self.tensors = [  # where each goes, which it is, and the strides that follow it
-            (at, names.index(value.data.name), value[1:])
-            for at, value in enumerate(self.arguments)
-            if isinstance(value, Pixels | Pairs)
-        ]
+        self.grid, (self.compiled, self.launcher) = (launch.programs, 1, 1), _loaded(launch, device)
+        self.arguments = [value for _, value in _flat(launch)]
+        self.tensors = [(i, names.index(x.name)) for i, x in enumerate(self.arguments) if isinstance(x, Pointer)]
+        self.run, self.before, self.after = _settled(self.launcher, self.grid, self.compiled, self.arguments)
 
-    def __call__(self, tensors: Tensors, stream: int) -> None:
-        compiled, arguments = self.compiled, self.arguments.copy()
-        for at, which, numbers in self.tensors:
-            arguments[at] = (tensors[which], *numbers)
-        enter, leave, said = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook, None
+    def __call__(self, tensors: Sequence[Any], stream: int) -> None:
+        """Launch for tensors, of which Triton asks the driver whether it can reach them, or for their addresses."""
+        arguments = self.arguments.copy()
+        for at, which in self.tensors:
+            arguments[at] = tensors[which]
+        enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
         if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):  # a profiler's
-            said = compiled.launch_metadata(self.grid, stream, *arguments)
+            function, metadata = self.compiled.function, self.compiled.packed_metadata
+            said = self.compiled.launch_metadata(self.grid, stream)
+            self.launcher(*self.grid, stream, function, metadata, said, enter, leave, *arguments)
         else:
-            enter = leave = None
-        self.run(*self.grid, stream, compiled.function, compiled.packed_metadata, said, enter, leave, *arguments)
+            self.run(*self.before, stream, *self.after, arguments)
+
+
+def _settled(launcher: Any, grid: tuple[int, int, int], compiled: Any, arguments: list[Any]) -> tuple[Any, Any, Any]:
+    """A function that launches, what it takes before a stream and what after it, the list of arguments being the last.
+
+    Triton's launcher finds out in Python, in every call, what is the same in all of them, and hands it to a function in
+    C, in an order that its versions and platforms have each their own. So it is asked once, and what it would hand over
+    is handed over from then on; unless there is more to do, such as to allocate scratch memory.
+    """
+    after = compiled.function, compiled.packed_metadata, None, None, None
+    sizes = (getattr(launcher, f"{of}_scratch_size", None) for of in ("global", "profile"))
+    if any(size != 0 for size in sizes) or getattr(launcher, "gsan_enabled", False):
+        return _spread(launcher), grid, after
+    handed, there, asked = list[Any](), object(), copy(launcher)
+    asked.launch = lambda *given: handed.extend(given)
+    asked(*grid, there, *after, *arguments)
+    in_c, stream = launcher.launch, handed.index(there)
+    if isinstance(handed[-1], tuple):  # all arguments are one, as in triton 3.8 and not in 3.6
+        return in_c, handed[:stream], handed[stream + 1 : -1]
+    return _spread(in_c), handed[:stream], handed[stream + 1 : -len(arguments)]
+
+
+def _spread(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that takes one by one what this one takes as a list at the end."""
+    return lambda *given: function(*given[:-1], *given[-1])
 
 
 @lru_cache(maxsize=4096)
@@ -183,10 +211,32 @@ def forget() -> None:
     _BINARIES.clear()
 
 
-def _compiled(launch: Launch, device: int) -> Any:
-    """The binary on a device, one for all launches that differ in integers only."""
+class _Source(NamedTuple):
+    """What Triton's launcher asks of a kernel's source: the types of its arguments, by their places."""
+
+    signature: dict[int, str]
+
+
+def _loaded(launch: Launch, device: int) -> tuple[Any, Any]:
+    """The binary on a device and what launches it, the same for all launches that differ in integers only."""
     target = driver.active.get_current_target()
     key = device, launch.kernel.fn.__name__, repr((*launch.specialised(target), launch.options))
     if key not in _BINARIES:
-        _BINARIES[key] = compile(launch, target)
+        compiled, source = compile(launch, target), _Source(dict(enumerate(of for of, _ in _flat(launch))))
+        compiled._init_handles()
+        _BINARIES[key] = compiled, driver.active.launcher_cls(source, compiled.metadata)
     return _BINARIES[key]
+
+
+def _flat(launch: Launch) -> Iterator[tuple[str, Any]]:
+    """Types and values of the arguments as the device gets them: tuples are opened and constants left out."""
+
+    def flat(of: Any, value: Any) -> Iterator[tuple[str, Any]]:
+        if isinstance(of, tuple):
+            for parts in zip(of, value, strict=True):
+                yield from flat(*parts)
+        elif of != "constexpr":
+            yield of, value
+
+    types, *_ = launch.specialised(driver.active.get_current_target())
+    return flat(tuple(types.values()), tuple(launch.arguments.values()))
