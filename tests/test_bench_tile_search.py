@@ -40,7 +40,7 @@ TILE = Tile(64, 64, 32, 32, 4, 2)
 
 
 @pytest.mark.parametrize("step", list(STEPS))
-@pytest.mark.parametrize("gpu", ["A100", "B200", "MI300X"])
+@pytest.mark.parametrize("gpu", ["A100", "B200", "MI300X", "RX7900XTX"])
 def test_neighbours_differ_in_one_field_and_no_block_is_larger_than_what_it_cuts(step: str, gpu: str) -> None:
     task = Task(MACHINES[gpu], make_problem(49, 39, 64, bias=True), step)
     tile = task.clipped(Tile(256, 256, 512, 512))
@@ -311,7 +311,7 @@ class Planted(Binaries):
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text("EXIT")
         ops = Op("load", (64, 64), 2, "q", ()), Op("store", (64, 64), 2, "out", ()), Op("dot", (64, 64, 64), 2, "", ())
-        matrix = {} if launch.problem.dtype == "float32" and launch.target != "gfx942" else {"HGMMA": 1}
+        matrix = {} if launch.problem.dtype == "float32" and not launch.target.startswith("gfx9") else {"HGMMA": 1}
         stretch = Stretch((), {"matrix": 8, "special": 8}, 4096, 0, 1.0, 0.0)
         return Binary(64, 0, 0, 0, 0, 4, 2, 1, matrix, 0, (Access(True, True, 16, 1),), (), ops, (stretch,))
 

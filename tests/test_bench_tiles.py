@@ -12,10 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import triton
 
 from bench.__main__ import main
 from bench.terminal import Terminal
-from bench.tiles.assembly import Instruction, amd_instructions, is_atomic, matrix_kind, sass_instructions
+from bench.tiles.assembly import (
+    Instruction,
+    access,
+    amd_instructions,
+    is_atomic,
+    matrix_kind,
+    sass_instructions,
+)
 from bench.tiles.binaries import (
     LIMITS,
     Access,
@@ -32,7 +40,7 @@ from bench.tiles.options import add_problem, make_problem
 from bench.tiles.options import machine as find_machine
 from bench.tiles.options import tile as read_tile
 from bench.tiles.roofline import MACHINES
-from bench.tiles.verify import FP16, SHAPES, launches
+from bench.tiles.verify import FP16, SHAPES, TARGETS, launches
 from isa_triton import tiles
 from isa_triton.backend.kernels import common, forward
 from isa_triton.partition import Partition
@@ -112,6 +120,21 @@ def test_matrix_instructions_by_kind(opcode: str, kind: str | None) -> None:
     assert matrix_kind(opcode) == kind
 
 
+@pytest.mark.parametrize(
+    ("opcode", "store", "width"),
+    [
+        ("global_load_d16_hi_b16", False, 2),
+        ("buffer_load_d16_b16", False, 2),
+        ("buffer_load_b128", False, 16),
+        ("global_load_tr_b128", False, 16),
+        ("buffer_store_b64", True, 8),
+        ("global_store_d16_hi_b16", True, 2),
+    ],
+)
+def test_accesses_of_rdna_by_width(opcode: str, store: bool, width: int) -> None:
+    assert access(opcode) == (store, width)
+
+
 def test_atomics_are_those_on_global_memory() -> None:
     adding = ("RED.E.ADD.F32.FTZ.RN.STRONG.GPU", "ATOMG.E.ADD", "global_atomic_add_f32", "buffer_atomic_pk_add_f16")
     harmless = ("REDUX.SUM", "UTCATOMSWS.AND", "ATOMS.ADD", "LDG.E", "SYNCS.ARRIVE")
@@ -142,6 +165,9 @@ def test_rows_are_what_the_helpers_of_rows_touch() -> None:
         ("sm_90", 255, 16, 1024, 0, 0, {"registers"}),
         ("gfx942", 151, 4, 16 << 10, 0, 3, {"registers"}),
         ("gfx942", 512, 4, 0, 0, 1, {"registers"}),
+        ("gfx1100", 256, 8, 0, 0, 2, {"registers"}),  # of a quarter: 5 warps of 264
+        ("gfx1200", 96, 4, 40 << 10, 0, 3, {"shared memory"}),
+        ("gfx1200", 96, 4, 80 << 10, 0, 0, {"shared memory"}),
     ],
 )
 def test_the_scarcest_resource_limits_the_ctas_per_sm(
@@ -179,6 +205,9 @@ def planted(target: str = "sm_80", dtype: str = "bfloat16", width: int = 64) -> 
         ({"matrix": {}}, {"dtype": "float32", "target": "gfx942"}, "without the matrix units"),
         ({"matrix": {"HMMA.TF32": 8}}, {"dtype": "float32"}, "multiplies fp32 as tf32"),
         ({"matrix": {"mfma": 8}}, {"dtype": "float32", "target": "gfx942"}, None),
+        ({"matrix": {}}, {"dtype": "float32", "target": "gfx1100"}, None),
+        ({"matrix": {}}, {"target": "gfx1100"}, "without the matrix units"),
+        ({"matrix": {"wmma": 8}}, {"dtype": "float32", "target": "gfx1200"}, "multiplies fp32 as tf32"),
         ({"atomics": 2}, {}, "2 atomic instructions"),
         ({"accesses": (*WIDE, Access(False, True, 8, 3))}, {}, "loads rows 8x3 bytes at a time"),
         ({"accesses": (*WIDE, Access(False, True, 2, 3))}, {"width": 39}, None),
@@ -280,12 +309,14 @@ def test_a_gpu_has_its_target_and_a_target_its_gpu() -> None:
     assert machine("--target", "sm_86") == ("A10", "sm_86")
     assert machine("--gpu", "H200") == ("H200", "sm_90")
     assert machine("--gpu", "MI300X", "--target", "gfx942") == ("MI300X", "gfx942")
+    assert machine("--target", "gfx1100") == ("RX7900XTX", "gfx1100")
 
 
 def test_every_target_with_tiles_can_be_verified_and_reported_on() -> None:
     shipped = {path.stem for path in tiles.FOLDER.glob("*.json")}
     assert shipped <= set(LIMITS)
     assert shipped == {machine.target for machine in MACHINES.values()}
+    assert shipped <= {*TARGETS} <= set(LIMITS)
 
 
 # -- real binaries, in processes that compile --------------------------------------------------------------------------
@@ -306,6 +337,11 @@ def test_shipped_binaries_are_sound_and_known_the_second_time(tmp_path: Path) ->
     command = ["-m", "bench", "tiles", "verify", *chosen, *options]
     done = run_compiling(*command, "--dump", str(tmp_path / "dump"))
     assert done.returncode == 0, done.stdout + done.stderr
+    by = f"with triton {triton.__version__}"
+    assert [line.partition(" (")[0] for line in done.stdout.splitlines() if "spills:" in line] == [
+        f"{target} {by}: 2 binaries, 0 with a violation" for target in ("sm_90", "sm_100", "gfx942")
+    ]
+    assert f"6 binaries {by}, 0 with a violation" in done.stdout
     rows = json.loads((tmp_path / "all.json").read_text())
     assert len(rows) == 6
     for row in rows:

@@ -21,10 +21,11 @@ ALWAYS = ("forward", "queries", "keys", "pairs")  # steps that every group may n
 def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder of tile files to look up in, instead of the shipped one."""
     monkeypatch.setattr(tiles, "FOLDER", tmp_path)
-    for cached in (tiles._lookup, tiles._entries):
+    looked_up = tiles._lookup, tiles._entries, tiles._warn
+    for cached in looked_up:
         cached.cache_clear()
     yield tmp_path
-    for cached in (tiles._lookup, tiles._entries):
+    for cached in looked_up:
         cached.cache_clear()
 
 
@@ -34,7 +35,9 @@ def entry(step: str, key: int | None, value: int | None, tokens: int | None, til
 
 
 def test_every_supported_target_has_a_file() -> None:
-    assert {"sm_80", "sm_90", "sm_100", "gfx942"} <= set(TARGETS)
+    assert {"sm_80", "sm_86", "sm_90", "sm_100", "gfx942", "gfx1100"} <= set(TARGETS)
+    assert set(tiles.RELATIVES.values()) <= set(TARGETS)
+    assert not set(tiles.RELATIVES) & set(TARGETS)
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -146,17 +149,48 @@ def test_backward_leaves_out_what_does_not_serve(files: Path) -> None:
         tiles.lookup("sm_90", "group", 64, 64, "bfloat16", 65)
 
 
-def test_an_unknown_target_warns_once(files: Path) -> None:
-    modest = {"sm_86": Tile(16, 16, 16, 16), "gfx942": Tile(32, 32, 32, 32)}
-    for name, tile in modest.items():
-        (files / f"{name}.json").write_text(json.dumps([entry("forward", None, None, None, tile)]))
-    for target, nearest in {"sm_75": "sm_86", "gfx1100": "gfx942"}.items():
+MODEST = {"sm_75": "sm_86", "xpu": "sm_86", "gfx908": "gfx942", "gfx1030": "gfx1100"}  # unknown, and whose tiles serve
+
+
+def write_modest_files(folder: Path) -> dict[str, Tile]:
+    """A file for each architecture that serves unknown ones; the tile of its one entry."""
+    found = {name: Tile(16 << n, 16, 16, 16) for n, name in enumerate(sorted({*MODEST.values()}))}
+    for name, tile in found.items():
+        lines = [entry(step, None, None, None, tile) for step in tiles.STEPS]
+        (folder / f"{name}.json").write_text(json.dumps(lines))
+    return found
+
+
+def test_an_unknown_target_is_served_by_the_most_modest_of_its_kind(files: Path) -> None:
+    modest = write_modest_files(files)
+    for target, nearest in MODEST.items():
         with pytest.warns(UserWarning, match=f"{target}, those of {nearest}"):
             assert tiles.lookup(target, "forward", 8, 8, "float16", 8) == modest[nearest]
-        with warnings.catch_warnings(action="error"):
-            tiles.lookup(target, "forward", 8, 8, "float16", 9)
+
+
+def test_an_unknown_target_warns_once_a_process(files: Path) -> None:
+    write_modest_files(files)
+    with pytest.warns(UserWarning, match="sm_75"):
+        tiles.backward("sm_75", 8, 8, "float16", 8)
     with warnings.catch_warnings(action="error"):
+        tiles.lookup("sm_75", "forward", 8, 8, "float16", 9)
+        tiles.entry("sm_75", "queries", 8, 8, "bfloat16", 8)
+        for cached in (tiles._lookup, tiles._entries):  # as a search does when it has written a file
+            cached.cache_clear()
+        tiles.lookup("sm_75", "forward", 8, 8, "float16", 8)
         tiles.lookup("sm_89", "forward", 8, 8, "float16", 8)  # a relative of sm_86
+        tiles.lookup("gfx90a", "forward", 8, 8, "float16", 8)
+    with pytest.warns(UserWarning, match="sm_70"):
+        tiles.lookup("sm_70", "forward", 8, 8, "float16", 8)
+
+
+def test_the_warning_names_the_line_that_looks_up(files: Path) -> None:
+    write_modest_files(files)
+    with warnings.catch_warnings(record=True, action="always") as caught:
+        tiles.entry("sm_75", "forward", 8, 8, "float16", 8)
+        tiles.lookup("sm_72", "forward", 8, 8, "float16", 8)
+        tiles.backward("sm_70", 8, 8, "float16", 8)
+    assert [warning.filename for warning in caught] == [__file__] * 3
 
 
 def test_wrong_arguments_are_named() -> None:

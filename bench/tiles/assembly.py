@@ -132,7 +132,7 @@ def matrix_flops(instruction: Instruction) -> int | None:
         return 2 * prod(map(int, match.groups())) // 4
     if match := re.search(r"\bHMMA\.16(8)(4|8|16)\b", instruction.text):
         return 2 * 16 * prod(map(int, match.groups()))
-    if match := re.search(r"v_mfma_\w+?_(\d+)x(\d+)x(\d+)", instruction.text):
+    if match := re.search(r"v_(?:mfma|wmma)_\w+?_(\d+)x(\d+)x(\d+)", instruction.text):
         return 2 * prod(map(int, match.groups()))
     return None
 
@@ -156,7 +156,7 @@ def access(opcode: str) -> tuple[bool, int] | None:
         return name == "UTMASTG", TENSOR_COPY
     if name in ("LDG", "LDGSTS", "LD", "STG", "ST"):
         return name in ("STG", "ST"), _bits(modifiers) // 8
-    match = re.match(r"(?:global|buffer|flat)_(load|store)_(?:lds_|d16_)?([a-z]+(?:x\d|\d+)?)", opcode)
+    match = re.match(r"(?:global|buffer|flat)_(load|store)_(?:lds_|tr_|d16_(?:hi_)?)?([a-z]+(?:x\d|\d+)?)", opcode)
     return (match[1] == "store", _AMD_WIDTHS[match[2]]) if match else None
 
 
@@ -170,7 +170,7 @@ def shared_bytes(instruction: Instruction, lanes: int) -> int:
         return (int(modifiers[-1]) if modifiers[-1].isdecimal() else 1) * 128  # matrices of 8 rows of 16 bytes
     if name in ("LDGSTS", "LDS", "STS", "SHFL"):
         return _bits(modifiers) // 8 * lanes
-    if match := re.match(r"ds_[a-z]+(2)?(?:st64)?_[bui](\d+)", name):
+    if match := re.match(r"ds_[a-z]+_?(2)?(?:addr)?(?:_?st(?:ride)?64)?_[bui](\d+)", name):
         return int(match[1] or 1) * int(match[2]) // 8 * lanes
     return 0
 

@@ -32,10 +32,12 @@ from isa_triton.partition import ceil_div
 
 
 class Limits(NamedTuple):
-    """What one SM (AMD: compute unit) holds. A CTA (AMD: workgroup) runs one program of a kernel.
+    """What one SM holds (CDNA: compute unit; RDNA: workgroup processor). A CTA (AMD: workgroup) runs one program.
 
     NVIDIA: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"; tensor memory: PTX ISA,
-    "Tensor Memory". AMD: LLVM's "User Guide for AMDGPU Backend" (registers) and the CDNA3 and CDNA4 ISA guides (LDS).
+    "Tensor Memory". AMD: LLVM's "User Guide for AMDGPU Backend" (registers) and the CDNA3 and CDNA4 ISA guides (LDS);
+    RDNA: what LLVM's AMDGPUBaseInfo.cpp gives out of a workgroup processor in its default mode, and the RDNA3 ISA guide
+    (LDS: 128 KiB, of which a workgroup has up to 64).
     """
 
     registers: int  # 32-bit, of all threads
@@ -59,6 +61,10 @@ LIMITS = {
     "gfx90a": Limits(131072, 512, 2048, 32, 64 << 10, 64 << 10, 0),  # 4 SIMDs of 512 registers a lane, in steps of 8
     "gfx942": Limits(131072, 512, 2048, 32, 64 << 10, 64 << 10, 0),
     "gfx950": Limits(131072, 512, 2048, 32, 160 << 10, 160 << 10, 0),
+    "gfx1100": Limits(
+        196608, 768, 2048, 32, 128 << 10, 64 << 10, 0
+    ),  # 4 SIMDs of 1536 registers a lane, in steps of 24
+    "gfx1200": Limits(196608, 768, 2048, 32, 128 << 10, 64 << 10, 0),
 }
 
 
@@ -202,10 +208,10 @@ def violations(launch: Launch, binary: Binary) -> list[str]:
     """What a shipped binary must not be or do, as far as this one is or does it.
 
     A spill is an access to the stack: a stack that no instruction touches (AMD keeps what it spilled in accumulation
-    registers and counts it all the same) costs nothing. IEEE fp32 may spill, for NVIDIA multiplies it on FMA units, out
-    of registers; and fp32 loads may be narrow, for Triton loads tf32 as its matrix units want it, 4 bytes at a time.
+    registers and counts it all the same) costs nothing. IEEE fp32 may spill, for all but CDNA multiply it on FMA units,
+    out of registers; fp32 loads may be narrow, for Triton loads tf32 as its matrix units want it, 4 bytes at a time.
     """
-    problem, nvidia = launch.problem, launch.target.startswith("sm_")
+    problem, exact = launch.problem, multiplies_fp32(launch.target)
     dtype, limits, matrix = problem.dtype, LIMITS[launch.target], sum(binary.matrix.values())
     found = []
     if dtype != "float32" and binary.spill_accesses:
@@ -218,10 +224,10 @@ def violations(launch: Launch, binary: Binary) -> list[str]:
         found.append(f"not one CTA of {binary.warps} warps with {binary.registers} registers fits")
     if not any(access.store for access in binary.accesses):
         found.append("stores nothing: an empty or trapping kernel")
-    elif not matrix and (dtype != "float32" or not nvidia):
+    elif not matrix and (dtype != "float32" or exact):
         found.append("multiplies without the matrix units")
-    if dtype == "float32" and (matrix if nvidia else any("xf32" in kind for kind in binary.matrix)):
-        found.append("multiplies fp32 as tf32")  # matrix units of NVIDIA's know no other
+    if dtype == "float32" and (any("xf32" in kind for kind in binary.matrix) if exact else matrix):
+        found.append("multiplies fp32 as tf32")  # or in fewer bits still: other matrix units know no fp32
     if binary.atomics:
         found.append(f"has {binary.atomics} atomic instructions: its sums are not deterministic")
     aligned = problem.key_width % 8 == problem.value_width % 8 == 0
@@ -229,6 +235,11 @@ def violations(launch: Launch, binary: Binary) -> list[str]:
     if aligned and narrow and problem.itemsize == 2:
         found.append(f"loads rows {format_widths(narrow)} bytes at a time")
     return found
+
+
+def multiplies_fp32(target: str) -> bool:
+    """Whether the matrix units of a target multiply fp32 as it is: those of CDNA alone do."""
+    return target.startswith("gfx9")
 
 
 def format_widths(accesses: Iterable[Access]) -> str:

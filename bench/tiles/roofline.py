@@ -35,7 +35,7 @@ class Machine(NamedTuple):
 
     name: str
     target: str
-    sms: int  # AMD: compute units
+    sms: int  # CDNA: compute units; RDNA: workgroup processors
     clock: float  # Hz
     matrix: dict[str, float]  # FLOP/s by arithmetic, as `isa_triton.tiles.ARITHMETIC` names it
     warp_matrix: float  # the part of that rate that matrix instructions of a single warp (HMMA) reach
@@ -54,13 +54,14 @@ class Machine(NamedTuple):
 
 
 # SMs, matrix rates and memory bandwidth: the vendors' data sheets of A100 (80 GB SXM), A10, H100 SXM5, H200 SXM,
-# B200 (one GPU of HGX) and MI300X; clocks are those at which these rates hold. Lanes: CUDA C++ Programming Guide,
-# "Arithmetic Instructions" (results a clock), and AMD's CDNA3 white paper (4 SIMDs of 16 lanes; a quarter of them for
-# special functions). HMMA on H100: 62.9 % of the peak that wgmma has (arXiv 2501.12084); on B200 it is assumed that an
-# SM does as much as H100's. Shared memory: 32 banks of 4 bytes a clock. L2: 5120 bytes a clock (A100 white paper),
-# assumed for H100 too and for each of B200's two dies, as much per SM for A10, and 60 % of that to be within reach;
-# MI300X: the peak of its Infinity Cache. Latency: about 480 clocks without load on A100 and H100 (arXiv 2402.13499),
-# assumed to double under load, and to be the same on A10; MI300X's is assumed.
+# B200 (one GPU of HGX), MI300X and Radeon RX 7900 XTX; clocks are those at which these rates hold. Lanes: CUDA C++
+# Programming Guide, "Arithmetic Instructions" (results a clock), AMD's CDNA3 white paper (4 SIMDs of 16 lanes; a
+# quarter of them for special functions) and RDNA white paper (4 SIMDs of 32 lanes, likewise). HMMA on H100: 62.9 % of
+# the peak that wgmma has (arXiv 2501.12084); on B200 it is assumed that an SM does as much as H100's. Shared memory: 32
+# banks of 4 bytes a clock, of a workgroup processor 64. L2: 5120 bytes a clock (A100 white paper), assumed for H100 too
+# and for each of B200's two dies, as much per SM for A10, and 60 % of that to be within reach; MI300X and RX 7900 XTX:
+# the peak of their Infinity Cache. Latency: about 480 clocks without load on A100 and H100 (arXiv 2402.13499), assumed
+# to double under load, and to be the same on A10; those of AMD's are assumed.
 _H100 = Machine("H100", "sm_90", 132, 1.83e9, {"16-bit": 989.4e12, "tf32": 494.7e12}, 0.629,
                 128, 64, 16, 4, 128, 0.6 * 5120 * 1.83e9, 3.35e12, 0.52e-6)  # fmt: skip
 MACHINES = {machine.name: machine for machine in (
@@ -73,6 +74,8 @@ MACHINES = {machine.name: machine for machine in (
             128, 64, 16, 4, 128, 0.6 * 10240 * 1.85e9, 8.0e12, 0.52e-6),
     Machine("MI300X", "gfx942", 304, 2.1e9, {"16-bit": 1307.4e12, "tf32": 653.7e12, "ieee": 163.4e12}, 1.0,
             64, 0, 16, 5, 128, 17.2e12, 5.3e12, 0.8e-6),
+    Machine("RX7900XTX", "gfx1100", 48, 2.5e9, {"16-bit": 122.8e12}, 1.0,
+            128, 0, 32, 4, 256, 3.5e12, 0.96e12, 0.8e-6),
 )}  # fmt: skip
 LAUNCH = 3e-6  # seconds between the starts of dependent kernels that do nothing; assumed for all
 

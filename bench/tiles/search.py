@@ -22,7 +22,7 @@ from bench import measure, records
 from bench.arguments import positive
 from bench.terminal import Table, Terminal
 from bench.tiles import options, page
-from bench.tiles.binaries import LIMITS, Binaries, Binary, occupancy
+from bench.tiles.binaries import LIMITS, Binaries, Binary, multiplies_fp32, occupancy
 from bench.tiles.compile import (
     FILED,
     PASSES,
@@ -213,10 +213,10 @@ class Task:
             "dv": m * n if tokens <= m else n * (m + value),
             "pairs": 2 * m * n,
         }[self.step]
-        threads, amd = warps * gpu_target(target).warp_size, target.startswith("gfx")
-        per_thread = 448 if amd else 224  # of 512 and 255 registers: a few are for the rest
+        threads, exact = warps * gpu_target(target).warp_size, multiplies_fp32(target)
+        per_thread = 448 if target.startswith("gfx9") else 224  # of 512 (CDNA) or 255 registers: a few are for the rest
         chunk = problem.itemsize * max((m + n) * k, n * v if self.step == "forward" else (m + n) * v)
-        matrix = problem.precision == "tf32" or problem.itemsize == 2 or amd
+        matrix = problem.precision == "tf32" or problem.itemsize == 2 or exact
         return (
             (held <= threads * per_thread or limits.tensor_columns > 0)
             and chunk * max(1, stages - 1) <= limits.shared_of_cta

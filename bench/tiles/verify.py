@@ -14,13 +14,15 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import triton
+
 from bench.terminal import Table, Terminal
 from bench.tiles import options
 from bench.tiles.binaries import LIMITS, Verdict, format_widths
 from bench.tiles.compile import DTYPES, Launch, Problem, format_tile, named, pass_launches
 from isa_triton.partition import Partition
 
-TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx90a", "gfx1100", "gfx1200")
 
 
 SHAPES = {  # attention in networks that people run, on one of their maps
@@ -49,6 +51,7 @@ SHAPES = {  # attention in networks that people run, on one of their maps
 FP16 = ("ISA 64", "ISA 256", "heads 256", "Swin 49")  # it has bf16's tiles and other matrix instructions: these suffice
 COLUMNS = ("shape", "dtype", "kernel", "warps", "regs", "spills", "CTAs/SM")
 DETAILS = ("matrix", "row loads", "row stores", "other loads", "other stores", "smem", "tmem", "tile", "tile from")
+BY = f"with triton {triton.__version__}"  # another compiler makes other binaries of the same tiles
 UNITS = "spills: bytes of stack / accesses; loads, stores: bytes x how many"
 
 
@@ -80,7 +83,7 @@ def run(args: argparse.Namespace) -> None:
         said.say(f"{what}: {'; '.join(violations)}", style="red")
     spills = [v.binary.spill_bytes for v in verdicts if v.binary and v.binary.spill_accesses]
     spilled = f"{len(spills)} spill, at most {max(spills, default=0)} bytes"
-    sentence = f"{len(verdicts)} binaries, {len(failed)} with a violation; {spilled}"
+    sentence = f"{len(verdicts)} binaries {BY}, {len(failed)} with a violation; {spilled}"
     said.end(sentence, *filter(None, (args.dump, args.json)))
     if failed:
         sys.exit(1)
@@ -111,7 +114,8 @@ def launches(
 def _table(target: str, verdicts: list[Verdict], verbose: bool) -> Table:
     header = (*COLUMNS, *DETAILS) if verbose else COLUMNS
     styles = ["red" if verdict.violations else None for verdict in verdicts]
-    return Table(f"{target} ({UNITS})", header, [_row(v, verbose) for v in verdicts], words=3, styles=styles)
+    title = f"{target} {BY}: {len(verdicts)} binaries, {len(list(filter(None, styles)))} with a violation ({UNITS})"
+    return Table(title, header, [_row(v, verbose) for v in verdicts], words=3, styles=styles)
 
 
 def _as_dict(verdict: Verdict) -> dict[str, Any]:

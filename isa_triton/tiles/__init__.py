@@ -8,8 +8,9 @@ call. To run with a tile that is not in the files, build a `Tile` and hand it to
 from __future__ import annotations
 
 import json
+import sys
 import warnings
-from functools import lru_cache
+from functools import cache, lru_cache
 from math import inf
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,8 +19,10 @@ STEPS = ("forward", "group", "queries", "keys", "values", "pairs")
 ARITHMETIC = {"float16": "16-bit", "bfloat16": "16-bit", "float32": "ieee", "tf32": "tf32"}
 _LIMITS = ("key_width", "value_width", "tokens")
 FOLDER = Path(__file__).parent
-RELATIVES = {  # architectures with the same matrix instructions and at least the memory of one that has a file
-    "sm_87": "sm_80", "sm_89": "sm_86", "sm_103": "sm_100", "sm_120": "sm_86", "sm_121": "sm_86", "gfx950": "gfx942",
+RELATIVES = {  # architectures like one that has a file: the same tiles make sound binaries for them
+    "sm_87": "sm_80", "sm_89": "sm_86", "sm_103": "sm_100", "sm_120": "sm_86", "sm_121": "sm_86",
+    "gfx90a": "gfx942", "gfx950": "gfx942",
+    **dict.fromkeys(("gfx1101", "gfx1102", "gfx1103", "gfx1150", "gfx1151", "gfx1200", "gfx1201"), "gfx1100"),
 }  # fmt: skip
 
 
@@ -177,17 +180,18 @@ def backward(target: str, key_width: int, value_width: int, dtype: str, tokens: 
 
 
 def file_for(target: str) -> Path:
-    """The file of a target, of one with the same matrix instructions, or else of the most modest of its vendor.
+    """The file of a target, of its relative, or else of the most modest of its vendor with as many threads a warp.
 
     Args:
         target: the architecture, such as "sm_90" or "gfx942"; one without a file is served by another's.
 
     Examples:
-        >>> file_for("sm_89").name, file_for("gfx1100").name
-        ('sm_86.json', 'gfx942.json')
+        >>> file_for("sm_89").name, file_for("gfx1201").name
+        ('sm_86.json', 'gfx1100.json')
     """
     file = FOLDER / f"{RELATIVES.get(target, target)}.json"
-    return file if file.exists() else FOLDER / ("gfx942.json" if target.startswith("gfx") else "sm_86.json")
+    modest = "gfx942" if target.startswith("gfx9") else "gfx1100" if target.startswith("gfx") else "sm_86"
+    return file if file.exists() else FOLDER / f"{modest}.json"
 
 
 @lru_cache(maxsize=4096)
@@ -211,7 +215,7 @@ def _entries(target: str) -> tuple[dict[str, Any], ...]:
     """The entries of a target's file; a warning where another architecture's has to serve."""
     file = file_for(target)
     if file.stem != RELATIVES.get(target, target):
-        warnings.warn(f"no tiles were made for {target}, those of {file.stem} are taken", stacklevel=6)
+        _warn(f"no tiles were made for {target}, those of {file.stem} are taken")
     try:
         entries = json.loads(file.read_text())
     except ValueError as error:
@@ -222,6 +226,18 @@ def _entries(target: str) -> tuple[dict[str, Any], ...]:
         if mistake := _mistake_in(entry):
             raise ValueError(f"{file}, entry {number}: {mistake}")
     return tuple(entries)
+
+
+@cache  # for as long as the process lives, whatever else is looked up again
+def _warn(message: str) -> None:
+    """Warn once, at the line that led here from outside of this package and of PyTorch, which may call it."""
+    frame, level = sys._getframe(), 1
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in (
+        __name__.partition(".")[0],
+        "torch",
+    ):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
 
 
 def _mistake_in(entry: Any) -> str | None:
