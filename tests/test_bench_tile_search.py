@@ -219,6 +219,19 @@ def test_what_is_written_goes_before_what_the_dtype_had_to_itself(dtype: str, fo
     assert tiles.lookup("sm_90", "forward", *problem.sizes) == found.tile
 
 
+def test_what_is_written_goes_before_what_was_for_this_compiler_alone(folder: Path) -> None:
+    problem, only = make_problem(64, 80, 96), {"triton": tiles._triton()}
+    own = {"step": "forward", "arithmetic": "16-bit", "key_width": 80, "value_width": 96, "tokens": 64, "tile": [*TILE]}
+    others = [{**own, "triton": "1.0"}, {**own, **only}]
+    (folder / "sm_90.json").write_text(json.dumps([*json.loads((folder / "sm_90.json").read_text()), *others]))
+    found = replace(finding("forward", 1, task=Task(H100, problem, "forward")), tile=TILE._replace(num_stages=5))
+    write([found])
+    assert tiles.lookup("sm_90", "forward", *problem.sizes) == found.tile
+    written = json.loads((folder / "sm_90.json").read_text())
+    assert others[0] in written
+    assert others[1] not in written
+
+
 # -- the command line --------------------------------------------------------------------------------------------------
 
 

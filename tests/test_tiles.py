@@ -9,6 +9,7 @@ from itertools import product
 from pathlib import Path
 
 import pytest
+import triton
 
 from isa_triton import tiles
 from isa_triton.tiles import BackwardTiles, Tile
@@ -130,6 +131,31 @@ def test_an_entry_of_the_dtype_goes_before_one_of_its_arithmetic(files: Path) ->
     (files / "sm_90.json").write_text(json.dumps(entries))
     assert tiles.lookup("sm_90", "forward", 8, 8, "float16", 8) == own
     assert tiles.lookup("sm_90", "forward", 8, 8, "bfloat16", 8) == both
+
+
+def test_an_entry_for_one_target_or_compiler_goes_before_one_for_all(
+    files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    everyone, target, compiler, both = (Tile(16, 16, 16, 16, warps, 1) for warps in (1, 2, 4, 8))
+    line = entry("forward", 32, 32, 64, everyone)
+    others = {target: {"target": "sm_120"}, compiler: {"triton": "3.6"}, both: {"target": "sm_120", "triton": "3.9"}}
+    lines = [line, *({**line, **only, "tile": list(tile)} for tile, only in others.items())]
+    (files / "sm_86.json").write_text(json.dumps(lines))
+    found = {}
+    for installed in ("3.6", "3.8", "3.9"):
+        monkeypatch.setattr(tiles, "_triton", lambda installed=installed: installed)
+        tiles._lookup.cache_clear()
+        for name in ("sm_86", "sm_120"):
+            found[installed, name] = tiles.lookup(name, "forward", 8, 8, "float16", 8)
+    assert found.pop(("3.6", "sm_120")) in (target, compiler)  # each is for it
+    assert found == {
+        ("3.6", "sm_86"): compiler, ("3.8", "sm_86"): everyone, ("3.8", "sm_120"): target,
+        ("3.9", "sm_86"): everyone, ("3.9", "sm_120"): both,
+    }  # fmt: skip
+
+
+def test_the_compiler_that_is_installed_is_known() -> None:
+    assert triton.__version__.startswith(f"{tiles._triton()}.")
 
 
 def test_a_limit_of_one_is_one(files: Path) -> None:

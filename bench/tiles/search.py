@@ -391,13 +391,19 @@ def search_pass(gpu: Machine, problem: Problem, pass_: str, binaries: Binaries, 
 
 def write(chosen: Sequence[Finding]) -> Path:
     """Put tiles and their evidence into the file of their target; entries for the same problem are replaced."""
-    path, key = tiles.FOLDER / f"{chosen[0].task.gpu.target}.json", itemgetter(*_KEY)
-    entries = {key(entry): entry for entry in json.loads(path.read_text())}
+    target, key = chosen[0].task.gpu.target, itemgetter(*_KEY)
+    path = tiles.FOLDER / f"{target}.json"
+    before = json.loads(path.read_text())
+    entries = {key(entry): entry for entry in before if not tiles.ONLY & entry.keys()}
+    others = [
+        entry for entry in before if tiles.ONLY & entry.keys()
+    ]  # for another compiler or target, if not for these
     for finding in chosen:
         for entry in _entries(finding):  # what the dtype had to itself would go before it
             entries.pop(key({**entry, "arithmetic": finding.task.problem.dtype}), None)
             entries[key(entry)] = entry
-    lines = [f"  {json.dumps(entry)}" for entry in sorted(entries.values(), key=_order)]
+            others = [other for other in others if key(other) != key(entry) or not tiles.is_for(other, target)]
+    lines = [f"  {json.dumps(entry)}" for entry in sorted([*entries.values(), *others], key=_order)]
     records.write_text(path, "[\n" + ",\n".join(lines) + "\n]\n")
     tiles._entries.cache_clear()
     tiles._lookup.cache_clear()

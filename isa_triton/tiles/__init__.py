@@ -3,6 +3,9 @@
 An entry is made for one step and arithmetic (or one dtype of it, which then goes first), and serves up to so many
 channels and tokens. A look-up takes the smallest entry that is large enough; nobody tunes anything on a user's first
 call. To run with a tile that is not in the files, build a `Tile` and hand it to the launcher.
+
+An entry that names a `target` or a `triton`, such as "3.6", is for that architecture alone, of those that its file
+serves, or for that version of the compiler, where the tile of all others makes a binary that spills; it goes first.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import json
 import sys
 import warnings
 from functools import cache, lru_cache
+from importlib.metadata import PackageNotFoundError, version
 from math import inf
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +22,7 @@ from typing import Any, NamedTuple
 STEPS = ("forward", "group", "queries", "keys", "values", "pairs")
 ARITHMETIC = {"float16": "16-bit", "bfloat16": "16-bit", "float32": "ieee", "tf32": "tf32"}
 _LIMITS = ("key_width", "value_width", "tokens")
+ONLY = frozenset(("target", "triton"))  # what an entry may be for alone
 FOLDER = Path(__file__).parent
 RELATIVES = {  # architectures like one that has a file: the same tiles make sound binaries for them
     "sm_87": "sm_80", "sm_89": "sm_86", "sm_103": "sm_100", "sm_120": "sm_86", "sm_121": "sm_86",
@@ -202,12 +207,34 @@ def _lookup(target: str, step: str, key_width: int, value_width: int, dtype: str
     def serves(entry: dict[str, Any]) -> bool:
         wanted = zip((key_width, value_width, tokens), limits(entry), strict=True)
         arithmetic = entry["arithmetic"] in (dtype, ARITHMETIC[dtype])
-        return entry["step"] == step and arithmetic and all(n <= limit for n, limit in wanted)
+        return entry["step"] == step and arithmetic and is_for(entry, target) and all(n <= limit for n, limit in wanted)
 
-    entries = sorted(filter(serves, _entries(target)), key=lambda entry: (limits(entry), entry["arithmetic"] != dtype))
+    def rank(entry: dict[str, Any]) -> tuple[Any, ...]:
+        return limits(entry), entry["arithmetic"] != dtype, -len(ONLY & entry.keys())
+
+    entries = sorted(filter(serves, _entries(target)), key=rank)
     if not entries or entries[0]["tile"] is None:
         raise LookupError(f"no tile of {step!r} for groups of {tokens} tokens, widths {key_width} and {value_width}")
     return Entry(Tile(*entries[0]["tile"]), file_for(target).stem, *(entries[0][name] for name in _LIMITS))
+
+
+def is_for(entry: dict[str, Any], target: str) -> bool:
+    """Whether an entry of a target's file is for that target, and for the Triton that is installed.
+
+    Examples:
+        >>> is_for({"target": "sm_120"}, "sm_86"), is_for({}, "sm_86")
+        (False, True)
+    """
+    return entry.get("target", target) == target and entry.get("triton", _triton()) == _triton()
+
+
+@cache
+def _triton() -> str | None:
+    """Its version as entries say it, "3.8"; None where it is not installed."""
+    try:
+        return ".".join(version("triton").split(".")[:2])
+    except PackageNotFoundError:
+        return None
 
 
 @lru_cache(maxsize=64)
@@ -248,6 +275,8 @@ def _mistake_in(entry: Any) -> str | None:
         return f"knows no step {entry['step']!r} of arithmetic {entry['arithmetic']!r}"
     if any(not (entry[name] is None or (type(entry[name]) is int and entry[name] > 0)) for name in _LIMITS):
         return f"{', '.join(_LIMITS)} must be positive integers or null, got {[entry[name] for name in _LIMITS]}"
+    if wrong := {name: entry[name] for name in sorted(ONLY & entry.keys()) if not isinstance(entry[name], str)}:
+        return f"what an entry is for alone must be a word, got {wrong}"
     tile = entry["tile"]
     if tile is None:
         return None
