@@ -73,6 +73,8 @@ def test_small_groups_have_a_kernel_of_their_own(target: str) -> None:
     ):
         if (target, dtype, key) in (("sm_80", "tf32", 39), ("sm_86", "tf32", 39)):
             continue  # 4-byte loads: no single kernel does without a spill
+        if (target, tiles.ARITHMETIC[dtype], key, tokens > 32) == ("gfx1100", "16-bit", 32, True):
+            continue  # nor does one for windows with a bias, in 256 registers a thread
         group = tiles.backward(target, key, value, dtype, tokens).group
         assert group is not None
         assert group.block_m >= tokens
