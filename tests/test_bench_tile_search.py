@@ -1,15 +1,14 @@
-"""The search for tiles: its steps, its choice, what it writes, and a search that is small enough to run here."""
+"""The search for tiles: its steps, its choice, what it says, and a search that is small enough to run here."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import re
-import shutil
 import subprocess
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from math import log2
 from pathlib import Path
@@ -27,7 +26,7 @@ from bench.tiles.options import make_problem
 from bench.tiles.program import Op
 from bench.tiles.report import BOUNDS, Pass
 from bench.tiles.roofline import MACHINES
-from bench.tiles.search import Finding, Search, Task, choose, search, write
+from bench.tiles.search import Finding, Search, Task, choose, search
 from isa_triton import tiles
 from isa_triton.tiles import Tile
 from tests.compiling import run_compiling
@@ -173,63 +172,6 @@ def test_the_fastest_way_to_do_a_pass_is_chosen(us: dict[str, float], chosen: st
 def test_a_sound_way_is_preferred() -> None:
     tried = {step: [finding(step, us)] for step, us in {"queries": 2, "keys": 3}.items()}
     assert [f.task.step for f in choose(tried | {"group": [finding("group", 1, ["spills"])]})] == ["queries", "keys"]
-
-
-# -- the files ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the shipped files, which may be written to."""
-    shutil.copytree(tiles.FOLDER, tmp_path / "tiles")
-    monkeypatch.setattr(tiles, "FOLDER", tmp_path / "tiles")
-    for cached in (tiles._lookup, tiles._entries):
-        cached.cache_clear()
-    return tmp_path / "tiles"
-
-
-def test_what_is_written_is_found(folder: Path) -> None:
-    before = json.loads((folder / "sm_90.json").read_text())
-    tile = Tile(64, 64, 16, 16, 2, 5)
-    problem = make_problem(49, 80, 96)
-    chosen = [
-        Finding(Task(H100, problem, step), tile, None, [], None, measured=1e-5) for step in ("queries", "keys", "pairs")
-    ]
-    assert write(chosen) == folder / "sm_90.json"
-    after = json.loads((folder / "sm_90.json").read_text())
-    assert len(after) == len(before) + 4  # dv, which comes with dk, has a line too
-    assert all(entry in after for entry in before)
-    for step in ("queries", "keys", "pairs"):
-        assert tiles.lookup("sm_90", step, 80, 96, "float16", 50) == tile
-    with pytest.raises(LookupError):
-        tiles.lookup("sm_90", "values", 80, 96, "float16", 50)
-    assert {entry["evidence"]["how"] for entry in after if entry["tile"] == list(tile)} == {"measured"}
-    write(chosen)
-    assert json.loads((folder / "sm_90.json").read_text()) == after
-
-
-@pytest.mark.parametrize("dtype", ["tf32", "bfloat16", "float32"])
-def test_what_is_written_goes_before_what_the_dtype_had_to_itself(dtype: str, folder: Path) -> None:
-    problem = make_problem(64, 80, 96, dtype=dtype)
-    own = {"step": "forward", "arithmetic": dtype, "key_width": 80, "value_width": 96, "tokens": 64, "tile": [*TILE]}
-    (folder / "sm_90.json").write_text(json.dumps([*json.loads((folder / "sm_90.json").read_text()), own]))
-    assert tiles.lookup("sm_90", "forward", *problem.sizes) == TILE
-    found = replace(finding("forward", 1, task=Task(H100, problem, "forward")), tile=TILE._replace(num_stages=5))
-    write([found])
-    assert tiles.lookup("sm_90", "forward", *problem.sizes) == found.tile
-
-
-def test_what_is_written_goes_before_what_was_for_this_compiler_alone(folder: Path) -> None:
-    problem, only = make_problem(64, 80, 96), {"triton": tiles._triton()}
-    own = {"step": "forward", "arithmetic": "16-bit", "key_width": 80, "value_width": 96, "tokens": 64, "tile": [*TILE]}
-    others = [{**own, "triton": "1.0"}, {**own, **only}]
-    (folder / "sm_90.json").write_text(json.dumps([*json.loads((folder / "sm_90.json").read_text()), *others]))
-    found = replace(finding("forward", 1, task=Task(H100, problem, "forward")), tile=TILE._replace(num_stages=5))
-    write([found])
-    assert tiles.lookup("sm_90", "forward", *problem.sizes) == found.tile
-    written = json.loads((folder / "sm_90.json").read_text())
-    assert others[0] in written
-    assert others[1] not in written
 
 
 # -- the command line --------------------------------------------------------------------------------------------------

@@ -1,0 +1,70 @@
+"""The files of tiles: what a search writes there is found, and goes before what is for fewer cases or for others."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from bench.tiles.options import make_problem
+from bench.tiles.search import Finding, Task, write
+from isa_triton import tiles
+from isa_triton.tiles import Tile
+from tests.test_bench_tile_search import H100, TILE, finding
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the shipped files, which may be written to."""
+    shutil.copytree(tiles.FOLDER, tmp_path / "tiles")
+    monkeypatch.setattr(tiles, "FOLDER", tmp_path / "tiles")
+    for cached in (tiles._lookup, tiles._entries):
+        cached.cache_clear()
+    return tmp_path / "tiles"
+
+
+def test_what_is_written_is_found(folder: Path) -> None:
+    before = json.loads((folder / "sm_90.json").read_text())
+    tile = Tile(64, 64, 16, 16, 2, 5)
+    problem = make_problem(49, 80, 96)
+    chosen = [
+        Finding(Task(H100, problem, step), tile, None, [], None, measured=1e-5) for step in ("queries", "keys", "pairs")
+    ]
+    assert write(chosen) == folder / "sm_90.json"
+    after = json.loads((folder / "sm_90.json").read_text())
+    assert len(after) == len(before) + 4  # dv, which comes with dk, has a line too
+    assert all(entry in after for entry in before)
+    for step in ("queries", "keys", "pairs"):
+        assert tiles.lookup("sm_90", step, 80, 96, "float16", 50) == tile
+    with pytest.raises(LookupError):
+        tiles.lookup("sm_90", "values", 80, 96, "float16", 50)
+    assert {entry["evidence"]["how"] for entry in after if entry["tile"] == list(tile)} == {"measured"}
+    write(chosen)
+    assert json.loads((folder / "sm_90.json").read_text()) == after
+
+
+@pytest.mark.parametrize("dtype", ["tf32", "bfloat16", "float32"])
+def test_what_is_written_goes_before_what_the_dtype_had_to_itself(dtype: str, folder: Path) -> None:
+    problem = make_problem(64, 80, 96, dtype=dtype)
+    own = {"step": "forward", "arithmetic": dtype, "key_width": 80, "value_width": 96, "tokens": 64, "tile": [*TILE]}
+    (folder / "sm_90.json").write_text(json.dumps([*json.loads((folder / "sm_90.json").read_text()), own]))
+    assert tiles.lookup("sm_90", "forward", *problem.sizes) == TILE
+    found = replace(finding("forward", 1, task=Task(H100, problem, "forward")), tile=TILE._replace(num_stages=5))
+    write([found])
+    assert tiles.lookup("sm_90", "forward", *problem.sizes) == found.tile
+
+
+def test_what_is_written_goes_before_what_was_for_this_compiler_alone(folder: Path) -> None:
+    problem, only = make_problem(64, 80, 96), {"triton": tiles._triton()}
+    own = {"step": "forward", "arithmetic": "16-bit", "key_width": 80, "value_width": 96, "tokens": 64, "tile": [*TILE]}
+    others = [{**own, "triton": "1.0"}, {**own, **only}]
+    (folder / "sm_90.json").write_text(json.dumps([*json.loads((folder / "sm_90.json").read_text()), *others]))
+    found = replace(finding("forward", 1, task=Task(H100, problem, "forward")), tile=TILE._replace(num_stages=5))
+    write([found])
+    assert tiles.lookup("sm_90", "forward", *problem.sizes) == found.tile
+    written = json.loads((folder / "sm_90.json").read_text())
+    assert others[0] in written
+    assert others[1] not in written
