@@ -402,7 +402,7 @@ def write(chosen: Sequence[Finding]) -> Path:
         for entry in _entries(finding):  # what the dtype had to itself would go before it
             entries.pop(key({**entry, "arithmetic": finding.task.problem.dtype}), None)
             entries[key(entry)] = entry
-            others = [other for other in others if key(other) != key(entry) or not tiles.is_for(other, target)]
+            others = [other for other in others if key(other) != key(entry) or not tiles._is_for(other, target)]
     lines = [f"  {json.dumps(entry)}" for entry in sorted([*entries.values(), *others], key=_order)]
     records.write_text(path, "[\n" + ",\n".join(lines) + "\n]\n")
     tiles._entries.cache_clear()

@@ -207,7 +207,9 @@ def _lookup(target: str, step: str, key_width: int, value_width: int, dtype: str
     def serves(entry: dict[str, Any]) -> bool:
         wanted = zip((key_width, value_width, tokens), limits(entry), strict=True)
         arithmetic = entry["arithmetic"] in (dtype, ARITHMETIC[dtype])
-        return entry["step"] == step and arithmetic and is_for(entry, target) and all(n <= limit for n, limit in wanted)
+        return (
+            entry["step"] == step and arithmetic and _is_for(entry, target) and all(n <= limit for n, limit in wanted)
+        )
 
     def rank(entry: dict[str, Any]) -> tuple[Any, ...]:
         return limits(entry), entry["arithmetic"] != dtype, -len(ONLY & entry.keys())
@@ -218,13 +220,8 @@ def _lookup(target: str, step: str, key_width: int, value_width: int, dtype: str
     return Entry(Tile(*entries[0]["tile"]), file_for(target).stem, *(entries[0][name] for name in _LIMITS))
 
 
-def is_for(entry: dict[str, Any], target: str) -> bool:
-    """Whether an entry of a target's file is for that target, and for the Triton that is installed.
-
-    Examples:
-        >>> is_for({"target": "sm_120"}, "sm_86"), is_for({}, "sm_86")
-        (False, True)
-    """
+def _is_for(entry: dict[str, Any], target: str) -> bool:
+    """Whether an entry of a target's file is for that target, and for the Triton that is installed."""
     return entry.get("target", target) == target and entry.get("triton", _triton()) == _triton()
 
 
