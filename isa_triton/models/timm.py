@@ -223,7 +223,7 @@ def _attention(attn: Any, x: Tensor, partition: Partition, bias: Tensor | None, 
             f"dropout of attention weights is not supported: train with attn_drop 0, not {attn.attn_drop.p}"
         )
     gathers = backend == "auto" and x.is_cpu and partition.divides and not torch.is_grad_enabled()
-    if wants_torch_operators() or is_recorded():  # views by strides, which may be others when the graph runs
+    if wants_torch_operators() or is_recorded() or torch.compiler.is_exporting():  # other sizes may not divide
         gathers = False
     if isinstance(attn, Attention2d) and not (is_plain(attn.qkv, nn.Conv2d) and is_plain(attn.proj, nn.Conv2d)):
         gathers = False  # what stands there takes maps
