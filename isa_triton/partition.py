@@ -255,7 +255,7 @@ class Partition(NamedTuple):
     @property
     def divides(self) -> bool:
         """Whether every token of every group lies inside the map."""
-        return self.h.divides and self.w.divides
+        return self.h.divides & self.w.divides  # of symbols, without a look at either
 
     @property
     def pairs(self) -> int:
@@ -306,7 +306,7 @@ class Partition(NamedTuple):
         if piece is None:
             if not self.divides:
                 raise ValueError(f"{self} does not divide its map: name one of its pieces()")
-            (piece,) = self.pieces()
+            piece = Run(0, self.h.groups, 0, self.h.tokens), Run(0, self.w.groups, 0, self.w.tokens)
         (h, w), (batch, y, x, *rest) = piece, tensor.stride()
         shape = tensor.shape[0], h.groups, w.groups, h.tokens, w.tokens, *tensor.shape[3:]
         groups = self.h.group_stride * y, self.w.group_stride * x
@@ -346,10 +346,14 @@ def _pair(name: str, pair: Any) -> tuple[int, int]:
 
 
 def _whole(number: Any) -> int:
-    """An integer as Python's own: NumPy's overflow, and kernels take neither those nor truth values."""
+    """An integer as Python's own, or a compiler's symbol for one.
+
+    NumPy's overflow, and kernels take neither those nor truth values.
+    """
     if isinstance(number, bool):
         raise TypeError("a truth value")
-    return number if isinstance(number, int) else index(number)
+    symbolic = getattr(getattr(number, "node", None), "pytype", None) is int  # a torch.SymInt
+    return number if isinstance(number, int) or symbolic else index(number)
 
 
 def _checked(size: Any, name: str, parts: Any) -> tuple[tuple[int, int], tuple[int, int]]:
