@@ -255,7 +255,7 @@ class Partition(NamedTuple):
     @property
     def divides(self) -> bool:
         """Whether every token of every group lies inside the map."""
-        return self.h.divides and self.w.divides
+        return self.h.divides & self.w.divides  # of symbols, without a look at either
 
     @property
     def pairs(self) -> int:
@@ -357,10 +357,14 @@ def _pair(name: str, pair: Any) -> tuple[int, int]:
 
 
 def _whole(number: Any) -> int:
-    """An integer as Python's own: NumPy's overflow, and kernels take neither those nor truth values."""
+    """An integer as Python's own, or a compiler's symbol for one.
+
+    NumPy's overflow, and kernels take neither those nor truth values.
+    """
     if isinstance(number, bool):
         raise TypeError("a truth value")
-    return number if isinstance(number, int) else index(number)
+    symbolic = getattr(getattr(number, "node", None), "pytype", None) is int  # a torch.SymInt
+    return number if isinstance(number, int) or symbolic else index(number)
 
 
 def _checked(size: Any, name: str, parts: Any) -> tuple[tuple[int, int], tuple[int, int]]:
