@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ._tracing import is_known_to_be, leaf_of_fx, wants_torch_operators
 from .functional import partitioned_attention
-from .partition import Axis, Partition, ceil_div
+from .partition import Partition, ceil_div
 
 PartitionSize = int | tuple[int, int]  # P, or (P_h, P_w)
 NormLayer = Callable[[int], nn.Module]  # from channels
@@ -26,8 +26,8 @@ Activation = Callable[[], nn.Module]
 RELU = partial(nn.ReLU, inplace=True)
 
 PATTERNS: dict[str, Callable[[tuple[int, int], tuple[int, int]], Partition]] = {
-    "interlaced": lambda size, partition_size: Partition(*map(Axis.interlaced, size, partition_size)),
-    "local": lambda size, partition_size: Partition(*map(Axis.local, size, partition_size)),
+    "interlaced": lambda size, partition_size: Partition.interlaced(size, stride=partition_size),
+    "local": lambda size, partition_size: Partition.local(size, window=partition_size),
     "rows": lambda size, partition_size: Partition.rows(size),
     "columns": lambda size, partition_size: Partition.columns(size),
     "dense": lambda size, partition_size: Partition.dense(size),
