@@ -76,17 +76,20 @@ class Axis(NamedTuple):
     @classmethod
     def interlaced(cls, size: int, stride: int) -> Axis:
         """`stride` groups whose tokens lie `stride` pixels apart."""
+        size, stride = _whole(size), _whole(stride)
         return cls(size, groups=stride, tokens=ceil_div(size, stride), group_stride=1, token_stride=stride)
 
     @classmethod
     def grid(cls, size: int, tokens: int) -> Axis:
         """Interlaced groups of `tokens` tokens each, spread over the whole axis."""
+        size, tokens = _whole(size), _whole(tokens)
         stride = ceil_div(size, tokens)
         return cls(size, groups=stride, tokens=tokens, group_stride=1, token_stride=stride)
 
     @classmethod
     def local(cls, size: int, window: int, shift: int = 0) -> Axis:
         """Groups of `window` adjacent pixels; a shift leaves `shift` of them to the first group."""
+        size, window = _whole(size), _whole(window)
         origin = shift - window if shift else 0
         return cls(size, ceil_div(size - origin, window), window, group_stride=window, token_stride=1, origin=origin)
 
@@ -409,12 +412,13 @@ def _pair(name: str, pair: Any) -> tuple[int, int]:
 def _whole(number: Any) -> int:
     """An integer as Python's own, or a compiler's symbol for one.
 
-    NumPy's overflow, and kernels take neither those nor truth values.
+    NumPy's overflow, kernels take neither those nor truth values, and those of `torch.jit.trace` are tensors.
     """
     if isinstance(number, bool):
         raise TypeError("a truth value")
-    symbolic = getattr(getattr(number, "node", None), "pytype", None) is int  # a torch.SymInt
-    return number if isinstance(number, int) or symbolic else index(number)
+    if isinstance(number, int) or getattr(getattr(number, "node", None), "pytype", None) is int:  # a torch.SymInt
+        return number
+    return index(number)
 
 
 def _checked(size: Any, name: str, parts: Any) -> tuple[tuple[int, int], tuple[int, int]]:

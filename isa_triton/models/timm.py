@@ -211,9 +211,8 @@ def _attentions(block: nn.Module) -> list[nn.Module]:
 
 def _block_or_grid(size: Sequence[int], partition_size: tuple[int, int], block: bool) -> Partition:
     """MaxViT's windows or grid on a map of (H, W) pixels; a small map is one window."""
-    height, width = size
-    tokens = at_most(partition_size[0], height), at_most(partition_size[1], width)
-    return Partition.local((height, width), tokens) if block else Partition.interlaced((height, width), grid=tokens)
+    tokens = map(at_most, partition_size, size)
+    return Partition(*map(Axis.local if block else Axis.grid, size, tokens))
 
 
 def _attention(attn: Any, x: Tensor, partition: Partition, bias: Tensor | None, backend: str) -> Tensor:
