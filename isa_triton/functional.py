@@ -114,7 +114,8 @@ def _attention(
     if key is not None and (results := replays.again(key, q, k, v, bias)) is not None:
         return results
     check_backend(backend)
-    if not (torch.compiler.is_compiling() or _tracing.is_recorded()):  # sizes may be symbols; operators check later
+    if not (torch.compiler.is_compiling() or _tracing.is_recorded() or _tracing.wants_torch_operators()):
+        # whose sizes may be symbols, or tensors; operators in their graphs check when they run
         check_partition(partition)
     given = tensors = {"q": q, "k": k, "v": v} | ({} if bias is None else {"bias": bias})
     _check_kinds(tensors)

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ._tracing import is_known_to_be, leaf_of_fx, wants_torch_operators
 from .functional import partitioned_attention
-from .partition import Partition, ceil_div
+from .partition import Axis, Partition, ceil_div
 
 PartitionSize = int | tuple[int, int]  # P, or (P_h, P_w)
 NormLayer = Callable[[int], nn.Module]  # from channels
@@ -26,8 +26,8 @@ Activation = Callable[[], nn.Module]
 RELU = partial(nn.ReLU, inplace=True)
 
 PATTERNS: dict[str, Callable[[tuple[int, int], tuple[int, int]], Partition]] = {
-    "interlaced": lambda size, partition_size: Partition.interlaced(size, stride=partition_size),
-    "local": lambda size, partition_size: Partition.local(size, window=partition_size),
+    "interlaced": lambda size, partition_size: Partition(*map(Axis.interlaced, size, partition_size)),
+    "local": lambda size, partition_size: Partition(*map(Axis.local, size, partition_size)),
     "rows": lambda size, partition_size: Partition.rows(size),
     "columns": lambda size, partition_size: Partition.columns(size),
     "dense": lambda size, partition_size: Partition.dense(size),
@@ -122,7 +122,8 @@ def at_most(part: int, size: int) -> int:
     """The smaller of a part and its whole."""
     if is_known_to_be(part <= size) or is_known_to_be(size % part == 0):
         return part
-    return torch.sym_min(part, size)  # min would make a graph take a side
+    smaller: Any = torch.sym_min(part, size)  # a symbol too; min would make a graph take a side
+    return smaller
 
 
 def pads(pattern: str, padding: str) -> bool:

@@ -424,9 +424,8 @@ def _whole(number: Any) -> int:
 def _checked(size: Any, name: str, parts: Any) -> tuple[tuple[int, int], tuple[int, int]]:
     height, width = _pair("size", size)
     part_h, part_w = _pair(name, parts)
-    if all(isinstance(number, int) for number in (height, width, part_h, part_w)):  # symbols have no size yet
-        if height < 1 or width < 1:
-            raise ValueError(f"size must be at least (1, 1), got {(height, width)}")
-        if not (1 <= part_h <= height and 1 <= part_w <= width):
-            raise ValueError(f"{name} must lie between (1, 1) and the map's {(height, width)}, got {(part_h, part_w)}")
+    if height < 1 or width < 1:
+        raise ValueError(f"size must be at least (1, 1), got {(height, width)}")
+    if not (1 <= part_h <= height and 1 <= part_w <= width):
+        raise ValueError(f"{name} must lie between (1, 1) and the map's {(height, width)}, got {(part_h, part_w)}")
     return (height, width), (part_h, part_w)

@@ -23,7 +23,7 @@ from .._tracing import is_inference, is_known_to_be, is_plain, is_recorded, leaf
 from ..backend import check_backend
 from ..functional import partitioned_attention
 from ..maps import at_most, unpad
-from ..partition import Partition, ceil_div
+from ..partition import Axis, Partition, ceil_div
 
 try:
     from timm.models.maxxvit import (
@@ -178,7 +178,7 @@ class AcceleratedSwinBlock(SwinTransformerBlock):
         divides = is_known_to_be(whole[0] - height + whole[1] - width == 0)
         if not divides:  # the zeros lie behind the rolled map: what came round is in front of them
             x = _roll(F.pad(_roll(x, shift, -1), behind), shift, 1)
-        partition = Partition.local(whole, window, shift)
+        partition = Partition(*map(Axis.local, whole, window, shift))
         x = self.attn(x, partition=partition, backend=self.backend)
         return x if divides else _roll(unpad(_roll(x, shift, -1), behind), shift, 1)
 
@@ -222,7 +222,8 @@ def _attention(attn: Any, x: Tensor, partition: Partition, bias: Tensor | None, 
             f"dropout of attention weights is not supported: train with attn_drop 0, not {attn.attn_drop.p}"
         )
     gathers = backend == "auto" and x.is_cpu and not torch.is_grad_enabled() and is_known_to_be(partition.divides)
-    if torch.compiler.is_exporting() or wants_torch_operators() or is_recorded():  # for maps that may not be divided
+    if torch.compiler.is_exporting() or wants_torch_operators() or is_recorded():
+        # views by strides, which may be others when the graph runs
         gathers = False
     if isinstance(attn, Attention2d) and not (is_plain(attn.qkv, nn.Conv2d) and is_plain(attn.proj, nn.Conv2d)):
         gathers = False  # what stands there takes maps
