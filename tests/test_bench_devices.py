@@ -111,7 +111,11 @@ def test_a_cpu_is_timed_by_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_samples_of_a_device_are_interleaved_and_say_how(gpu: ScriptedDevice) -> None:
-    steps = {name: kernels(gpu, name) for name in "ab"} | {"bad": lambda: gpu.allocate(2 << 30) or ()}
+    def bad() -> tuple[()]:
+        gpu.allocate(2 << 30)
+        return ()
+
+    steps = {name: kernels(gpu, name) for name in "ab"} | {"bad": bad}
     failures: dict[str, str] = {}
     times = measure.samples(steps, rounds=2, device="cuda", failures=failures)
     assert times == {name: (pytest.approx((2 * MICRO,) * 2), "graph") for name in "ab"}
