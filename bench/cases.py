@@ -148,19 +148,30 @@ def errors(case: Case, backend: str, device: str = "cpu") -> dict[str, float]:
     if not case.maps:
         assert all(result.numel() == 0 or not result.any() for result in got.values())
         return {}
+    return parts(case, inputs, got)
+
+
+def parts(case: Case, inputs: dict[str, Tensor], got: dict[str, Tensor]) -> dict[str, float]:
+    """The error of each of some results, by name, as a part of what the budget allows.
+
+    Args:
+        inputs: as `Case.inputs` has them; without dlse, lse has no gradient.
+    """
+    if "dlse" not in inputs:
+        inputs = inputs | {"dlse": torch.zeros(inputs["q"].shape[:4], device=inputs["q"].device)}
     exact, eager = derivatives({name: x.double() for name, x in inputs.items()}, case), derivatives(inputs, case)
     if not all(result.isfinite().all() for result in eager.values()):  # fp16 has overflowed where a backend need not
         eager = derivatives({name: x.float() for name, x in inputs.items()}, case)
     natural = natural_scales(inputs, case.scale, case.maps * case.partition.groups)
     uncertain = torch.finfo(torch.float32).eps * float(exact["lse"].abs().max())
     equal = case.partition.tokens if case.layout in ("expanded", "scalar") else 0
-    parts = {}
+    found = {}
     for name, result in got.items():
         allowed = allowed_error(name, exact[name], eager[name], case.dtype, natural.get(name, 0.0), uncertain, equal)
         limit = torch.finfo(result.dtype).max  # beyond it infinity is the rounded result
         error = float((result.double().clamp(-limit, limit) - exact[name].clamp(-limit, limit)).abs().max())
-        parts[name] = error / allowed if allowed else float(error > 0) * float("inf") if error else 0.0
-    return parts
+        found[name] = error / allowed if allowed else float(error > 0) * float("inf") if error else 0.0
+    return found
 
 
 def derivatives(inputs: dict[str, Tensor], case: Case, backend: str | None = None) -> dict[str, Tensor]:
