@@ -11,16 +11,18 @@ import argparse
 import hashlib
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench import measure, terminal
+from bench import measure
 from bench.arguments import add_out, number
 from bench.certify import page
 from bench.certify.conduct import ROOT, conduct
 from bench.certify.parts import PARTS
+from bench.certify.problems import distinct
 from bench.certify.rows import Certificate, Setting, left
 from bench.terminal import Terminal
 from bench.tiles import options
@@ -34,8 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--device", default="cuda", help="cuda, cuda:1, or cpu, where kernels are interpreted")
     add_out(parser, "the certificate", "certificate")
-    add("--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART",
-        help=f"of {', '.join(f'{letter} ({part.title})' for letter, part in PARTS.items())} (default: all)")  # fmt: skip
+    what = "; ".join(f"{letter}: {part.title}" for letter, part in PARTS.items())
+    add("--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help=f"{what} (default: all)")
     add("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), metavar="SHAPE",
         help=f"of {', '.join(SHAPES)} (default: all)")  # fmt: skip
     add("--minutes", type=number, default=20.0, metavar="N", help="nothing begins later; the same command goes on")
@@ -46,6 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     device = check_device(args.device)
     setting = Setting(str(device), tuple(args.shapes), args.jobs, str(args.cache.absolute()))
+    if setting.interpreted:
+        setting = replace(setting, shapes=distinct(setting.shapes))
     said, certificate = Terminal(args), Certificate(args.out / FILE, conditions(device))
     if args.again:
         certificate.path.unlink(missing_ok=True)

@@ -40,7 +40,7 @@ class Process:
 
     def __init__(self, part: Part, setting: Setting, log: IO[bytes]) -> None:
         self.log, self.begin = log, log.tell()
-        words = [sys.executable, "-m", "bench.certify.once", part.letter, json.dumps(asdict(setting))]
+        words = [sys.executable, "-m", "bench.certify.once", json.dumps(asdict(part)), json.dumps(asdict(setting))]
         self.process = subprocess.Popen(
             words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=environment(part, setting),
             start_new_session=True,
@@ -109,7 +109,7 @@ def environment(part: Part, setting: Setting) -> dict[str, str]:
     found |= {"TRITON_CACHE_DIR": str(Path(setting.cache) / "triton"), "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
     if setting.interpreted and part.interpreted:
         found["TRITON_INTERPRET"] = "1"
-    if part.module == "tools":  # else many tensors are one allocation, and what is beside a tensor is another's
+    if part.module == ".tools":  # else many tensors are one allocation, and what is beside a tensor is another's
         found["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
     return found
 

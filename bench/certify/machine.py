@@ -39,7 +39,7 @@ def device(setting: Setting) -> Found:
     if not setting.interpreted:
         properties = torch.get_device_module(setting.device).get_device_properties(setting.device)
         said |= {
-            "target": speed.target_of(torch.device(setting.device)), "SMs": properties.multi_processor_count,
+            "target": speed.target_of(setting), "SMs": properties.multi_processor_count,
             "GB": round(devices.memory(setting.device) / 1e9, 1), "clocks": devices.clocks(setting.device),
             "CUDA": torch.version.cuda or torch.version.hip,
         }  # fmt: skip

@@ -1,4 +1,4 @@
-"""``python -m bench.certify.once PART SETTING``: the process that looks at items, one for each line of its input.
+"""``python -m bench.certify.once PART SETTING``, both in JSON: looks at items, one for each line of its input.
 
 It answers each with a line, and says nothing else on its output. Where its input ends whoever asked is gone: then it
 ends too, whatever it is doing, with all processes that it has started.
@@ -19,17 +19,16 @@ from dataclasses import asdict, replace
 import torch
 
 from bench import devices, measure
-from bench.certify.parts import PARTS, Part
+from bench.certify.parts import Part
 from bench.certify.rows import Found, Name, NotRun, Setting
 
 
-def main(letter: str, setting_: str) -> None:
+def main(part_: str, setting_: str) -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
     asked: queue.Queue[str] = queue.Queue()
     threading.Thread(target=_listen, args=(asked,), daemon=True).start()
-    given = json.loads(setting_)
-    setting, part = Setting(**given | {"shapes": tuple(given["shapes"])}), PARTS[letter]
+    part, setting = Part(**json.loads(part_)), Setting(**json.loads(setting_))
     if torch.device(setting.device).index is not None:
         torch.accelerator.set_device_index(torch.device(setting.device).index)
     part.all(setting)  # imports it

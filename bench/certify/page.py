@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,27 @@ def table(part: Part, rows: Mapping[Name, Found]) -> Table:
     return Table("", (*part.columns, *figures, "outcome", "why"), lines, words=words)
 
 
+def of_devices(rows: Mapping[Name, Found]) -> Table:
+    """Part a on the page: items that have no figures in common."""
+    header = ("what", "found")
+    said = ("; ".join(f"{name} {figure}" for name, figure in found.figures.items()) for found in rows.values())
+    return Table("", header, [[*name, text or None] for name, text in zip(rows, said, strict=True)], words=header)
+
+
+def of_times(rows: Mapping[Name, Found]) -> Table:
+    """Part e on the page: a line for a shape and a pass, microseconds of everyone, or why there are none."""
+    lines: dict[Name, list[object]] = {name[:2]: [] for name in rows}
+    for (shape, pass_, _), found in rows.items():
+        lines[shape, pass_].append(found.figures.get("us", found.outcome))
+    verdicts = [rows[*where, OURS].why for where in lines]
+    header = ("shape", "pass", *(f"{who}, us" for who in PEERS), "ours")
+    cells = [[*where, *line, verdict or None] for (where, line), verdict in zip(lines.items(), verdicts, strict=True)]
+    return Table("", header, cells, words=("shape", "pass", "ours"))
+
+
+ON_PAGE = {"a": of_devices, "e": of_times}  # tables of parts that read better so than a line an item
+
+
 def write(folder: Path, setting: Setting, judged: Judged, command: str) -> list[Path]:
     """Write the page, its plots where there is something to plot, and the CSVs; returns their paths."""
     written = [folder / "certificate.md"]
@@ -142,7 +164,8 @@ def page(setting: Setting, judged: Judged, command: str, drawn: Sequence[str]) -
         yield from ("", f"![{name}]({name})")
     for letter, part in PARTS.items():
         if judged.rows[letter]:
-            yield from ("", f"## {letter}. {part.title}", "", table(part, judged.rows[letter]).markdown().strip("\n"))
+            shown = ON_PAGE.get(letter, partial(table, part))(judged.rows[letter])
+            yield from ("", f"## {letter}. {part.title}", "", shown.markdown().strip())
 
 
 # -- plots -------------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ class Part:
         title: in words.
         file: of its CSV.
         columns: what the words of its items' names are.
-        module: of this folder; its functions `items` and `run` say which items there are, and look at one.
+        module: of this folder, or any by its whole name; its functions `items` and `run` say which items there are, and look at one.
         interpreted: whether kernels are, where there is no GPU; else they are compiled.
         limit: seconds of an item.
     """
@@ -45,20 +45,20 @@ class Part:
         return self._function(self.run)(setting, *name)
 
     def _function(self, name: str) -> Callable[..., Any]:
-        return getattr(import_module(f"bench.certify.{self.module}"), name)
+        return getattr(import_module(self.module, __package__), name)
 
 
 PARTS = {
     part.letter: part
     for part in (
-        Part("a", "The device and its ceilings", "device.csv", ("what",), "machine", interpreted=False, limit=300.0),
-        Part("b", "Errors against fp64, as parts of the budget", "correctness.csv", ("shape", "dtype"), "correct"),
-        Part("c", "Streams, graphs, compilers, large maps", "behaviour.csv", ("what",), "behave", limit=180.0),
-        Part("d", "compute-sanitizer", "sanitizers.csv", ("check", "shape"), "tools", limit=120.0),
-        Part("e", "Times beside others", "times.csv", ("shape", "pass", "who"), "speed", limit=90.0),
-        Part("f", "Counters of the GPU beside what was counted", "counters.csv", ("shape", "pass"), "tools",
+        Part("a", "The device and its ceilings", "device.csv", ("what",), ".machine", interpreted=False, limit=300.0),
+        Part("b", "Errors against fp64, as parts of the budget", "correctness.csv", ("shape", "dtype"), ".correct"),
+        Part("c", "Streams, graphs, compilers, large maps", "behaviour.csv", ("what",), ".behave", limit=180.0),
+        Part("d", "compute-sanitizer", "sanitizers.csv", ("check", "shape"), ".tools", limit=120.0),
+        Part("e", "Times beside others", "times.csv", ("shape", "pass", "who"), ".speed", limit=90.0),
+        Part("f", "Counters of the GPU beside what was counted", "counters.csv", ("shape", "pass"), ".tools",
              interpreted=False, limit=120.0, items="counters", run="count"),
-        Part("g", "Predicted times", "predictions.csv", ("shape", "pass"), "speed", interpreted=False, limit=120.0,
+        Part("g", "Predicted times", "predictions.csv", ("shape", "pass"), ".speed", interpreted=False, limit=120.0,
              items="predictions", run="predict"),
     )
 }  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -39,7 +39,7 @@ def tiny(whole: Problem) -> Problem:
     """
     partition = whole.partition
     if partition.groups == 1:
-        partition = Partition.dense((9, 15))
+        partition = Partition.dense((7, 11))
     elif partition.h.token_stride == 1:
         partition = Partition.local((4, 6) if partition.divides else (5, 7), (2, 3))
     else:
@@ -48,6 +48,15 @@ def tiny(whole: Problem) -> Problem:
     return replace(
         whole, partition=partition, key_width=widths[0], value_width=widths[1], heads=min(whole.heads, 2), maps=1
     )
+
+
+def distinct(shapes: Iterable[str]) -> tuple[str, ...]:
+    """Of shapes that are the same problem to the interpreter the first."""
+    found: dict[object, str] = {}
+    for shape in shapes:
+        known = replace(tiny(SHAPES[shape]), name="")
+        found.setdefault((known, shape in FP16), shape)
+    return tuple(found.values())
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -55,9 +55,13 @@ class Setting:
     """
 
     device: str
-    shapes: Name
+    shapes: Sequence[str]
     jobs: int
     cache: str
+
+    def __post_init__(self) -> None:
+        """What comes from JSON becomes what it was."""
+        object.__setattr__(self, "shapes", tuple(self.shapes))
 
     @property
     def interpreted(self) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache
@@ -27,10 +27,11 @@ from bench.tiles.binaries import LIMITS, Binaries
 from bench.tiles.compile import Launch, Problem, pass_launches
 from bench.tiles.roofline import MACHINES, Machine
 from bench.tiles.verify import SHAPES
-from isa_triton.backend.triton import target_of
+from isa_triton.backend import triton
 
 PASSES = ("forward", "training")
 SAMPLES = 21
+INTERPRETED = ("Swin 49", "MaxViT 49", "HRFormer 49")  # shapes: local, interlaced, ragged, all with a bias
 SAME = 1 / 16  # of the norm: two roundings to bf16 of every probability and a sum of them are far less
 WITHOUT_A_GPU = MACHINES["H100"]  # what is predicted then
 SLOWER = 1.05  # times a peer's seconds: less is the same
@@ -52,13 +53,8 @@ def timed(setting: Setting, shape: str) -> Problem:
 
 
 def items(setting: Setting) -> list[Name]:
-    shapes = representatives(setting.shapes) if setting.interpreted else setting.shapes
+    shapes = [shape for shape in setting.shapes if not setting.interpreted or shape in INTERPRETED]
     return [(shape, pass_, who) for shape in shapes for pass_ in PASSES for who in PEERS]
-
-
-def representatives(shapes: Iterable[str]) -> list[str]:
-    """One of each family: ISA, heads, Swin and so on."""
-    return list({shape.split()[0]: shape for shape in shapes}.values())
 
 
 def run(setting: Setting, shape: str, pass_: str, who: str) -> Found:
@@ -101,7 +97,9 @@ def run(setting: Setting, shape: str, pass_: str, who: str) -> Found:
 
 def relative(results: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> float:
     """The largest distance of a result from what is wanted, as a part of the norm."""
-    distances = (torch.dist(x.float(), y.float()) / y.float().norm() for x, y in zip(results, wanted, strict=False))
+    distances = (
+        torch.dist(x.detach().float(), y.float()) / y.float().norm() for x, y in zip(results, wanted, strict=False)
+    )
     return float(torch.stack(list(distances)).nan_to_num(torch.inf).max())
 
 
@@ -147,21 +145,26 @@ def machine(setting: Setting) -> Machine:
     if setting.interpreted:
         return WITHOUT_A_GPU
     device = torch.device(setting.device)
-    name, target = torch.get_device_module(device).get_device_name(device), target_of(device)
+    name, of = torch.get_device_module(device).get_device_name(device), target_of(setting)
     for known in MACHINES.values():
         words = r"\s?".join(re.findall(r"[A-Z]+|\d+", known.name))
-        if known.target == target and re.search(rf"\b{words}\b", name):
+        if known.target == of and re.search(rf"\b{words}\b", name):
             return known
-    raise NotRun(f"{name} ({target}) is not among the data sheets: {', '.join(MACHINES)}")
+    raise NotRun(f"{name} ({of}) is not among the data sheets: {', '.join(MACHINES)}")
+
+
+def target_of(setting: Setting) -> str:
+    """What kernels are compiled for: without a GPU for the one that is predicted."""
+    return WITHOUT_A_GPU.target if setting.interpreted else triton.target_of(torch.device(setting.device))
 
 
 def target(setting: Setting) -> str:
-    """What kernels are compiled for: without a GPU for the one that is predicted.
+    """The same, where its binaries can be judged.
 
     Raises:
         NotRun: nothing is known of what an SM of it holds.
     """
-    found = WITHOUT_A_GPU.target if setting.interpreted else target_of(torch.device(setting.device))
+    found = target_of(setting)
     if found not in LIMITS:
         raise NotRun(f"what an SM of {found} holds is not known, but of {', '.join(LIMITS)}")
     return found
