@@ -16,6 +16,7 @@ import torch
 
 from bench.records import format_size
 from bench.workload import PASSES
+from isa_triton.backend.triton import DEVICES
 
 SHORT_DTYPES = {"fp64": "float64", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 MOST, LONGEST = 2**20, 2**15  # of anything, and a side: the scores of all pairs of pixels still have a size in 64 bits
@@ -100,6 +101,10 @@ def device(text: str) -> str:
         raise argparse.ArgumentTypeError(f"must be a device of this machine, got {text!r}: {reason}") from error
     if torch.device(text).type == "meta":
         raise argparse.ArgumentTypeError(f"must be a device of this machine, got {text!r}, which has no memory")
+    if torch.device(text).type in DEVICES and os.environ.get("TRITON_INTERPRET") == "1":
+        raise argparse.ArgumentTypeError(
+            f"must be cpu where TRITON_INTERPRET=1 interprets the kernels, got {text!r}: unset it to compile them"
+        )
     return text
 
 

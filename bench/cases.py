@@ -6,6 +6,7 @@ A few named cases cover every feature once; `strategy` describes the space that 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,6 +20,7 @@ from reference.budget import allowed_error, natural_scales
 
 NAMES = ("out", "lse", "dq", "dk", "dv", "dbias")
 KINDS = ("interlaced", "grid", "local", "rows", "columns", "dense")
+WIDTHS = ((16, 16), (24, 39), (64, 32), (64, 64))  # of what is drawn where each pair is compiled: few, not all even
 LAYOUTS = ("contiguous", "nchw", "heads_first", "sliced", "transposed", "expanded", "scalar")
 Pair = tuple[int, int]
 
@@ -42,12 +44,23 @@ class Case:
     logits: float = 1.0
     seed: int = 0
     shift: Pair = (0, 0)
+    tf32: bool = False  # how products of fp32 are multiplied, where a device can
 
     def __str__(self) -> str:
         (H, W), (P_h, P_w), (K, V) = self.size, self.p, self.widths
         p = f" {P_h}x{P_w}" if self.kind in ("interlaced", "grid", "local") else ""
         p += f" moved by {self.shift[0]}x{self.shift[1]}" if any(self.shift) else ""
         return f"{self.kind}{p} of {self.maps}x{H}x{W}, {self.heads} heads {K}/{V}{', bias' * self.bias}, {self.layout}"
+
+    @property
+    def arithmetic(self) -> str:
+        """The dtype as `isa_triton.tiles` names it."""
+        return "tf32" if self.tf32 else str(self.dtype).removeprefix("torch.")
+
+    @property
+    def rounded_to(self) -> torch.dtype:
+        """A dtype with the fraction of the numbers that are multiplied: tf32's is that of fp16."""
+        return torch.float16 if self.tf32 else self.dtype
 
     @property
     def partition(self) -> Partition:
@@ -110,12 +123,18 @@ def laid_out(layout: str, shape: tuple[int, ...], make: Callable[..., Tensor]) -
     raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
 
 
-def strategy(dtypes: tuple[torch.dtype, ...], longest: int = 12, widest: int = 80) -> Any:
-    """hypothesis's strategy for cases on maps of up to `longest` pixels a side and heads of up to `widest` channels."""
+def strategy(
+    dtypes: tuple[torch.dtype, ...], longest: int = 12, widest: int = 80, compiled: bool = False, tf32: bool = False
+) -> Any:
+    """hypothesis's strategy for cases on maps of up to `longest` pixels a side and heads of up to `widest` channels.
+
+    Where kernels are `compiled` for them, cases have one of a few `WIDTHS`; fp32 is sometimes `tf32` where it may be.
+    """
     from hypothesis import strategies as st  # only whoever draws cases needs it
 
     sides, tiny = st.integers(1, longest), st.integers(1, 3)
-    widths = st.one_of(st.integers(1, widest), st.sampled_from((16, 24, 32, 39, 64)))
+    width = st.one_of(st.integers(1, widest), st.sampled_from((16, 24, 32, 39, 64)))
+    widths = st.sampled_from(WIDTHS) if compiled else st.tuples(width, width)
 
     @st.composite
     def draw_case(draw: Any) -> Case:
@@ -127,15 +146,16 @@ def strategy(dtypes: tuple[torch.dtype, ...], longest: int = 12, widest: int = 8
             kind=kind,
             size=size,
             p=(p[0], p[1]),
-            widths=draw(st.tuples(widths, widths)),
+            widths=draw(widths),
             heads=draw(tiny),
             bias=draw(st.booleans()),
-            dtype=draw(st.sampled_from(dtypes)),
+            dtype=(dtype := draw(st.sampled_from(dtypes))),
             maps=draw(st.integers(0, 2)),
             layout=draw(st.sampled_from(LAYOUTS)),
             logits=draw(st.sampled_from((1.0, 0.0, -2.0, 30.0, 1e3, 1e4))),
             seed=draw(st.integers(0, 2**31)),
             shift=(shift[0], shift[1]),
+            tf32=tf32 and dtype == torch.float32 and draw(st.booleans()),
         )
 
     return draw_case()
@@ -144,7 +164,8 @@ def strategy(dtypes: tuple[torch.dtype, ...], longest: int = 12, widest: int = 8
 def errors(case: Case, backend: str, device: str = "cpu") -> dict[str, float]:
     """The error of each output and gradient, as a part of what the budget allows; nothing for an empty batch."""
     inputs = case.inputs(device)
-    got = derivatives(inputs, case, backend)
+    with multiplied_as_tf32(case.tf32):
+        got = derivatives(inputs, case, backend)
     if not case.maps:
         assert all(result.numel() == 0 or not result.any() for result in got.values())
         return {}
@@ -159,19 +180,41 @@ def parts(case: Case, inputs: dict[str, Tensor], got: dict[str, Tensor]) -> dict
     """
     if "dlse" not in inputs:
         inputs = inputs | {"dlse": torch.zeros(inputs["q"].shape[:4], device=inputs["q"].device)}
-    exact, eager = derivatives({name: x.double() for name, x in inputs.items()}, case), derivatives(inputs, case)
+    with multiplied_as_tf32(case.tf32):
+        eager = derivatives(inputs, case)
+    exact = derivatives({name: x.double() for name, x in inputs.items()}, case)
     if not all(result.isfinite().all() for result in eager.values()):  # fp16 has overflowed where a backend need not
         eager = derivatives({name: x.float() for name, x in inputs.items()}, case)
     natural = natural_scales(inputs, case.scale, case.maps * case.partition.groups)
-    uncertain = torch.finfo(torch.float32).eps * float(exact["lse"].abs().max())
+    of_scores = torch.finfo(case.rounded_to if case.tf32 else torch.float32)  # which are sums of products
+    uncertain = of_scores.eps * float(exact["lse"].abs().max())
     equal = case.partition.tokens if case.layout in ("expanded", "scalar") else 0
     found = {}
     for name, result in got.items():
-        allowed = allowed_error(name, exact[name], eager[name], case.dtype, natural.get(name, 0.0), uncertain, equal)
+        terms = natural.get(name, 0.0), uncertain, equal
+        allowed = allowed_error(name, exact[name], eager[name], case.rounded_to, *terms)
         limit = torch.finfo(result.dtype).max  # beyond it infinity is the rounded result
         error = float((result.double().clamp(-limit, limit) - exact[name].clamp(-limit, limit)).abs().max())
         found[name] = error / allowed if allowed else float(error > 0) * float("inf") if error else 0.0
     return found
+
+
+def has_tf32(device: str | torch.device) -> bool:
+    """Whether a device multiplies fp32 as tf32 where PyTorch is told so: NVIDIA's since Ampere."""
+    if torch.device(device).type != "cuda" or torch.version.hip:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@contextmanager
+def multiplied_as_tf32(tf32: bool) -> Iterator[None]:
+    """On a GPU products of fp32 inside are those of tf32, or exact, whatever PyTorch was told before."""
+    matmul = torch.backends.cuda.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "tf32" if tf32 else "ieee"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
 
 
 def derivatives(inputs: dict[str, Tensor], case: Case, backend: str | None = None) -> dict[str, Tensor]:

@@ -1,53 +1,62 @@
 """``python -m bench check``: both backends against the formula in fp64, and on a GPU how long they take.
 
-Without --cases a few named cases are checked; with it hypothesis draws that many for each backend, and shrinks a wrong
-one; check.png shows how much of the budget was used. --verbose shows every case. On the CPU the kernels are
-interpreted, on small maps and without bf16, which Triton's interpreter gets wrong.
+Without --cases a few named cases are checked, and on a GPU every problem that `python -m bench tiles verify` compiles;
+with it hypothesis draws that many for each backend, and shrinks a wrong one; check.png shows how much of the budget was
+used. --verbose shows every case. On the CPU the kernels are interpreted, on small maps and without bf16, which Triton's
+interpreter gets wrong. On a GPU fp32 is multiplied as tf32 too, and a case that it has no memory for is not checked.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import statistics
 import sys
-from dataclasses import astuple, dataclass
+from collections.abc import Iterator
+from dataclasses import astuple, dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from itertools import product
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from bench import figures, measure, records, terminal
+from bench import devices, figures, measure, records, terminal
 from bench.arguments import add_device, add_out, positive
-from bench.cases import NAMES, Case, errors, strategy
+from bench.cases import NAMES, Case, errors, has_tf32, multiplied_as_tf32, strategy
 from bench.terminal import Bar, Table, Terminal
 from isa_triton import partitioned_attention
 from isa_triton.backend.triton import DEVICES
+
+if TYPE_CHECKING:
+    from bench.tiles.compile import Problem
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the CSV: errors as parts of what is allowed, where there are any, and times on a GPU."""
+    """A line of the CSV: errors as parts of what is allowed, where there are any, and on a GPU times, and how."""
 
     backend: str
     case: str
     dtype: str
     logits: float
     seed: int
-    out: float | None
-    lse: float | None
-    dq: float | None
-    dk: float | None
-    dv: float | None
-    dbias: float | None
-    forward_ms: float | None
-    backward_ms: float | None
+    out: float | None = None
+    lse: float | None = None
+    dq: float | None = None
+    dk: float | None = None
+    dv: float | None = None
+    dbias: float | None = None
+    forward_ms: float | None = None
+    backward_ms: float | None = None
+    how: str = ""  # times were found out, as `bench.devices.Timer` says it
+    note: str = ""  # why a case was not checked
 
 
-def named_cases(large: bool) -> list[Case]:
-    """Every kind of partition, dividing and not, with every feature at least once."""
+def named_cases(large: bool, tf32: bool = False) -> list[Case]:
+    """Every kind of partition, dividing and not, with every feature at least once; those of fp32 as `tf32` too."""
     dtypes, shift = (DTYPES, (4, 4)) if large else (DTYPES[:2], (2, 1))
     even, odd, whole = ((128, 256), (97, 130), (48, 72)) if large else ((8, 12), (9, 11), (7, 13))
     p = (8, 8) if large else (4, 3)
@@ -60,7 +69,30 @@ def named_cases(large: bool) -> list[Case]:
     found += [Case("dense", whole, whole, (32, 80), 3, dtype=dtype) for dtype in dtypes]
     found += [Case("local", odd, p, widths, bias=True, dtype=torch.float16) for widths in ((39, 39), (24, 1), (1, 24))]
     found += [Case(kind, even, p, (256, 512), dtype=dtype) for kind, dtype in product(kinds[::2], dtypes)]
-    return found
+    return found + [replace(case, tf32=True) for case in found if tf32 and case.dtype == torch.float32]
+
+
+def shipped_cases(tf32: bool) -> Iterator[Case]:
+    """Every problem that `tiles verify` compiles, in every dtype that has binaries of its own."""
+    from bench.tiles.verify import problems_of  # compiling is for GPUs alone
+
+    return map(case_of, problems_of(tf32))
+
+
+def case_of(problem: Problem) -> Case:
+    """A problem of the workbench as the check says it."""
+    from bench.tiles.compile import DTYPES as stored
+
+    h, w = problem.partition.h, problem.partition.w
+    if problem.partition.groups == 1:
+        kind, p = "dense", problem.partition.size
+    elif h.token_stride == w.token_stride == 1:
+        kind, p = "local", (h.tokens, w.tokens)
+    else:
+        kind, p = "interlaced", (h.token_stride, w.token_stride)
+    widths, features = (problem.key_width, problem.value_width), (problem.heads, problem.bias)
+    case = Case(kind, problem.partition.size, p, widths, *features, stored[problem.dtype], problem.maps)
+    return replace(case, tf32=problem.dtype == "tf32")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -82,7 +114,8 @@ def run(args: argparse.Namespace) -> None:
         missing = "--cases draws with hypothesis, which is not installed (pip install hypothesis)"
         raise argparse.ArgumentError(None, missing)
     said, sheet, path = Terminal(args), Sheet(args.device), args.out / "check.csv"
-    named = named_cases(large=gpu)
+    tf32 = has_tf32(args.device)
+    named = [*named_cases(gpu, tf32), *(shipped_cases(tf32) if gpu else ())]
     said.say(f"Every case is a row of {path}")
     written = [path] if args.cases is None else [path, args.out / "check.png"]
     with said.progress("cases", len(args.backends) * (args.cases or len(named))) as bar:
@@ -98,7 +131,10 @@ def run(args: argparse.Namespace) -> None:
     if args.cases is not None:
         figures.error_budget(sheet.rows, NAMES, written[1])
     said.show(sheet.table() if args.verbose else sheet.worst())
-    said.end(f"{len(sheet.rows)} cases, {len(sheet.wrong)} beyond the error budget.", *written)
+    noted = [row for row in sheet.rows if row.note]
+    said.say(*(f"{row.backend}, {row.dtype}, {row.case}: {row.note}" for row in noted))
+    few = f", {len(noted)} not checked or timed" if noted else ""
+    said.end(f"{len(sheet.rows)} cases, {len(sheet.wrong)} beyond the error budget{few}.", *written)
     for row, case in sheet.wrong[-1:]:
         said.say(f"The last of them, on {row.backend}: {case!r}", style="red")
     if sheet.wrong:
@@ -114,13 +150,21 @@ class Sheet:
         self.wrong: list[tuple[Row, Case]] = []
 
     def check(self, backend: str, case: Case) -> bool:
-        """Check one case and, on a GPU, time it; returns whether it is right."""
-        parts = errors(case, backend, self.device)
-        right = all(part <= 1 for part in parts.values())  # NaN is not
-        found = [round(parts[name], 4) if name in parts else None for name in NAMES]
-        on_gpu, dtype = torch.device(self.device).type in DEVICES, str(case.dtype).removeprefix("torch.")
-        times = [round(1e3 * time, 4) for time in seconds(case, backend, self.device)] if on_gpu else [None, None]
-        self.rows.append(Row(backend, str(case), dtype, case.logits, case.seed, *found, *times))
+        """Check one case and, on a GPU, time it; returns whether it is right, as what does not fit there may be."""
+        parts, right = dict[str, float](), True
+        found: dict[str, Any] = {}
+        try:
+            parts = errors(case, backend, self.device)
+            right = all(part <= 1 for part in parts.values())  # NaN is not
+            found = {name: round(part, 4) for name, part in parts.items()}
+            if parts and torch.device(self.device).type in DEVICES:
+                found |= timed(case, backend, self.device)
+        except Exception as error:  # what a kernel cannot do is found out here
+            found["note"] = f"{'not timed' if parts else 'not checked'}: {measure.in_a_line(error)}"
+            right = right and isinstance(error, torch.OutOfMemoryError)
+        if "note" in found:
+            devices.release(self.device)
+        self.rows.append(Row(backend, str(case), case.arithmetic, case.logits, case.seed, **found))
         if not right:
             self.wrong.append((self.rows[-1], case))
         return right
@@ -147,12 +191,14 @@ def draw(sheet: Sheet, backend: str, cases: int, first: int, bar: Bar) -> None:
     """Check `cases` cases that hypothesis draws; after a wrong one it goes on to the smallest that is wrong as well."""
     from hypothesis import HealthCheck, given, seed, settings
 
-    interpreted = backend == "triton" and torch.device(sheet.device).type == "cpu"
+    cpu = torch.device(sheet.device).type == "cpu"
+    interpreted = backend == "triton" and cpu
     dtypes = DTYPES[:2] if interpreted else DTYPES
+    cases_ = strategy(dtypes, 6 if interpreted else 24, compiled=not cpu, tf32=has_tf32(sheet.device))
 
     @seed(first)
     @settings(max_examples=cases, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-    @given(strategy(dtypes, longest=6 if interpreted else 24))
+    @given(cases_)
     def property_(case: Case) -> None:
         right = sheet.check(backend, case)
         bar.advance()
@@ -165,13 +211,17 @@ def draw(sheet: Sheet, backend: str, cases: int, first: int, bar: Bar) -> None:
             raise
 
 
-def seconds(case: Case, backend: str, device: str) -> tuple[float, float]:
-    """Median seconds of forward and of backward alone, by device events."""
+def timed(case: Case, backend: str, device: str) -> dict[str, Any]:
+    """Median milliseconds of forward and of backward alone, and how they were found out, by columns."""
     inputs = case.inputs(device)
     leaves = [inputs[name].requires_grad_() for name in ("q", "k", "v", "bias") if name in inputs]
     q, k, v, *bias = leaves
     attend = partial(partitioned_attention, q, k, v, case.partition, bias=bias[0] if bias else None, backend=backend)
-    out, forward = attend(), measure.forward(attend)
-    backward = partial(torch.autograd.grad, out, leaves, inputs["do"], retain_graph=True)
-    medians = measure.seconds({"forward": forward, "backward": backward}, rounds=50, device=device)
-    return medians["forward"], medians["backward"]
+    with multiplied_as_tf32(case.tf32):
+        with devices.stream(device):
+            out = attend()
+        backward = partial(torch.autograd.grad, out, leaves, inputs["do"], retain_graph=True)
+        steps: dict[str, measure.Step] = {"forward_ms": measure.forward(attend), "backward_ms": backward}
+        samples = measure.samples(steps, rounds=50, device=device)
+    medians = {name: round(1e3 * statistics.median(seconds), 4) for name, (seconds, _) in samples.items()}
+    return medians | {"how": " and ".join(dict.fromkeys(how for _, how in samples.values()))}

@@ -23,8 +23,6 @@ import torch
 
 Call = Callable[[], object]
 How = Literal["clock", "graph", "queue"]
-_QUEUE: How = "queue"
-_GRAPH: How = "graph"
 READ = 2**29  # bytes, at least: twice as many as the largest last-level cache of today has (MI300: 256 MiB)
 LONGEST_QUEUE = 0.1  # seconds of reads ahead of a call: what takes longer to queue is not made of small kernels
 CLOCKS = "clocks.sm,clocks.max.sm,clocks.mem"
@@ -48,8 +46,8 @@ class Timer:
             self._module = torch.get_device_module(self.device)
             self._pool: Any = None  # of all graphs: none is replayed beside another, so all may use the same memory
             cache_bytes = getattr(self._module.get_device_properties(self.device), "L2_cache_size", 0)
-            self._large = torch.zeros(max(READ, 2 * cache_bytes) // 4, device=self.device)
-            self._sum = torch.zeros((), device=self.device)
+            self._numbers = max(READ, 2 * cache_bytes) // 4
+            self._large: torch.Tensor | None = None  # of so many numbers, made when it is first read
 
     def seconds(self, call: Call, count: int) -> list[float]:
         """Seconds of `count` calls; on a GPU a call that is new here is made once before, and captured, untimed.
@@ -73,11 +71,12 @@ class Timer:
         call()  # compiles what there is to compile, and raises what there is to raise
         self._module.synchronize(self.device)
         graph = self._captured(call)
-        again, how = (call, _QUEUE) if graph is None else (graph.replay, _GRAPH)
+        again: Call = call if graph is None else graph.replay
+        how: How = "queue" if graph is None else "graph"
         again()
         self._module.synchronize(self.device)
         host = _clocked(again)
-        start, stop = self._timed(self._read, reads=1)
+        start, stop = self._timed(self._read, reads=1)  # whose first makes what is read
         self._module.synchronize(self.device)
         read = max(start.elapsed_time(stop) / 1000, 1e-6)
         return again, how, 1 + math.ceil(min(host, LONGEST_QUEUE) / read)
@@ -95,6 +94,7 @@ class Timer:
             raise
         except RuntimeError:  # the call has succeeded before: this is about its capture
             self._module.synchronize(self.device)
+            self._pool = None  # nobody says what a capture that failed has left there
             return None
         return graph
 
@@ -110,7 +110,9 @@ class Timer:
 
     def _read(self) -> None:
         """Leaves nothing but zeros in the L2 cache, and nothing there to be written back."""
-        torch.sum(self._large, 0, out=self._sum)
+        if self._large is None:
+            self._large = torch.zeros(self._numbers, device=self.device)
+        self._large.sum()
 
 
 def _clocked(call: Call) -> float:
@@ -178,7 +180,7 @@ def memory(device: str | torch.device) -> int:
 
 
 def release(device: str | torch.device) -> None:
-    """Give the device back what nothing refers to any more."""
-    gc.collect()
+    """Give a device the memory back that nothing refers to any more; a CPU has it already."""
     if torch.device(device).type != "cpu":
+        gc.collect()
         torch.get_device_module(device).empty_cache()

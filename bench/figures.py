@@ -18,7 +18,7 @@ import torch
 
 from bench import workload
 from bench.records import format_size, short
-from bench.workload import BLOCK_LEVELS, LEVELS, OURS, PASSES, QUANTITIES, Cost, Quantity
+from bench.workload import ALLOCATED, BLOCK_LEVELS, LEVELS, OURS, PASSES, QUANTITIES, Cost, Quantity
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # after the choice of a backend without a display
@@ -74,6 +74,10 @@ DOUBTFUL: dict[str, Any] = {
 NOT_RUN: dict[str, Any] = {
     "linestyle": "", "marker": "x", "markersize": 6, "label": "not run (why: note in the CSV)"
 }  # fmt: skip
+ON_DEVICE: dict[str, Any] = {
+    "linestyle": "", "marker": "+", "markersize": 12, "label": "allocated by the device, beside what is counted"
+}  # fmt: skip
+MARKERS = "osv^D<>p"  # a group each, and again from the first
 BAND: dict[str, Any] = {"linewidth": 8, "alpha": 0.2, "zorder": 1}  # of a closed form, beneath the points
 LEVEL_TITLES = {
     "attention": "attention alone (q, k, v → context)",
@@ -111,6 +115,9 @@ def _draw_lines(
         size, face, top = (6, colour, 4) if line == "-" else (10, "none", 3)
         style = {"color": colour, "marker": marker, "linestyle": line, "label": title, "zorder": top}
         panel.plot(*zip(*points, strict=True), markersize=size, markerfacecolor=face, **style)
+        allocated = [(x(row), value) for row in mine if (value := ALLOCATED.of(row)) is not None]
+        if quantity.column == "peak_bytes" and allocated:
+            panel.plot(*zip(*allocated, strict=True), color=colour, **ON_DEVICE)
         if quantity.column != "seconds":
             continue
         if doubtful := [(x(row), quantity.of(row)) for row in mine if row.doubtful]:
@@ -136,7 +143,7 @@ def _legend(figure: Any, panels: Any, columns: int = 3) -> None:
     """One below all panels, with every label once, and marks that any line may have last."""
     entries = [entry for panel in panels.flat for entry in zip(*panel.get_legend_handles_labels(), strict=True)]
     lines = {label: line for line, label in entries}
-    for mark in (DOUBTFUL, NOT_RUN):
+    for mark in (DOUBTFUL, NOT_RUN, ON_DEVICE):
         if lines.pop(mark["label"], None):
             lines[mark["label"]] = Line2D([], [], **{"color": "0.4"} | mark)
     style = {"ncols": columns, "frameon": False, "fontsize": 10}
@@ -148,10 +155,11 @@ def _widths(row: Cost) -> str:
 
 
 def _where(rows: Sequence[Cost]) -> str:
-    """Where seconds come from; more than one place is said too."""
+    """Where seconds come from; more than one place is said too, and what a device's clocks were."""
     timed = [row for row in rows if row.seconds is not None]
     places = {f"{row.host} (threads: {row.threads})" if row.host else f"a {row.device} without a name" for row in timed}
-    return "measured on " + " and ".join(sorted(places)) if places else "not measured"
+    clocks = next((f", {row.clocks}" for row in reversed(timed) if row.clocks), "")
+    return f"measured on {' and '.join(sorted(places))}{clocks}" if places else "not measured"
 
 
 # -- costs over the size of the map ------------------------------------------------------------------------------------
@@ -442,7 +450,8 @@ def error_budget(rows: Sequence[check.Row], names: Sequence[str], path: Path, fl
             if known := [max(error, floor) for error in errors if error is not None]:
                 x, label = j + (i - len(groups) / 2) * 0.12, ", ".join(key) if j == 0 else None
                 panel.vlines(x, median(known), max(known), colors=f"C{i}", linewidth=2)
-                panel.plot(x, median(known), marker="osv^D"[i], color=f"C{i}", markersize=5, linestyle="", label=label)
+                mark = {"marker": MARKERS[i % len(MARKERS)], "color": f"C{i}", "markersize": 5, "linestyle": ""}
+                panel.plot(x, median(known), label=label, **mark)
         panel.axhline(1.0, color="black", linewidth=1)
         panel.set(yscale="log", ylabel="error / what the budget allows, median to worst")
         panel.set_title(f"{len(rows)} random cases against fp64")

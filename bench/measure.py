@@ -1,4 +1,4 @@
-"""One instrument a quantity: FLOPs and peak bytes are counted on fake tensors, seconds are real.
+"""One instrument a quantity: FLOPs and peak bytes are counted on fake tensors, seconds are those of `bench.devices`.
 
 A `Step` is one call of a provider on a workload, everything it needs included. It is counted from its making on, so
 that inputs, parameters and gradients are seen like every other tensor.
@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import platform
 import statistics
-import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from datetime import UTC, datetime
-from functools import cache, partial
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from bench import devices
 from bench.compared import Provider
 from bench.workload import Workload
 
@@ -125,6 +125,13 @@ class Counter(TorchDispatchMode):
         self.live_bytes -= nbytes
 
 
+class Samples(NamedTuple):
+    """What calls of a step took, and how that was found out, as `devices.Timer.how` says it."""
+
+    seconds: tuple[float, ...]
+    how: str
+
+
 def samples(
     steps: Mapping[str, Step],
     *,
@@ -132,40 +139,36 @@ def samples(
     budget: float = 2.0,
     device: str = "cpu",
     failures: dict[str, str] | None = None,
-) -> dict[str, list[float]]:
+) -> dict[str, Samples]:
     """Seconds of calls of each step in interleaved rounds (A B C C B A), so that a drifting machine is fair to all.
 
-    The first call of each is a warm-up, and its only sample where the budget allows no second. On a device kernels may
-    be compiled in that call, which takes thousands of times as long: there one more goes before, untimed.
+    The first sample of each is a warm-up, and its only one where the budget allows no second. On a device one more
+    call goes before, untimed: kernels are compiled in it, which takes thousands of times as long.
 
     Args:
         steps: what to time, by name.
         rounds: the most samples of each, warm-up apart.
         budget: seconds after which a step is not repeated.
-        device: where the steps run; devices other than the CPU are timed with their own events.
+        device: where the steps run.
         failures: takes what a step raised, in a line; the step has no samples then. Without it, it is raised.
     """
     times: dict[str, list[float]] = {name: [] for name in steps}
-
-    def attempt(name: str, action: Callable[[], Any]) -> Any:
-        try:
-            return action()
-        except Exception as error:  # anyone's code runs here
-            if failures is None:
-                raise
-            failures[name] = in_a_line(error)
-            del times[name]
-
-    if torch.device(device).type != "cpu":
-        for name, call in steps.items():
-            attempt(name, call)
+    timer, how = devices.Timer(device), dict[str, str]()
     for round_ in range(1 + rounds):
         for name, call in list(steps.items())[:: -1 if round_ % 2 else 1]:
-            if name in times and (not times[name] or sum(times[name]) < budget):
-                seconds = attempt(name, partial(_timed, call, device))
-                if seconds is not None:
-                    times[name].append(seconds)
-    return {name: each[1:] or each for name, each in times.items()}
+            if name not in times or (times[name] and sum(times[name]) >= budget):
+                continue
+            try:
+                times[name] += timer.seconds(call, 1)
+                how[name] = timer.how
+                continue
+            except Exception as error:  # anyone's code runs here
+                if failures is None:
+                    raise
+                failures[name] = in_a_line(error)
+            del times[name]
+            devices.release(device)  # not before: what was raised refers to what the call had allocated
+    return {name: Samples(tuple(each[1:] or each), how[name]) for name, each in times.items()}
 
 
 def in_a_line(error: Exception) -> str:
@@ -178,7 +181,7 @@ def seconds(
 ) -> dict[str, float]:
     """The medians of `samples`."""
     times = samples(steps, rounds=rounds, budget=budget, device=device)
-    return {name: statistics.median(each) for name, each in times.items()}
+    return {name: statistics.median(each.seconds) for name, each in times.items()}
 
 
 def spread(times: Sequence[float]) -> float:
@@ -217,16 +220,3 @@ def matmul_rate(dtype: torch.dtype, device: str = "cpu", size: int = 1024) -> fl
     """FLOPs per second of a square matmul: a first guess at how fast a provider can be."""
     a = torch.ones(size, size, dtype=dtype, device=device)
     return 2 * size**3 / seconds({"matmul": lambda: (a @ a,)}, rounds=3, device=device)["matmul"]
-
-
-def _timed(call: Step, device: str) -> float:
-    if torch.device(device).type == "cpu":
-        begin = time.perf_counter()
-        call()
-        return time.perf_counter() - begin
-    start, stop = (torch.Event(device, enable_timing=True) for _ in range(2))
-    start.record()
-    call()
-    stop.record()
-    stop.synchronize()
-    return start.elapsed_time(stop) / 1000

@@ -18,7 +18,7 @@ from bench.arguments import add_out, add_partition_size, check_partition_size, s
 from bench.compared import Provider
 from bench.compared.modules import in_stages
 from bench.terminal import Table, Terminal
-from bench.workload import BLOCK_LEVELS, QUANTITIES, Cost, Workload
+from bench.workload import BLOCK_LEVELS, Cost, Quantity, Workload, tabled
 from isa_triton import InterlacedSparseSelfAttention, ISAModule, SelfAttention2d, partitioned_attention
 
 WINDOWS = ((2, 2), (4, 4), (8, 8), (12, 12), (16, 16), (32, 32), (64, 64))
@@ -87,14 +87,15 @@ def run(args: argparse.Namespace) -> None:
 def summary(rows: Sequence[Cost]) -> list[Table]:
     """A table for each level and pass: what every variant costs at every partition size."""
     panels = {row.panel: [other for other in rows if other.panel == row.panel] for row in rows}
-    header = ("variant", "partition", *(quantity.unit for quantity in QUANTITIES))
+    quantities = tabled(rows)
+    header = ("variant", "partition", *(quantity.unit for quantity in quantities))
     return [
-        Table(f"{level} level, {pass_}", header, [_line(row) for row in members], words=2)
+        Table(f"{level} level, {pass_}", header, [_line(row, quantities) for row in members], words=2)
         for (level, pass_), members in panels.items()
     ]
 
 
-def _line(row: Cost) -> list[str | None]:
-    values = (quantity.of(row) for quantity in QUANTITIES)
+def _line(row: Cost, quantities: Sequence[Quantity]) -> list[str | None]:
+    values = (quantity.of(row) for quantity in quantities)
     numbers = [None if value is None else records.short(value) for value in values]
     return [row.provider, row.partition_size, *numbers[:-1], f"{numbers[-1]}?" if row.doubtful else numbers[-1]]

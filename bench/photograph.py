@@ -9,7 +9,6 @@ scaled_dot_product_attention; as published, with its scores in memory, it is cou
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -100,11 +99,16 @@ def compare(network: Any, image: tuple[int, int], args: argparse.Namespace) -> l
     maps: list[Tensor] = []
     hook = network.head.register_forward_pre_hook(lambda module, inputs: maps.append(*inputs))
     x = photograph(image).to(args.device)
-    begin = time.perf_counter()
-    assert network(x)["out"].isfinite().all()  # waits for a GPU too
-    whole = time.perf_counter() - begin
+    outputs = list[Tensor]()
+
+    def once() -> tuple[Tensor, ...]:
+        outputs[:] = [network(x)["out"]]
+        return tuple(outputs)
+
+    whole = measure.seconds({"network": once}, rounds=0, device=args.device)["network"]
+    assert outputs[0].isfinite().all()
     hook.remove()
-    (map_,) = maps
+    map_ = maps[0]  # the first of as many as there were calls
     heads: dict[str, Callable[[], nn.Module]] = {name: partial(head, name, *WIDTHS) for name in args.heads}
     counted = heads | ({AS_PUBLISHED: dense_as_published} if "SA" in heads else {})
     counts = {name: measure.count(partial(step, make, map_.shape)) for name, make in counted.items()}

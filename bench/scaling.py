@@ -12,7 +12,7 @@ from bench.arguments import add_out, add_partition_size, add_sizes, check_partit
 from bench.compared import DRAWN, PROVIDERS
 from bench.records import format_size, short
 from bench.terminal import Table, Terminal
-from bench.workload import BLOCK_LEVELS, LEVELS, OURS, QUANTITIES, Cost, Level, Pass, Quantity
+from bench.workload import BLOCK_LEVELS, LEVELS, OURS, QUANTITIES, Cost, Level, Pass, Quantity, tabled
 
 SIZES = ((32, 32), (64, 64), (64, 128), (97, 97), (128, 128), (128, 256), (256, 256), (512, 512))
 
@@ -68,7 +68,7 @@ def _summary(rows: Sequence[Cost], level: Level, pass_: Pass) -> Table:
     names, sizes = (list(dict.fromkeys(keys)) for keys in zip(*cells, strict=True))
     relative = f" ({OURS} in units, the others in times {OURS}; ?: doubtful)" if OURS in names else ""
     lines: list[list[str]] = []
-    for quantity in QUANTITIES:
+    for quantity in tabled(rows):
         for name in names:
             values = [_cell(quantity, cells.get((name, size)), cells.get((OURS, size))) for size in sizes]
             lines.append([quantity.unit, name, *values])

@@ -219,7 +219,7 @@ def _measured(args: argparse.Namespace, devices: int, said: Terminal) -> Iterato
         with Wire(mesh.get_local_rank()) as wire, measure.Counter() as counter:
             call = step(workload, mesh)
             call()
-        times = torch.tensor(measure.samples({"": call}, rounds=args.rounds, budget=float("inf"))[""])
+        times = torch.tensor(measure.samples({"": call}, rounds=args.rounds, budget=float("inf"))[""].seconds)
         found = torch.tensor([counter.flops, counter.peak_bytes, wire.sent_bytes], dtype=torch.int64)
         for each in (times, found):  # a pass has ended when its last device has
             dist.all_reduce(each, dist.ReduceOp.MAX)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -15,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from bench import measure, records, terminal
+from bench import devices, measure, records, terminal
 from bench.arguments import add_budget, add_device, add_dtype, add_passes, add_redraw, add_rounds, add_widths, amount
 from bench.compared import Provider
 from bench.terminal import Terminal
@@ -26,6 +28,8 @@ from isa_triton.backend.triton import DEVICES
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 SPREAD = 0.25  # of samples, and of the times of two maps: more is a disturbance
 AGAIN = 2  # times a run goes back to what is doubtful
+CPU_MEMORY = 6.0  # GB that calls may take of a machine that does other things too
+HOW = {"graph": "as replayed graphs", "queue": "in a queue of work"}  # of a device, as a sentence says it
 Plan = Sequence[tuple[Workload, Sequence[Provider]]]
 
 
@@ -39,7 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_budget(parser, 0.8)
     add = parser.add_argument
     add("--longest-call", type=amount, default=5.0, metavar="S", help="calls predicted longer are not made")
-    add("--memory-limit", type=amount, default=6.0, metavar="GB", help="calls that need more are not made")
+    limit = f"calls that need more are not made (default: {CPU_MEMORY:g} on a CPU, of a GPU all that it has)"
+    add("--memory-limit", type=amount, metavar="GB", help=limit)
     add("--fresh", action="store_true", help="forget the CSV in DIR (default: measure what it lacks or doubts)")
     add_redraw(parser)
     terminal.add_arguments(parser)
@@ -106,6 +111,8 @@ class Survey:
         self.samples: dict[Cost, list[float]] = {}  # that this survey took, by cell
         self.absent: dict[str, None] = {}  # who has no form of a workload and why, said once
         self.conditions = measure.conditions(args.device)
+        whole = CPU_MEMORY if torch.device(args.device).type == "cpu" else devices.memory(args.device) / 1e9
+        self.memory_limit = 1e9 * (whole if args.memory_limit is None else args.memory_limit)
         self.first_guess = measure.matmul_rate(getattr(torch, args.dtype), args.device)
 
     def visit(self, workload: Workload, providers: Sequence[Provider]) -> None:
@@ -114,7 +121,7 @@ class Survey:
         self.absent |= {f"{provider.name} {obstacle}": None for provider, obstacle in obstacles.items() if obstacle}
         present = {provider.name: provider for provider, obstacle in obstacles.items() if not obstacle}
         rows = {name: self.counted(provider, workload) for name, provider in present.items()}
-        untimed = [name for name, row in rows.items() if row.seconds is None and row.samples is None]
+        untimed = [name for name, row in rows.items() if row.seconds is None and row.samples is None]  # nor has failed
         for name in untimed:
             rows[name] = replace(rows[name], note=self.too_much(present[name], rows[name]))
         if any(not rows[name].note for name in untimed):
@@ -141,32 +148,46 @@ class Survey:
         known = self.found.get(cell) or self.known.get(cell)
         if known and known.conditions == here.conditions:
             return known
-        flops, peak_bytes = measure.count(partial(measure.step, provider, workload))
+        device = self.args.device if provider.runs_on(self.args.device) else "cpu"
+        try:
+            flops, peak_bytes = measure.count(partial(measure.step, provider, workload, device))
+        except Exception as error:  # anyone's code runs here
+            return replace(here, samples=0, note=f"not counted: {measure.in_a_line(error)}")
         return replace(here, flops=flops, peak_bytes=peak_bytes)
 
     def timed(self, workload: Workload, rows: dict[str, Cost], providers: dict[str, Provider]) -> dict[str, Cost]:
         """The rows with the seconds of all samples that this survey took of them, or with what a call raised."""
         args, device, failures = self.args, self.args.device, dict[str, str]()
-        inputs = workload.inputs(device)
-        steps = dict[str, measure.Step]()
-        for name in rows:
+        inputs, steps = tuple[Tensor, ...](), dict[str, measure.Step]()
+        for name, row in rows.items():
             try:
-                steps[name] = measure.step(providers[name], workload, device, inputs)
+                if torch.device(device).type != "cpu":
+                    rows[name] = replace(row, allocated_bytes=self.allocated(providers[name], workload))
+                inputs = inputs or workload.inputs(device)
+                step = measure.step(providers[name], workload, device, inputs)
+                if providers[name].compiles:
+                    step()
+                steps[name] = step
             except Exception as error:  # anyone's code runs here
                 failures[name] = measure.in_a_line(error)
-        compiled = {name: call for name, call in steps.items() if providers[name].compiles}
-        measure.samples(compiled, rounds=0, device=device, failures=failures)
-        runs = {name: call for name, call in steps.items() if name not in failures}
+            devices.release(device)
         options = {"rounds": args.rounds, "budget": args.budget, "device": device}
-        for name, times in measure.samples(runs, failures=failures, **options).items():
+        found = measure.samples(steps, failures=failures, **options)
+        clocks = devices.clocks(device)
+        for name, (times, how) in found.items():
             all_times = self.samples.setdefault(rows[name].cell, [])
             all_times += times
-            seconds, spread = round(statistics.median(all_times), 6), round(measure.spread(all_times), 3)
-            found: dict[str, Any] = {"seconds": seconds, "spread": spread, "samples": len(all_times), "note": ""}
-            rows[name] = replace(rows[name], **found | self.conditions)
+            seconds, spread = round(statistics.median(all_times), 9), round(measure.spread(all_times), 3)
+            said: dict[str, Any] = {"seconds": seconds, "spread": spread, "samples": len(all_times), "note": ""}
+            rows[name] = replace(rows[name], **said, how=how, clocks=clocks, **self.conditions)
         for name, reason in failures.items():
             rows[name] = replace(rows[name], seconds=None, spread=None, samples=0, note=reason)
         return rows
+
+    def allocated(self, provider: Provider, workload: Workload) -> int:
+        """Bytes that one call allocates at once, with all that is made for it: what `measure.count` counts."""
+        device = self.args.device
+        return devices.peak_bytes(device, lambda: measure.step(provider, workload, device)())
 
     def too_much(self, provider: Provider, row: Cost) -> str:
         """Why a call is not made here: who cannot run, or more memory or time than allowed; nothing if it is."""
@@ -177,7 +198,7 @@ class Survey:
         predicted = row.flops / max(rates, default=self.first_guess)
         if not provider.runs_on(self.args.device):
             return f"counted only: runs on {' and '.join(DEVICES)} devices"
-        if row.peak_bytes > self.args.memory_limit * 1e9:
+        if row.peak_bytes > self.memory_limit:
             return f"would need {row.peak_bytes / 1e9:.1f} GB"
         return f"would take about {predicted:.0f} s" if predicted > self.args.longest_call else ""
 
@@ -218,7 +239,20 @@ def _differs(row: Cost) -> bool:
 
 
 def tally(rows: Sequence[Cost]) -> str:
-    """How many rows there are, timed and doubtful, in a sentence."""
+    """How many rows there are, timed and doubtful, and what a device says of itself, in sentences."""
     timed, doubtful = (sum(each) for each in ((r.seconds is not None for r in rows), (r.doubtful for r in rows)))
     why = "" if timed == len(rows) and not doubtful else "; --verbose says why"
-    return f"{len(rows)} rows, {timed} timed, {doubtful} of these doubtful{why}."
+    return " ".join([f"{len(rows)} rows, {timed} timed, {doubtful} of these doubtful{why}.", *_on_device(rows)])
+
+
+def _on_device(rows: Sequence[Cost]) -> Iterator[str]:
+    """How a device's times were found out, at which clocks, and what was allocated there beside what was counted."""
+    hows = Counter(HOW[row.how] for row in rows if row.how in HOW)
+    if hows:
+        clocks = list(dict.fromkeys(row.clocks for row in rows if row.clocks))
+        at = f", at {clocks[0]}{f' to {clocks[-1]}' * (len(clocks) > 1)}" if clocks else ""
+        yield f"Timed {' and '.join(f'{number} {how}' for how, number in hows.items())}{at}."
+    parts = [row.allocated_bytes / row.peak_bytes for row in rows if row.allocated_bytes and row.peak_bytes]
+    if parts:
+        span = dict.fromkeys(records.short(end(parts)) for end in (min, max))
+        yield f"What was allocated is {' to '.join(span)} times the memory counted."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, Literal, get_args
 
@@ -120,6 +121,9 @@ class Cost(OnMap):
     spread: float | None = None  # of the samples, as `measure.spread` has it
     samples: int | None = None
     note: str = ""  # why there are no seconds, or why they are doubtful
+    how: str = ""  # seconds were found out, as `bench.devices.Timer` says it
+    allocated_bytes: int | None = None  # at the peak, as a device's allocator says; beside what was counted
+    clocks: str = ""  # of a device, as its driver reports them behind the calls
     host: str = ""  # the model of the device; what is unknown is empty
     threads: int | None = None
     versions: str = ""
@@ -178,6 +182,13 @@ QUANTITIES = (
     Quantity("peak_bytes", "Peak memory", "MiB", 2**20, "memory.png"),
     Quantity("seconds", "Time", "ms", 1e-3, "time.png"),
 )
+ALLOCATED = Quantity("allocated_bytes", "Allocated memory", "MiB allocated", 2**20, "memory.png")
+
+
+def tabled(rows: Sequence[Cost]) -> list[Quantity]:
+    """What a table shows of rows: the quantities, and beside the counted memory what was allocated, where any was."""
+    flops, peak, seconds = QUANTITIES
+    return [flops, peak, *[ALLOCATED] * any(row.allocated_bytes is not None for row in rows), seconds]
 
 
 def keys_per_query(pixels: Any, partition_size: Pair | None = None) -> Any:

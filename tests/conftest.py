@@ -1,18 +1,55 @@
-"""One process interprets Triton kernels or compiles them, never both: here they are interpreted."""
+"""One process interprets Triton kernels or compiles them, never both: here they are interpreted.
+
+`pytest --device cuda` compiles them instead: tests of what the kernels compute (fixture `kernels`) then run on a GPU,
+those that look into the interpreter (fixture of its name) are skipped, and all others run on the CPU as ever.
+"""
 
 import os
 
-os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is decorated, so before any import of the library
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's, read when it is imported: one core each, as torch below
 
 import secrets
+from collections.abc import Iterator
 
 import pytest
 import torch
 
 
-def pytest_configure() -> None:
-    """Draw a sweep's seed before pytest-xdist starts workers: they inherit it, and so draw the same cases."""
+def pytest_addoption(parser: pytest.Parser) -> None:
+    what = "where tests of the kernels run: cpu interprets them, a GPU compiles them (default: cpu)"
+    parser.addoption("--device", default="cpu", metavar="DEVICE", help=what)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Before pytest-xdist starts workers, which inherit the environment, and before anything of ours is imported.
+
+    TRITON_INTERPRET is read when a kernel is decorated.
+    """
+    choose_device(config.getoption("--device"))
+    choose_seed()
+
+
+def choose_device(name: str) -> None:
+    """Where tests of the kernels run, for `tests.guard`; on a GPU nothing is interpreted.
+
+    Raises:
+        pytest.UsageError: there is no such device, or kernels are to be interpreted.
+    """
+    os.environ["ISA_TRITON_DEVICE"] = name
+    if name == "cpu":
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+        return
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise pytest.UsageError(f"--device {name} compiles kernels, but TRITON_INTERPRET=1 interprets them: unset it")
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise pytest.UsageError(f"--device must be a device of this machine, got {name!r}: {reason}") from error
+
+
+def choose_seed() -> None:
+    """Draw a sweep's seed: workers inherit it, and so draw the same cases."""
     sweep = os.environ.get("ISA_TRITON_SWEEP", "0")
     seed = os.environ.setdefault("ISA_TRITON_SEED", str(secrets.randbits(32) if sweep != "0" else 0))
     for name, number in {"ISA_TRITON_SWEEP": sweep, "ISA_TRITON_SEED": seed}.items():
@@ -27,11 +64,26 @@ def pytest_report_header() -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def mended_interpreter() -> None:
+def interpreter() -> None:
     """Triton's interpreter, its bf16 right and its launches checked by `guard.watch`."""
     from tests import guard  # loads triton, which most tests do without
 
+    if guard.COMPILED:
+        pytest.skip(f"looks into Triton's interpreter, and --device {guard.DEVICE} compiles the kernels")
     guard.install()
+
+
+@pytest.fixture
+def kernels(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The kernels: interpreted, or with `--device` on a GPU, where tensors are made unless a test says otherwise."""
+    from tests import guard
+
+    if not guard.COMPILED:
+        request.getfixturevalue("interpreter")
+        yield
+        return
+    with torch.device(guard.DEVICE):
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,7 @@ from isa_triton.backend import triton as triton_backend
 from isa_triton.backend.kernels import plan
 from tests.cases import PARTITIONS, qkv, relative_error
 
-pytestmark = pytest.mark.usefixtures("mended_interpreter")
+pytestmark = pytest.mark.usefixtures("kernels")
 ONE_KERNEL = PARTITIONS["interlaced-ragged"]
 TINY = Partition.interlaced((3, 3), stride=(2, 2))
 TWO_PASSES = Partition.dense((13, 5))  # 65 tokens: one more than the interpreter's tiles take whole
@@ -51,6 +51,7 @@ def test_backends_agree_in_outputs_and_gradients(partition: Partition, bias: boo
         assert relative_error(a, e) < 1e-5
 
 
+@pytest.mark.usefixtures("interpreter")
 @pytest.mark.parametrize("partition", [ONE_KERNEL, TWO_PASSES], ids=["one kernel", "two passes"])
 @pytest.mark.parametrize("bias", [False, True])
 def test_no_more_is_kept_than_backward_needs(partition: Partition, bias: bool) -> None:
@@ -92,6 +93,7 @@ def test_operators_pass_opcheck(bias: bool, transposed: bool) -> None:
     torch.library.opcheck(torch.ops.isa_triton.backward.default, arguments)
 
 
+@pytest.mark.usefixtures("interpreter")
 @pytest.mark.slow
 def test_the_layer_compiles_through_the_operators() -> None:
     """The whole layer in training mode, in one graph, with the kernels as its attention."""
@@ -132,6 +134,7 @@ def test_second_derivatives_and_transforms_work_through_the_plain_formula() -> N
     assert relative_error(batched, torch.stack([loss("eager", q), loss("eager", 2 * q)])) < 1e-5
 
 
+@pytest.mark.usefixtures("interpreter")
 def test_exported_graphs_hold_the_operator() -> None:
     class Layer(torch.nn.Module):
         def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -143,14 +146,16 @@ def test_exported_graphs_hold_the_operator() -> None:
     assert torch.equal(exported.module()(*tensors), Layer()(*tensors))
 
 
+@pytest.mark.usefixtures("interpreter")
 def test_what_the_kernels_cannot_take_is_said() -> None:
     q, k, v = qkv(ONE_KERNEL)
     with pytest.raises(ValueError, match=r"backend='triton' cannot be had: the kernels take .* not torch.float64"):
         partitioned_attention(q, k, v, ONE_KERNEL, backend="triton")
 
 
+@pytest.mark.usefixtures("interpreter")
 def test_without_the_interpreter_a_cpu_tensor_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("TRITON_INTERPRET")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     q, k, v = qkv(ONE_KERNEL, dtype=torch.float32)
     with pytest.raises(ValueError, match="run on cuda and xpu devices, or interpreted"):
         partitioned_attention(q, k, v, ONE_KERNEL, backend="triton")
@@ -159,6 +164,7 @@ def test_without_the_interpreter_a_cpu_tensor_is_refused(monkeypatch: pytest.Mon
     )
 
 
+@pytest.mark.usefixtures("interpreter")
 def test_fp32_products_follow_torchs_matmul_precision() -> None:
     cuda = torch.device("cuda")
     try:
@@ -175,6 +181,7 @@ def test_fp32_products_follow_torchs_matmul_precision() -> None:
     assert triton_backend._arithmetic(torch.float32, cuda) == "float32"
 
 
+@pytest.mark.usefixtures("interpreter")
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
 @pytest.mark.parametrize("width", [8, 32, 39, 64, 256, 512])
 def test_what_is_kept_is_what_the_tiles_need(target: str, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,6 +194,7 @@ def test_what_is_kept_is_what_the_tiles_need(target: str, width: int, monkeypatc
         assert triton_backend.keeps_output(q, q, partition) == (not plan.in_one_kernel(chosen, partition))
 
 
+@pytest.mark.usefixtures("interpreter")
 def test_the_target_is_the_device_s_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
     def target(**properties: object) -> str:
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(**properties))
@@ -212,6 +220,7 @@ def small(width: int) -> list[Tensor]:
     return [x.requires_grad_() for x in qkv(TINY, 1, 2, key_width=width, value_width=width, dtype=torch.bfloat16)]
 
 
+@pytest.mark.usefixtures("interpreter")
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_problem_without_an_entry_is_told_the_command_that_makes_one_once_a_pass(
     compiled: bool, hints: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
@@ -228,7 +237,7 @@ def test_a_problem_without_an_entry_is_told_the_command_that_makes_one_once_a_pa
         in forward
     )
     assert "no tile was made for backward of 4 tokens" in backward
-    monkeypatch.delenv("TRITON_INTERPRET")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     for hint, pass_ in ((forward, "forward"), (backward, "backward")):
         (command,) = re.findall("python -m bench (tiles search .*) looks for a better one", hint)
         parser = argparse.ArgumentParser()
@@ -239,11 +248,13 @@ def test_a_problem_without_an_entry_is_told_the_command_that_makes_one_once_a_pa
         assert (problem.sizes, problem.heads, problem.bias) == ((24, 24, "bfloat16", 4), 2, False)
 
 
+@pytest.mark.usefixtures("interpreter")
 def test_a_problem_with_an_entry_is_told_nothing(hints: Callable[[], list[str]]) -> None:
     partitioned_attention(*small(32), TINY, backend="triton").sum().backward()
     assert hints() == []
 
 
+@pytest.mark.usefixtures("interpreter")
 def test_missing_triton_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_backend, "INSTALLED", False)
     q, k, v = qkv(ONE_KERNEL, dtype=torch.float32)

@@ -20,7 +20,7 @@ from bench import measure
 from bench.__main__ import COMMANDS, OF_KERNELS, main
 from bench.arguments import size
 from bench.compared import PROVIDERS
-from bench.measure import Counter, count, seconds, step
+from bench.measure import Counter, Samples, count, seconds, step
 from bench.records import read, write
 from bench.workload import LEVELS, PASSES, Cost, Level, Pass, Workload, closed_form_flops
 
@@ -209,7 +209,8 @@ def test_a_provider_without_a_form_says_why() -> None:
 
 WHERE: dict[str, Any] = {"host": "an abacus", "threads": 2, "versions": "torch 2", "date": "2026-11-26"}
 WHAT = Cost("isa", "module", "training", 97, 98, 512, 256, 512, "8x4", "float32", "cpu")
-ROW = replace(WHAT, flops=10**12, peak_bytes=2**33, seconds=0.25, spread=0.1, samples=5, **WHERE)
+HOW: dict[str, Any] = {"how": "graph", "allocated_bytes": 2**34, "clocks": "SM 1755 of 1980 MHz, memory 2619 MHz"}
+ROW = replace(WHAT, flops=10**12, peak_bytes=2**33, seconds=0.25, spread=0.1, samples=5, **HOW, **WHERE)
 
 
 def test_the_csv_has_its_columns_and_reads_back(tmp_path: Path) -> None:
@@ -218,7 +219,7 @@ def test_the_csv_has_its_columns_and_reads_back(tmp_path: Path) -> None:
     write(tmp_path / "new" / "scaling.csv", Cost, rows)
     assert (tmp_path / "new" / "scaling.csv").read_text().splitlines()[0] == (
         "provider,level,pass,height,width,channels,key_channels,value_channels,partition_size,dtype,device,"
-        "flops,peak_bytes,seconds,spread,samples,note,host,threads,versions,date"
+        "flops,peak_bytes,seconds,spread,samples,note,how,allocated_bytes,clocks,host,threads,versions,date"
     )
     assert read(tmp_path / "new" / "scaling.csv", Cost) == rows
 
@@ -256,6 +257,8 @@ def test_scaling_writes_its_csv_and_plots(tmp_path: Path, capsys: pytest.Capture
     assert everywhere == [name for name in names if name not in ("cgnl", "cgnlx", "timm", "natten")]
     assert all(row.flops > 0 and row.peak_bytes > 0 for row in rows)
     assert all((row.seconds is not None) == (row.provider in RUNNING) for row in rows)
+    assert all(row.how == "clock" * (row.seconds is not None) for row in rows)
+    assert {(row.allocated_bytes, row.clocks) for row in rows} == {(None, "")}
     assert all((row.samples or 0) >= 2 for row in rows if row.seconds)
     assert all(row.host and row.threads and "torch " in row.versions and row.date for row in rows)
     assert {path.name for path in tmp_path.glob("*.png")} == {"scaling.png", "flops.png", "memory.png", "time.png"}
@@ -279,9 +282,9 @@ def test_scaling_measures_only_what_its_csv_lacks(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr("bench.scaling.draw", lambda *_: [])  # elsewhere
     timed: list[set[str]] = []
 
-    def timing(steps: dict[str, Any], **_: Any) -> dict[str, list[float]]:
+    def timing(steps: dict[str, Any], **_: Any) -> dict[str, Samples]:
         timed.extend([set(steps)] if steps else [])
-        return {name: [1.0, 1.0] for name in steps}
+        return {name: Samples((1.0, 1.0), "clock") for name in steps}
 
     monkeypatch.setattr(measure, "samples", timing)
     monkeypatch.setattr(measure, "matmul_rate", lambda *_: 1e9)

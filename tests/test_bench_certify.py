@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import csv
 import json
 import os
@@ -11,26 +10,21 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from bench import certify
 from bench.__main__ import main
-from bench.certify import conduct, page, parts, peers, problems, rows, speed, tools
+from bench.certify import conduct, page, peers, rows, speed
 from bench.certify.parts import PARTS, Part
-from bench.certify.rows import Certificate, Found, Item, NotRun, Setting
+from bench.certify.rows import Certificate, Found, Item, Setting
 from bench.certify.speed import beside_peers
-from bench.tiles.verify import SHAPES
-from isa_triton import Partition
-from isa_triton.backend import eager, triton
 from tests import certified
-from tests.compiling import ROOT, run_compiling
+from tests.compiling import ROOT
 
 HERE = Setting("cpu", ("Swin 49",), 1, "nowhere")
+COMMAND = ["certify", "--device", "cpu", "--shapes", "ISA 256", "Swin 49", "HRFormer 49", "dense 16384"]
 PLANTED = Part("z", "Planted", "planted.csv", ("what",), "tests.certified", limit=4.0)
 
 
@@ -49,8 +43,8 @@ class Bar:
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of one, made on the CPU, every part."""
     folder = tmp_path_factory.mktemp("certificate")
-    words = [sys.executable, "-m", "bench", "certify", "--device", "cpu", "--jobs", "1", "--cache", str(folder / "cache"),
-             "--shapes", "ISA 256", "Swin 49", "HRFormer 49", "dense 16384", "--out", str(folder / "out")]  # fmt: skip
+    words = [sys.executable, "-m", "bench", *COMMAND, "--jobs", "1", "--cache", str(folder / "cache"), "--out",
+             str(folder / "out")]  # fmt: skip
     done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[-2] == SENTENCE
@@ -117,8 +111,7 @@ def test_the_page_says_that_it_was_interpreted_and_the_tables_hold_the_rows(cert
 @pytest.mark.slow
 def test_a_certificate_that_is_whole_is_not_made_again(certificate: Path) -> None:
     before = (certificate / "certificate.json").read_text()
-    words = ["certify", "--device", "cpu", "--shapes", "ISA 256", "Swin 49", "HRFormer 49", "dense 16384", "--out"]
-    main([*words, str(certificate)])
+    main([*COMMAND, "--out", str(certificate)])
     assert (certificate / "certificate.json").read_text() == before
 
 
@@ -259,9 +252,7 @@ def test_the_page_says_what_failed_was_slower_and_could_not_run(tmp_path: Path) 
         Item("g", ("ISA 64", "forward")): Found("measured", "", {"predicted us": 8.0, "kernels": "forward 8.0"}),
     }
     judged = page.Judged(kept_of(planted), [Item("f", ("ISA 64", "forward"))])
-    setting = Setting("cuda", (), 1, "")
-    object.__setattr__(setting, "device", next(kind for kind in triton.DEVICES))
-    written = page.write(tmp_path, setting, judged, "python -m bench certify --device cuda")
+    written = page.write(tmp_path, Setting("cuda", (), 1, ""), judged, "python -m bench certify --device cuda")
     text = (tmp_path / "certificate.md").read_text()
     assert text.startswith("# Certificate of isa_triton: compiled and run on NVIDIA H100\n\n14 items: 8 measured, ")
     assert judged.sentence == ("14 items: 8 measured, 1 slower than a peer, 3 could not run, 1 failed, 1 without time.")

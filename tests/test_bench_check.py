@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from bench import check
+from bench import arguments, cases, check
 from bench.__main__ import main
-from bench.cases import Case
-from bench.check import named_cases
+from bench.cases import WIDTHS, Case, errors, multiplied_as_tf32
+from bench.check import named_cases, shipped_cases
+from bench.tiles.compile import DTYPES
+from bench.tiles.verify import problems_of
 from isa_triton.backend.kernels import launch
+from isa_triton.backend.triton import precision_of
 from reference.budget import allowed_error
+from tests.scripted_device import ScriptedDevice
 
 FEW = [
     Case("interlaced", (5, 7), (2, 3), (16, 24), heads=2),
@@ -24,7 +31,7 @@ FEW = [
 
 def run(path: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> list[dict[str, str]]:
     """The rows that `bench check` writes; the named cases are a few small ones."""
-    monkeypatch.setattr(check, "named_cases", lambda large: FEW)
+    monkeypatch.setattr(check, "named_cases", lambda large, tf32: FEW)
     try:
         main(["check", "--out", str(path), *arguments])
     finally:
@@ -79,6 +86,160 @@ def test_cases_cover_every_kind_and_their_groups_are_the_partition_s(large: bool
         for group, (rows, columns) in enumerate(case.groups()):
             y, x = torch.arange(case.size[0])[rows], torch.arange(case.size[1])[columns]
             assert bool((case.partition.seat(y[:, None], x)[0] == group).all())
+
+
+# -- on a GPU ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[ScriptedDevice]:
+    """A GPU by script, whose tensors are the CPU's: kernels are interpreted there."""
+    inputs = Case.inputs
+    monkeypatch.setattr(Case, "inputs", lambda case, device: inputs(case))
+    monkeypatch.setattr("bench.arguments.device", str)
+    monkeypatch.setattr(check, "has_tf32", lambda device: True)
+    monkeypatch.setattr(check, "named_cases", lambda large, tf32: [replace(case, tf32=tf32) for case in FEW[:1]])
+    monkeypatch.setattr(check, "shipped_cases", lambda tf32: [Case("local", (4, 4), (2, 2), (16, 16))])
+    with ScriptedDevice().installed() as device:
+        yield device
+
+
+def on_gpu(path: Path, *arguments: str) -> list[dict[str, str]]:
+    """The rows that `bench check` writes on the GPU by script."""
+    try:
+        main(["check", "--out", str(path), "--device", "cuda", *arguments])
+    finally:
+        rows = list(csv.DictReader((path / "check.csv").read_text().splitlines()))
+    return rows
+
+
+def test_a_gpu_checks_tf32_and_what_tiles_verify_compiles_and_times_it(gpu: ScriptedDevice, tmp_path: Path) -> None:
+    rows = on_gpu(tmp_path, "--backends", "triton")
+    assert [row["dtype"] for row in rows] == ["tf32", "float32"]
+    assert rows[-1]["case"] == "local 2x2 of 2x4x4, 1 heads 16/16, contiguous"
+    assert {(row["how"], row["note"]) for row in rows} == {("graph", "")}
+    assert all(float(row["forward_ms"]) == float(row["backward_ms"]) == 0 for row in rows)  # it was given no kernels
+
+
+def test_a_case_that_does_not_fit_is_not_wrong_and_one_that_fails_is(
+    gpu: ScriptedDevice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raised: list[Exception] = [torch.OutOfMemoryError("CUDA out of memory.\nand more")]
+
+    def failing(case: Case, *_: Any) -> dict[str, float]:
+        if case.kind == "local":
+            raise raised[-1]
+        return {"out": 0.5}
+
+    monkeypatch.setattr(check, "errors", failing)
+    monkeypatch.setattr(check, "timed", lambda *_: {"forward_ms": 1.0, "backward_ms": 2.0, "how": "queue"})
+    first, last = on_gpu(tmp_path, "--backends", "eager")
+    assert (first["out"], first["how"], first["note"]) == ("0.5", "queue", "")
+    assert (last["out"], last["note"]) == ("", "not checked: OutOfMemoryError: CUDA out of memory.")
+    assert "2 cases, 0 beyond the error budget, 1 not checked or timed." in capsys.readouterr().out.replace("\n", " ")
+    assert gpu.released == 1
+    raised.append(ValueError("no such tile"))
+    with pytest.raises(SystemExit):
+        on_gpu(tmp_path, "--backends", "eager")
+    assert "2 cases, 1 beyond the error budget" in capsys.readouterr().out.replace("\n", " ")
+
+
+def test_tf32_is_the_kernels_and_the_formulas_and_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[str | None, torch.dtype, str]] = []
+    compute, cuda = cases.derivatives, torch.device("cuda")
+
+    def derivatives(inputs: dict[str, torch.Tensor], case: Case, backend: str | None = None) -> Any:
+        dtype = inputs["q"].dtype
+        seen.append((backend, dtype, precision_of(dtype, cuda)))
+        return compute(inputs, case, backend)
+
+    monkeypatch.setattr(cases, "derivatives", derivatives)
+    before = torch.backends.cuda.matmul.fp32_precision
+    for tf32, precision in ((True, "tf32"), (False, "ieee")):
+        seen.clear()
+        errors(replace(FEW[0], tf32=tf32), "eager")
+        assert seen[:2] == [("eager", torch.float32, precision), (None, torch.float32, precision)]
+        assert seen[2][:2] == (None, torch.float64)
+    with pytest.raises(ZeroDivisionError), multiplied_as_tf32(True):
+        _ = 1 / 0
+    assert torch.backends.cuda.matmul.fp32_precision == before
+
+
+def test_the_budget_of_tf32_is_that_of_its_fraction(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part in 2000 is a rounding of tf32, and none of fp32; a part in 20 is of neither."""
+    compute = cases.derivatives
+    found = {}
+    for wrong in (1 / 2000, 1 / 20):
+
+        def derivatives(inputs: Any, case: Case, backend: str | None = None, wrong: float = wrong) -> Any:
+            results = compute(inputs, case)
+            return {name: result * (1 + wrong * (backend is not None)) for name, result in results.items()}
+
+        monkeypatch.setattr(cases, "derivatives", derivatives)
+        for tf32 in (True, False):
+            found[wrong, tf32] = errors(replace(FEW[0], tf32=tf32), "eager")["out"] <= 1
+    assert found == {(1 / 2000, True): True, (1 / 2000, False): False, (1 / 20, True): False, (1 / 20, False): False}
+
+
+def test_named_cases_of_fp32_are_checked_as_tf32_too() -> None:
+    without, with_ = named_cases(large=True), named_cases(large=True, tf32=True)
+    more = with_[len(without) :]
+    assert with_[: len(without)] == without
+    assert not any(case.tf32 for case in without)
+    assert [replace(case, tf32=False) for case in more] == [case for case in without if case.dtype == torch.float32]
+    assert {case.arithmetic for case in with_} == {"tf32", "float32", "float16", "bfloat16"}
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+def test_shipped_cases_are_the_problems_that_tiles_verify_compiles(tf32: bool) -> None:
+    problems, found = list(problems_of(tf32)), list(shipped_cases(tf32))
+    assert len(found) == len(problems) == 40 + 18 * tf32
+    for case, problem in zip(found, problems, strict=True):
+        assert case.partition == problem.partition
+        assert (*case.widths, case.arithmetic, case.heads) == (
+            problem.key_width, problem.value_width, problem.dtype, problem.heads
+        )  # fmt: skip
+        assert (case.bias, case.maps, case.dtype) == (problem.bias, problem.maps, DTYPES[problem.dtype])
+
+
+def test_what_is_drawn_for_a_gpu_has_few_widths(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    drawn: list[Case] = []
+
+    def errors(case: Case, *_: Any) -> dict[str, float]:
+        drawn.append(case)
+        return {"out": 0.5}
+
+    monkeypatch.setattr(check, "errors", errors)
+    monkeypatch.setattr(check, "timed", lambda *_: {})
+    monkeypatch.setattr(check, "has_tf32", lambda device: True)
+    monkeypatch.setattr("bench.arguments.device", str)
+    main(["check", "--out", str(tmp_path), "--backends", "triton", "--cases", "200", "--device", "cuda"])
+    assert {case.widths for case in drawn} == set(WIDTHS)
+    assert {case.arithmetic for case in drawn} == {"tf32", "float32", "float16", "bfloat16"}
+    assert max(max(case.size) for case in drawn) > 12
+    drawn.clear()
+    monkeypatch.setattr(check, "has_tf32", lambda device: False)
+    main(["check", "--out", str(tmp_path), "--backends", "triton", "--cases", "200"])
+    assert len({case.widths for case in drawn}) > 50
+    assert {case.arithmetic for case in drawn} == {"float32", "float16"}
+
+
+def test_a_gpu_and_the_interpreter_exclude_each_other(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch, "empty", lambda *_, device: None)  # any device is this machine's
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    for command in ("check", "scaling", "train"):
+        with pytest.raises(SystemExit):
+            main([command, "--device", "cuda"])
+        assert "--device: must be cpu where TRITON_INTERPRET=1 interprets the kernels, got 'cuda': unset it" in (
+            capsys.readouterr().err.replace("\n", " ")
+        )
+    monkeypatch.delenv("TRITON_INTERPRET")
+    assert arguments.device("cuda") == "cuda"
+
+
+# -- the budget --------------------------------------------------------------------------------------------------------
 
 
 def test_the_budget_is_the_eager_error_and_roundings() -> None:

@@ -301,12 +301,12 @@ CASES = (
 )
 
 
+@pytest.mark.usefixtures("interpreter")
 @pytest.mark.slow
 def test_figures_are_those_of_the_tools_and_of_the_interpreter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done = run_compiling("-c", REAL, str(tmp_path), json.dumps(CASES))
     assert done.returncode == 0, done.stderr
 
-    guard.install()
     asked, seats = dict[int, int](), guard.Memory.seats
 
     def counting(self: guard.Memory, pointers: guard.Array, mask: guard.Array, what: str) -> guard.Array:

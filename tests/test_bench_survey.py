@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from matplotlib import pyplot as plt
 
-from bench import figures, measure, scaling, survey
+from bench import check, devices, figures, measure, scaling, survey
 from bench.__main__ import main
+from bench.cases import NAMES
 from bench.compared import PROVIDERS, Provider
 from bench.records import read, write
 from bench.terminal import Terminal
 from bench.workload import QUANTITIES, Cost, Workload
+from tests.scripted_device import READ, ScriptedDevice
 
 Clock = dict[tuple[str, int], list[float | Exception]]
 
@@ -36,14 +40,15 @@ def conduct(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., di
     def step(provider: Provider, workload: Workload, *_: Any) -> Any:
         return partial(called, provider.name, workload.height)
 
-    def timed(call: Any, device: str) -> float:
+    def seconds(timer: devices.Timer, call: Any, count: int) -> list[float]:
+        assert count == 1
         time = clock[call.args].pop(0)
         if isinstance(time, Exception):
             raise time
-        return time
+        return [time]
 
     monkeypatch.setattr(measure, "step", step)
-    monkeypatch.setattr(measure, "_timed", timed)
+    monkeypatch.setattr(devices.Timer, "seconds", seconds)
     monkeypatch.setattr(measure, "count", lambda make: (1000 * make.args[1].pixels, 1))
     monkeypatch.setattr(measure, "matmul_rate", lambda *_: 1e9)
 
@@ -72,28 +77,17 @@ def test_spread_is_of_the_median_above_the_fastest() -> None:
     assert measure.spread([2.0, 3.0]) == 0.25
 
 
-@pytest.mark.parametrize(("device", "calls"), [("cpu", ["a", "b"]), ("cuda", ["a", "b", "bad", "a", "b"])])
-def test_on_a_device_the_call_that_compiles_is_not_timed(
-    device: str, calls: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    called: list[str] = []
+def test_on_a_device_the_call_that_compiles_is_not_timed() -> None:
+    with ScriptedDevice().installed() as gpu:
+        compiled: list[str] = []
 
-    def step(name: str) -> tuple[()]:
-        called.append(name)
-        if name == "bad":
-            raise RuntimeError("not on this device")
-        return ()
+        def call(name: str) -> tuple[()]:
+            gpu.launch(name, 1e-6 if name in compiled else 1000.0)
+            compiled.append(name)
+            return ()
 
-    def timed(call: Callable[[], Any], device: str) -> float:
-        call()
-        return 1.0 if len(called) > 2 or device == "cpu" else 1000.0
-
-    monkeypatch.setattr(measure, "_timed", timed)
-    names, failures = ["a", "b"] + ["bad"] * (device == "cuda"), dict[str, str]()
-    times = measure.samples({n: partial(step, n) for n in names}, rounds=0, device=device, failures=failures)
-    assert called == calls
-    assert times == {"a": [1.0], "b": [1.0]}
-    assert failures == ({"bad": "RuntimeError: not on this device"} if device == "cuda" else {})
+        times = measure.samples({name: partial(call, name) for name in "ab"}, rounds=0, device="cuda")
+    assert {name: each.seconds for name, each in times.items()} == {name: (pytest.approx(1e-6),) for name in "ab"}
 
 
 def test_one_disturbed_sample_is_no_figure(conduct: Conduct) -> None:
@@ -220,6 +214,141 @@ def test_a_plot_rings_what_is_doubtful_and_crosses_what_was_not_run() -> None:
     plt.close(figure)
     labels = figures.LOOKS["isa"].title, figures.DOUBTFUL["label"], figures.NOT_RUN["label"]
     assert drawn == dict(zip(labels, ([8, 16], [16], [32]), strict=True))
+
+
+# -- on a device -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def on_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., dict[str, Cost]]]:
+    """Runs a plan of one map on a GPU by script of 1 MB; what a provider does there is a function of it."""
+    does: dict[str, Callable[[], Any]] = {}
+    monkeypatch.setattr(Workload, "inputs", lambda workload, device: (torch.ones(1),))
+    monkeypatch.setattr(measure, "step", lambda provider, *_: lambda: does[provider.name]() or ())
+    monkeypatch.setattr(measure, "count", lambda make: (1000, 2000))
+    monkeypatch.setattr(measure, "matmul_rate", lambda *_: 1e9)
+    monkeypatch.setattr(devices, "clocks", lambda device: "SM 1755 of 1980 MHz, memory 2619 MHz")
+    monkeypatch.setattr("bench.arguments.device", str)
+    with ScriptedDevice(total=10**6).installed() as gpu:
+
+        def run(script: dict[str, Callable[[], Any]], *words: str) -> dict[str, Cost]:
+            does.clear()
+            does.update(script)
+            parser = argparse.ArgumentParser()
+            scaling.add_arguments(parser)
+            args = parser.parse_args(["--out", str(tmp_path), *words])
+            args.device = "cuda"
+            workload = survey.workload(args, "attention", "forward", (8, 8), (8, 8))
+            plan = [(workload, [PROVIDERS[name] for name in script])]
+            return {row.provider: row for row in survey.conduct(args, Terminal(args), tmp_path / "scaling.csv", plan)}
+
+        run.gpu = gpu  # type: ignore[attr-defined]
+        yield run
+
+
+def test_rows_of_a_device_say_how_and_at_which_clocks_and_what_was_allocated(on_device: Any, tmp_path: Path) -> None:
+    gpu = on_device.gpu
+
+    def waits() -> None:
+        gpu.launch("whole", 4e-6)
+        gpu.wait()
+
+    def allocates() -> None:
+        gpu.allocate(2500)
+        gpu.launch("long", 3e-6)
+        gpu.launch("short", 2e-6)
+        gpu.free(2500)
+
+    rows = on_device({"isa-triton": allocates, "dense": waits})
+    row, dense = rows["isa-triton"], rows["dense"]
+    assert (row.seconds, row.how, row.allocated_bytes) == (pytest.approx(5e-6), "graph", 2500)
+    assert (dense.seconds, dense.how, dense.allocated_bytes) == (pytest.approx(4e-6), "queue", 0)
+    assert (row.host, row.clocks) == ("A scripted GPU", "SM 1755 of 1980 MHz, memory 2619 MHz")
+    spans = [names for names in gpu.timed if names != [READ]]
+    assert [spans.count(names) for names in (["long", "short"], ["whole"])] == [6, 6]  # five rounds and a warm-up
+    assert len(spans) == 12
+    assert survey.tally(list(rows.values())) == (
+        "2 rows, 2 timed, 0 of these doubtful. Timed 1 as replayed graphs and 1 in a queue of work, at SM 1755 of "
+        "1980 MHz, memory 2619 MHz. What was allocated is 1.25 times the memory counted."
+    )
+    (table,) = scaling.summary([replace(row, provider="isa"), dense])
+    assert ["MiB allocated", "isa", "0.00238"] in table.rows
+    scaling.draw([replace(row, provider="isa"), row], tmp_path)
+    assert read(tmp_path / "scaling.csv", Cost) == list(rows.values())
+
+
+@pytest.mark.parametrize("when", ["at once", "beside the others", "as a graph"])
+def test_who_runs_out_of_a_devices_memory_is_a_row_with_its_reason(on_device: Any, when: str) -> None:
+    gpu, calls = on_device.gpu, list[bool]()
+
+    def greedy() -> None:
+        calls.append(gpu.captured is not None)
+        if len(calls) > {"at once": 0, "beside the others": 2, "as a graph": 99}[when] or calls[-1]:
+            gpu.allocate(10**7)
+        gpu.launch("greedy", 1e-6)
+
+    rows = on_device({"dense": greedy, "isa-triton": lambda: gpu.launch("ours", 1e-6), "unfused": lambda: 1 / 0})
+    assert (rows["dense"].seconds, rows["dense"].samples) == (None, 0)
+    assert rows["dense"].note == "OutOfMemoryError: CUDA out of memory. Tried to allocate 10000000 bytes"
+    assert rows["unfused"].note == "ZeroDivisionError: division by zero"
+    assert rows["isa-triton"].seconds == pytest.approx(1e-6)
+    assert gpu.released >= 3
+
+
+def test_inputs_that_do_not_fit_are_everybodys_reason(on_device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Workload, "inputs", lambda *_: on_device.gpu.allocate(10**7))
+    rows = on_device({"dense": lambda: None, "isa": lambda: None})
+    assert {row.note.split(".")[0] for row in rows.values()} == {"OutOfMemoryError: CUDA out of memory"}
+
+
+def test_who_cannot_be_counted_is_a_row_with_its_reason(on_device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "count", lambda make: 1 / 0 if make.args[0].name == "dense" else (1000, 2000))
+    rows = on_device({"dense": lambda: None, "isa": lambda: on_device.gpu.launch("ours", 1e-6)})
+    assert (rows["dense"].note, rows["dense"].samples) == ("not counted: ZeroDivisionError: division by zero", 0)
+    assert rows["isa"].seconds == pytest.approx(1e-6)
+
+
+def test_the_limit_of_a_devices_memory_is_what_it_has_unless_told(
+    on_device: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "count", lambda make: (1000, 1_100_000))
+    assert on_device({"isa": lambda: None})["isa"].note == "would need 0.0 GB"
+    does = {"isa": lambda: on_device.gpu.launch("ours", 1e-6)}
+    assert on_device(does, "--memory-limit", "1")["isa"].note == ""
+
+
+def test_flops_are_those_of_the_backend_that_runs_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On fake tensors of a GPU "auto" takes the kernels, which allocate less than eager does on a CPU."""
+    args = argparse.Namespace(device="cuda", memory_limit=None, dtype="float32")
+    workload = Workload("attention", "forward", 16, 24, 64, 32, 64)
+    on_cpu = {name: measure.count(partial(measure.step, PROVIDERS[name], workload)) for name in ("isa", "isa-triton")}
+    monkeypatch.setattr(measure, "matmul_rate", lambda *_: 1e9)
+    monkeypatch.setattr(torch, "Generator", lambda device: SimpleNamespace(manual_seed=lambda seed: None))  # no CUDA
+    with ScriptedDevice().installed():
+        asked = survey.Survey(args)
+    row = asked.counted(PROVIDERS["isa"], workload)
+    assert (row.flops, row.peak_bytes) == on_cpu["isa-triton"]
+    assert row.peak_bytes < on_cpu["isa"][1]
+
+
+def test_a_plot_shows_what_a_device_allocated_beside_what_was_counted() -> None:
+    rows = [replace(Cost("isa", "attention", "forward", 8, 8, 1, 1, 1, "8x8", "float32", "cuda"), peak_bytes=2**20,
+                    allocated_bytes=3 * 2**20, seconds=1.0)]  # fmt: skip
+    for quantity, labels in ((QUANTITIES[1], {figures.ON_DEVICE["label"]: [3.0]}), (QUANTITIES[2], {})):
+        figure, panel = plt.subplots()
+        figures._draw_lines(panel, rows, quantity, lambda row: row.height, figures.LOOKS)
+        drawn = {line.get_label(): list(line.get_ydata()) for line in panel.lines}
+        plt.close(figure)
+        assert {label: y for label, y in drawn.items() if label != figures.LOOKS["isa"].title} == labels
+
+
+def test_eight_groups_of_errors_are_drawn(tmp_path: Path) -> None:
+    rows = [
+        check.Row(backend, "", dtype, 1.0, 0, *[0.5] * 6, None, None)
+        for backend, dtype in product(("triton", "eager", "another"), ("float32", "tf32", "float16", "bfloat16"))
+    ]
+    figures.error_budget(rows, NAMES, tmp_path / "check.png")
+    assert (tmp_path / "check.png").stat().st_size > 1000
 
 
 @pytest.mark.parametrize("name", ["scaling", "partitions", "heads"])

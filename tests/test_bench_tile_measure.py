@@ -18,59 +18,96 @@ from tests.compiling import run_compiling
 
 H100, PROBLEM = MACHINES["H100"], make_problem(64, 64, 64)
 TILE = Tile(64, 64, 32, 32, 4, 2)
-TIMED = """
+BEGIN = """
 import torch
-from bench import measure, stand_in
-from bench.tiles import search
-from bench.tiles.compile import STEPS
-from bench.tiles.options import make_problem
-from bench.tiles.roofline import MACHINES
+from bench import stand_in
 from isa_triton import replays
 from isa_triton.backend.kernels import launch
-from isa_triton.tiles import Tile
+from tests.scripted_device import ScriptedDevice
 
 class Binary:
     function = packed_metadata = None
 
 def loaded(planned, device):
     written = [name for name in ("dk", "dv") if planned.arguments.get(name) is not None]
-    return Binary, lambda *args: launched.append(" ".join([planned.kernel.fn.__name__, *written]))
+    name = " ".join([planned.kernel.fn.__name__, *written])
+    return Binary, lambda *args: gpu.launch(name, 1e-6)
 
-def seconds(calls, **options):
-    launched.clear()
-    for call in calls.values():
-        call()
-    return dict.fromkeys(calls, 1.0)
+gpu, launch._loaded = ScriptedDevice(), loaded
+"""
+STEPS = """
+from bench.tiles import search
+from bench.tiles.compile import STEPS
+from bench.tiles.options import make_problem
+from bench.tiles.roofline import MACHINES
+from isa_triton.tiles import Tile
 
-randn, measure.seconds, launch._loaded = torch.randn, seconds, loaded
+randn = torch.randn
 torch.randn = lambda shape, device, dtype: randn(shape, dtype=dtype)
 for step in STEPS:
     for tokens in (16, 64):
-        launched = []
         replays.forget()
         problem = make_problem(tokens, 16, 16, bias=True, maps=1)
         task, tile = search.Task(MACHINES["H100"], problem, step), Tile(64 if step == "group" else 32, 32, 16, 16)
-        with stand_in.installed():
+        with stand_in.installed(), gpu.installed():
             if task.launch(tile) is not None:
-                assert task.seconds(tile) == 1.0
-                print(step, tokens, *launched)
+                assert round(task.seconds(tile), 12) == 1e-6
+                print(step, tokens, *gpu.timed[-1], sep=", ")
+"""
+PROVIDERS = """
+from bench import check, measure
+from bench.cases import Case
+from bench.compared import PROVIDERS
+from bench.workload import Workload
+
+for name in ("isa-triton", "rcca-triton", "nonlocal-triton"):
+    for pass_ in ("forward", "training"):
+        workload = Workload("attention", pass_, 16, 16, 16, 16, 16, (4, 4))
+        with stand_in.installed():
+            step = measure.step(PROVIDERS[name], workload)
+            with gpu.installed():
+                ((seconds, how),) = measure.samples({name: step}, device="cuda").values()
+        assert how == "graph" and all(round(each, 12) == len(gpu.timed[-1]) * 1e-6 for each in seconds)
+        print(name, pass_, *gpu.timed[-1], sep=", ")
+inputs, case = Case.inputs, Case("local", (8, 8), (4, 4), (16, 16), bias=True)
+Case.inputs = lambda case, device: inputs(case)
+with stand_in.installed(), gpu.installed():
+    print(check.timed(case, "triton", "cuda"), *(names for names in gpu.timed[-2:]), sep=", ")
+assert set(gpu.streams[-20:]) == {7}  # forward too, for the graph of backward
 """
 
 
 @pytest.mark.slow
 def test_only_the_kernel_of_a_step_is_timed() -> None:
-    done = run_compiling("-c", TIMED)
+    done = run_compiling("-c", BEGIN + STEPS)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [
-        "forward 16 forward_group_kernel",
-        "forward 64 forward_kernel",
-        "group 16 backward_group_kernel dk dv",
-        "group 64 backward_group_kernel dk dv",
-        *(f"queries {tokens} backward_queries_kernel" for tokens in (16, 64)),
-        *(f"keys {tokens} backward_keys_kernel dk dv" for tokens in (16, 64)),
-        *(f"dk {tokens} backward_keys_kernel dk" for tokens in (16, 64)),
-        *(f"dv {tokens} backward_keys_kernel dv" for tokens in (16, 64)),
-        *(f"pairs {tokens} backward_pairs_kernel" for tokens in (16, 64)),
+        "forward, 16, forward_group_kernel",
+        "forward, 64, forward_kernel",
+        "group, 16, backward_group_kernel dk dv",
+        "group, 64, backward_group_kernel dk dv",
+        *(f"queries, {tokens}, backward_queries_kernel" for tokens in (16, 64)),
+        *(f"keys, {tokens}, backward_keys_kernel dk dv" for tokens in (16, 64)),
+        *(f"dk, {tokens}, backward_keys_kernel dk" for tokens in (16, 64)),
+        *(f"dv, {tokens}, backward_keys_kernel dv" for tokens in (16, 64)),
+        *(f"pairs, {tokens}, backward_pairs_kernel" for tokens in (16, 64)),
+    ]
+
+
+@pytest.mark.slow
+def test_a_timed_call_of_a_provider_launches_its_kernels_and_no_others() -> None:
+    done = run_compiling("-c", BEGIN + PROVIDERS)
+    assert done.returncode == 0, done.stderr
+    forward, group = "forward_kernel", "backward_group_kernel dk dv"
+    apart = "backward_queries_kernel, backward_keys_kernel dk, backward_keys_kernel dv"  # of 256 tokens
+    assert done.stdout.splitlines() == [
+        f"isa-triton, forward, {forward}, {forward}",
+        f"isa-triton, training, {forward}, {forward}, {group}, {group}",
+        f"rcca-triton, forward, {', '.join([forward] * 4)}",
+        f"rcca-triton, training, {', '.join([forward] * 4 + [group] * 4)}",
+        f"nonlocal-triton, forward, {forward}",
+        f"nonlocal-triton, training, {forward}, {apart}",
+        f"{{'forward_ms': 0.001, 'backward_ms': 0.001, 'how': 'graph'}}, ['forward_group_kernel'], ['{group}']",
     ]
 
 

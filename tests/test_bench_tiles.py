@@ -322,6 +322,7 @@ def test_every_target_with_tiles_can_be_verified_and_reported_on() -> None:
 # -- real binaries, in processes that compile --------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("interpreter")
 def test_an_interpreting_process_refuses(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["tiles", "verify"])

@@ -71,7 +71,7 @@ def test_workers_of_a_data_loader_attend(context: str) -> None:
     assert [float(item.mean()) for item in loader] == [0.0, 1.0]
 
 
-@pytest.mark.usefixtures("mended_interpreter")
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("backend", ["eager", "triton"])
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_activation_checkpointing_changes_nothing(backend: str, reentrant: bool) -> None:

@@ -206,6 +206,7 @@ def test_sdpa_serves_where_it_is_faster_and_agrees(
             assert relative_error(out, partitioned_attention_with_lse(q, k, v, PARTITIONS[name], bias=b)[0]) < 1e-12
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("backend", ["eager", "triton"])
 def test_empty_batches_and_no_heads_give_empty_results(backend: str) -> None:
     partition = PARTITIONS["local-ragged"]

@@ -8,9 +8,10 @@ import torch
 from isa_triton.backend.kernels import launch
 from isa_triton.partition import Partition
 from isa_triton.tiles import Tile
-from tests import guard
+from tests import conftest, guard
+from tests.compiling import run_compiling
 
-pytestmark = pytest.mark.usefixtures("mended_interpreter")
+pytestmark = pytest.mark.usefixtures("interpreter")
 
 
 def test_bf16_rounds_to_nearest_even_as_torch_does() -> None:
@@ -47,3 +48,57 @@ def test_shuffled_programs_run_once_each_in_another_order() -> None:
             launch.forward(q, q, q, None, shared.expand_as(q), None, 1.0, partition, tile)
         outcomes |= {torch.equal(out[1, rows], shared[0, rows]) for rows in (slice(2), slice(2, 4))}
     assert outcomes == {True, False}
+
+
+# -- pytest --device ---------------------------------------------------------------------------------------------------
+
+PRETEND = """
+import sys
+import pytest, torch
+empty = torch.empty
+torch.empty = lambda *sizes, device=None, **options: empty(*sizes, **options)  # any device is here
+sys.exit(pytest.main([*sys.argv[1:], "-n0", "-p", "no:cacheprovider"]))
+"""
+NOTHING_WRITTEN = """
+from bench import stand_in
+from tests import conftest, guard
+from tests.compiling import run_compiling
+from tests.kernel_cases import assert_within_budget, of_groups, tiles_of
+
+assert guard.COMPILED
+for form in ("one block", "many blocks"):
+    case = of_groups("local", (3, 6), (2, 1))
+    with stand_in.installed() as launches:
+        try:
+            assert_within_budget(case, tiles_of(form, 18))
+        except AssertionError as error:
+            print(str(error).splitlines()[0], *launches.names(), sep=", ")
+"""
+
+
+def test_on_a_device_what_looks_into_the_interpreter_is_skipped_and_says_why() -> None:
+    done = run_compiling("-c", PRETEND, "--device", "cuda", "-rs", "tests/test_guard.py")
+    assert done.returncode == 0, done.stdout
+    assert f"{len(TESTS)} skipped" in done.stdout
+    assert "looks into Triton's interpreter, and --device cuda compiles the kernels" in done.stdout
+
+
+def test_a_device_that_is_not_here_is_an_error_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    done = run_compiling("-m", "pytest", "--device", "abacus", "tests/test_guard.py", "-n0", "-p", "no:cacheprovider")
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+    assert "--device must be a device of this machine, got 'abacus': Expected one of cpu" in done.stderr
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setenv("ISA_TRITON_DEVICE", "cpu")
+    with pytest.raises(pytest.UsageError, match="--device cuda compiles kernels, but TRITON_INTERPRET=1 interprets"):
+        conftest.choose_device("cuda")
+
+
+@pytest.mark.slow
+def test_on_a_device_kernels_are_launched_and_results_that_nothing_wrote_fail() -> None:
+    done = run_compiling("-c", NOTHING_WRITTEN)
+    assert done.returncode == 0, done.stderr
+    passes = ("backward_group_kernel", "backward_queries_kernel, backward_keys_kernel")
+    assert done.stdout.splitlines() == [f"out, forward_kernel, {backward}" for backward in passes]
+
+
+TESTS = [name for name in globals() if name.startswith("test_")]

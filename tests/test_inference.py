@@ -76,6 +76,7 @@ def test_a_folded_module_passes_gradients_to_its_input_and_keeps_none() -> None:
     assert relative_error(ours, theirs) < 1e-13
 
 
+@pytest.mark.usefixtures("interpreter")
 def test_the_activation_does_not_write_over_what_the_kernels_keep() -> None:
     """The Triton backend keeps its output for long groups; the activation must not write over that."""
     module = with_random_statistics(SelfAttention2d(16, 16, 16, pattern="dense")).float().eval()

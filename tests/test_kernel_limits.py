@@ -15,7 +15,7 @@ from isa_triton.tiles import BackwardTiles, Tile
 from tests import guard
 from tests.kernel_cases import formula, inputs_of, launched, of_groups, tiles_of
 
-pytestmark = pytest.mark.usefixtures("mended_interpreter")
+pytestmark = pytest.mark.usefixtures("kernels")
 
 FORMS = ["one block", "many blocks", "many blocks, split"]
 TOKENS = {"one block": (3, 5), "many blocks": (3, 6), "many blocks, split": (3, 6)}  # 16 are the smallest block
@@ -41,6 +41,7 @@ def test_a_constant_added_to_the_bias_is_added_to_lse_and_changes_nothing_else(f
     torch.testing.assert_close(got, expected, atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.usefixtures("interpreter")
 @pytest.mark.parametrize(("kind", "form"), [("local", FORMS[0]), ("interlaced", FORMS[1]), ("local", FORMS[2])])
 def test_programs_in_any_order_give_the_same_bits(kind: str, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "PARTIAL_SUMS", 4)  # of dbias: a program sums over several groups
@@ -52,6 +53,7 @@ def test_programs_in_any_order_give_the_same_bits(kind: str, form: str, monkeypa
     assert all(torch.equal(in_order[name], shuffled[name]) for name in in_order)
 
 
+@pytest.mark.usefixtures("interpreter")
 @pytest.mark.parametrize("widths", [(256, 512), (64, 64), (39, 39)])
 def test_traffic_of_a_group_that_fits_is_compulsory(widths: Pair) -> None:
     case = of_groups("interlaced", (8, 8), (1, 2), widths=widths, dtype=torch.float16)
@@ -82,6 +84,7 @@ def test_lse_and_its_gradient_may_be_left_out() -> None:
             torch.testing.assert_close(result.double(), exact[name], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.usefixtures("interpreter")
 def test_an_empty_batch_launches_nothing() -> None:
     case = of_groups("local", (4, 4), (2, 1), maps=0, bias=True)
     inputs, (tile, tiles) = inputs_of(case), tiles_of("one block", 16)
@@ -105,7 +108,10 @@ def test_offsets_may_exceed_31_bits(far: str, form: str) -> None:
     distant = tuple((3 << 30) // (shape[dim] - 1) if i == dim else 2 * s for i, s in enumerate(strides))
 
     def spread(tensor: Tensor) -> Tensor:
-        memory = torch.empty((3 << 30) + 4096, dtype=torch.float16)  # virtual: only touched pages exist
+        try:
+            memory = torch.empty((3 << 30) + 4096, dtype=torch.float16)  # virtual on a CPU: only touched pages exist
+        except torch.OutOfMemoryError:
+            pytest.skip("eight tensors of 6 GB do not fit on this GPU")
         return memory.as_strided(shape, distant).copy_(tensor)
 
     inputs = inputs_of(case)

@@ -14,7 +14,7 @@ from bench.cases import Case, Pair
 from isa_triton.tiles import BackwardTiles, Tile
 from tests.kernel_cases import FORMS, assert_within_budget, of_groups, tiles_of
 
-pytestmark = pytest.mark.usefixtures("mended_interpreter")
+pytestmark = pytest.mark.usefixtures("kernels")
 
 HALF, BF16, FLOAT = torch.float16, torch.bfloat16, torch.float32
 

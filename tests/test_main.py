@@ -24,13 +24,14 @@ def said() -> str:
 
 
 def test_it_tells_versions_and_why_a_cpu_takes_eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("TRITON_INTERPRET")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert f"isa_triton {__version__}" in said()
     assert f"torch      {torch.__version__}" in said()
     assert 'device cpu: cpu\n  backend="auto" takes eager: the kernels run on cuda and xpu devices' in said()
     assert "tiles:" not in said()
 
 
+@pytest.mark.usefixtures("interpreter")
 def test_it_tells_when_kernels_are_interpreted() -> None:
     assert '"triton" interprets the kernels, with the tiles of sm_80' in said()
     assert "sm_80.json (made for it)" in said()

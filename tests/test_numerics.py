@@ -11,7 +11,7 @@ from isa_triton import Partition, partitioned_attention, partitioned_attention_w
 from reference.budget import allowed_error
 from tests.cases import qkv, relative_error
 
-pytestmark = pytest.mark.usefixtures("mended_interpreter")
+pytestmark = pytest.mark.usefixtures("kernels")
 both_backends = pytest.mark.parametrize("backend", ["eager", "triton"])
 RAGGED = Partition.interlaced((5, 7), stride=(2, 3))
 

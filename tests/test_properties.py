@@ -20,8 +20,8 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SWEEP, SEED = int(os.environ.get("ISA_TRITON_SWEEP", 0)), int(os.environ.get("ISA_TRITON_SEED", 0))
 
 
-def drawn(examples: int, largest: int) -> Any:
-    """A test over cases on maps of up to `largest` pixels a side."""
+def drawn(examples: int, largest: int, compiled: bool = False) -> Any:
+    """A test over cases on maps of up to `largest` pixels a side; those of few widths where each is compiled."""
 
     def decorate(test: Any) -> Any:
         phases = (Phase.explicit, Phase.generate, Phase.shrink)
@@ -29,7 +29,7 @@ def drawn(examples: int, largest: int) -> Any:
             max_examples=SWEEP or examples, deadline=None, database=None, phases=phases,
             suppress_health_check=list(HealthCheck),
         )  # fmt: skip
-        return seed(SEED)(limits(given(strategy(DTYPES, largest))(test)))
+        return seed(SEED)(limits(given(strategy(DTYPES, largest, compiled=compiled))(test)))
 
     return decorate
 
@@ -40,15 +40,15 @@ def test_the_eager_backend_keeps_the_budget(case: Case) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("mended_interpreter")
-@drawn(20, largest=7)
+@pytest.mark.usefixtures("kernels")
+@drawn(20, largest=7, compiled=guard.COMPILED)
 def test_the_kernels_keep_the_budget(case: Case) -> None:
     with guard.watch():
-        within_budget(case, "triton")
+        within_budget(case, "triton", guard.DEVICE)
 
 
-def within_budget(case: Case, backend: str) -> None:
-    parts = errors(case, backend)
+def within_budget(case: Case, backend: str, device: str = "cpu") -> None:
+    parts = errors(case, backend, device)
     assert all(part <= 1 for part in parts.values()), parts
 
 
@@ -57,19 +57,19 @@ def test_a_sweep_has_a_new_seed_that_workers_inherit_and_the_header_names(monkey
     seeds = set()
     for _ in range(2):
         monkeypatch.delenv("ISA_TRITON_SEED", raising=False)
-        conftest.pytest_configure()
+        conftest.choose_seed()
         seeds.add(chosen := os.environ["ISA_TRITON_SEED"])
-        conftest.pytest_configure()  # as a worker does
+        conftest.choose_seed()  # as a worker does
         assert conftest.pytest_report_header() == [f"ISA_TRITON_SWEEP=30 ISA_TRITON_SEED={chosen}"]
     assert len(seeds) == 2
     monkeypatch.setenv("ISA_TRITON_SEED", "five")
     with pytest.raises(pytest.UsageError, match="ISA_TRITON_SEED must be a whole number, got 'five'"):
-        conftest.pytest_configure()
+        conftest.choose_seed()
 
 
 def test_without_a_sweep_every_run_draws_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("ISA_TRITON_SWEEP", "ISA_TRITON_SEED"):
         monkeypatch.delenv(name, raising=False)
-    conftest.pytest_configure()
+    conftest.choose_seed()
     assert os.environ["ISA_TRITON_SEED"] == "0"
     assert conftest.pytest_report_header() == []

@@ -13,10 +13,11 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from isa_triton import Partition, partitioned_attention, partitioned_attention_with_lse
 from isa_triton.backend import plain
+from tests import guard
 from tests.cases import assert_same, qkv, relative_error
 from tests.kernel_cases import FORMS, inputs_of, launched, of_groups, tiles_of
 
-pytestmark = pytest.mark.usefixtures("mended_interpreter")
+pytestmark = pytest.mark.usefixtures("kernels")
 
 RAGGED = Partition.interlaced((5, 7), stride=(2, 3))  # groups of up to 3 x 3 tokens
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
@@ -111,6 +112,8 @@ def test_without_lse_the_output_is_the_same(width: int) -> None:
 
 @every_route
 def test_rows_without_keys_are_those_of_torch(route: str) -> None:
+    if guard.COMPILED:
+        pytest.skip("what torch's own attention does without keys is not the same in all that it has for GPUs")
     partition = Partition.dense((2, 4))
     q, k, v = (x.float() for x in qkv(partition, value_width=3))
     (bias, _), do = biases(partition, torch.float32), torch.randn_like(v)

@@ -103,6 +103,7 @@ def test_a_torchscript_trace_refuses_maps_of_other_sizes(name: str) -> None:
 RECORDED = [(name, "eager") for name in PARTITIONS] + [("interlaced-ragged", "triton"), ("rows", "triton")]
 
 
+@pytest.mark.usefixtures("interpreter")
 @pytest.mark.parametrize(("name", "backend"), RECORDED)
 def test_make_fx_records_one_operator_that_takes_other_batches_and_strides(name: str, backend: str) -> None:
     partition = PARTITIONS[name]

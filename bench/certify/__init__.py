@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -17,10 +16,9 @@ from typing import Any
 
 import torch
 
-from bench import measure
+from bench import arguments, measure
 from bench.arguments import add_out, number
-from bench.certify import page
-from bench.certify.conduct import ROOT, conduct
+from bench.certify import conduct, page
 from bench.certify.parts import PARTS
 from bench.certify.problems import distinct
 from bench.certify.rows import Certificate, Setting, left
@@ -60,7 +58,7 @@ def run(args: argparse.Namespace) -> None:
     items = [item for letter in PARTS if letter in args.parts for item in PARTS[letter].all(setting)]
     todo = left(items, certificate)
     with said.progress("items", len(todo)) as bar:
-        without_time = conduct(todo, setting, certificate, args.out / "log.txt", 60 * args.minutes, bar)
+        without_time = conduct.conduct(todo, setting, certificate, args.out / "log.txt", 60 * args.minutes, bar)
     judged = page.Judged(certificate, without_time)
     written = page.write(args.out, setting, judged, f"python -m bench certify --device {args.device}")
     for outcome in ("failed", "slower"):
@@ -79,18 +77,12 @@ def check_device(name: str) -> torch.device:
         argparse.ArgumentError: it is neither, or kernels would be interpreted on it.
     """
     try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = f"{error}".splitlines()[0]
-        raise argparse.ArgumentError(None, f"--device {name}: this machine has no such device ({reason})") from error
-    if device.type not in ("cuda", "cpu"):
+        found = torch.device(arguments.device(name))
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentError(None, f"--device {error}") from error
+    if found.type not in ("cuda", "cpu"):
         raise argparse.ArgumentError(None, f"--device must be cuda, or cpu to interpret kernels, got {name!r}")
-    if device.type == "cuda" and os.environ.get("TRITON_INTERPRET") == "1":
-        raise argparse.ArgumentError(
-            None, "TRITON_INTERPRET=1 interprets kernels, and a GPU has nothing to do: unset it"
-        )
-    return device
+    return found
 
 
 def conditions(device: torch.device) -> dict[str, Any]:
@@ -101,6 +93,9 @@ def conditions(device: torch.device) -> dict[str, Any]:
 
 def _sources() -> str:
     files = (
-        path for folder in SOURCES for path in sorted((ROOT / folder).rglob("*")) if path.suffix in (".py", ".json")
+        path
+        for folder in SOURCES
+        for path in sorted((conduct.ROOT / folder).rglob("*"))
+        if path.suffix in (".py", ".json")
     )
     return hashlib.sha256(b"".join(Path(path).read_bytes() for path in files)).hexdigest()[:16]

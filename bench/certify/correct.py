@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from bench import cases
-from bench.certify.problems import Tensors, dtypes, precision, problem
+from bench.certify.problems import Tensors, dtypes, problem
 from bench.certify.rows import Found, Name, Setting
-from bench.tiles.compile import DTYPES, Problem
+from bench.check import case_of
+from bench.tiles.compile import Problem
 from isa_triton import partitioned_attention, partitioned_attention_with_lse
 
 REPEATS = 20
@@ -32,11 +33,10 @@ def run(setting: Setting, shape: str, dtype: str) -> Found:
     if found.partition.groups == 1:  # the scores of all pixels in fp64 are 2 GiB for one map
         found = problem(setting, shape, dtype, maps=1)
     inputs, repeats = inputs_of(found, setting.device), INTERPRETED_REPEATS if setting.interpreted else REPEATS
-    with precision(dtype):
-        with poisoned():
-            first = results(found, inputs)
-            same = sum(equal_bits(first, results(found, inputs)) for _ in range(repeats - 1))
-        parts = cases.parts(case_of(found), inputs, first)
+    with cases.multiplied_as_tf32(dtype == "tf32"), poisoned():
+        first = results(found, inputs)
+        same = sum(equal_bits(first, results(found, inputs)) for _ in range(repeats - 1))
+    parts = cases.parts(case_of(found), inputs, first)
     figures = {name: f"{part:.3f}" for name, part in parts.items()} | {"same bits": f"{1 + same} of {repeats}"}
     return Found.judged("; ".join(wrong(parts, first, 1 + same, repeats)), **figures)
 
@@ -50,21 +50,6 @@ def wrong(parts: dict[str, float], got: dict[str, Tensor], same: int, repeats: i
             yield f"{name} is wrong by {part:.3g} times what the error budget allows"
     if same < repeats:
         yield f"{repeats - same} of {repeats} calls have other bits"
-
-
-def case_of(found: Problem) -> cases.Case:
-    """The problem as the check of `bench.cases` says it."""
-    h, w = found.partition
-    if found.partition.groups == 1:
-        kind, p = "dense", found.partition.size
-    elif h.token_stride == w.token_stride == 1:
-        kind, p = "local", (h.tokens, w.tokens)
-    else:
-        kind, p = "interlaced", (h.token_stride, w.token_stride)
-    widths = found.key_width, found.value_width
-    case = cases.Case(kind, found.partition.size, p, widths, found.heads, found.bias, DTYPES[found.dtype], found.maps)
-    assert case.partition == found.partition, found
-    return case
 
 
 def inputs_of(found: Problem, device: str) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from bench import devices, measure
+from bench.cases import multiplied_as_tf32
 from bench.certify import problems, speed
 from bench.certify.rows import Found, Name, NotRun, Setting
 
@@ -74,7 +75,7 @@ def matmul(dtype: str, setting: Setting) -> Found:
     """How fast the matrix units of torch's own products are."""
     side = _of_device(setting, SIDE)
     a = torch.randn(side, side, device=setting.device, dtype=problems.DTYPES[dtype])
-    with problems.precision(dtype):
+    with multiplied_as_tf32(dtype == "tf32"):
         return _rate(setting, lambda: a @ a, 2 * side**3, 1e12, "TFLOP/s")
 
 

@@ -21,7 +21,8 @@ class Part:
         title: in words.
         file: of its CSV.
         columns: what the words of its items' names are.
-        module: of this folder, or any by its whole name; its functions `items` and `run` say which items there are, and look at one.
+        module: of this folder, or any by its whole name: which items there are, and how one is looked at, its functions
+            say that `items` and `run` name.
         interpreted: whether kernels are, where there is no GPU; else they are compiled.
         limit: seconds of an item.
     """

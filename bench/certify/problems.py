@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from bench.cases import has_tf32
 from bench.certify.rows import Setting
 from bench.tiles.compile import DTYPES, Problem
-from bench.tiles.verify import FP16, SHAPES
+from bench.tiles.verify import FP16, SHAPES, problems_of
 from isa_triton import Partition, partitioned_attention
 
 INTERPRETED = ("float16", "float32")  # dtypes: Triton's interpreter gets bf16 wrong, and knows no tf32
@@ -22,8 +22,7 @@ def dtypes(setting: Setting, shape: str) -> list[str]:
     """In which a shape is checked: fp16 has bf16's tiles, so that a few shapes suffice, as for `tiles verify`."""
     if setting.interpreted:
         return [INTERPRETED[0] if shape in FP16 else INTERPRETED[1]]
-    tf32 = torch.version.hip is None
-    return [name for name in DTYPES if (name != "float16" or shape in FP16) and (name != "tf32" or tf32)]
+    return [each.dtype for each in problems_of(has_tf32(setting.device), [SHAPES[shape]])]
 
 
 def problem(setting: Setting, shape: str, dtype: str, maps: int = 2) -> Problem:
@@ -57,18 +56,6 @@ def distinct(shapes: Iterable[str]) -> tuple[str, ...]:
         known = replace(tiny(SHAPES[shape]), name="")
         found.setdefault((known, shape in FP16), shape)
     return tuple(found.values())
-
-
-@contextmanager
-def precision(dtype: str) -> Iterator[None]:
-    """Products of fp32 as "tf32" or, for every other dtype, as IEEE has them."""
-    products = torch.backends.cuda.matmul
-    before = products.fp32_precision
-    products.fp32_precision = "tf32" if dtype == "tf32" else "ieee"
-    try:
-        yield
-    finally:
-        products.fp32_precision = before
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
@@ -102,13 +102,21 @@ def launches(
 ) -> list[Launch]:
     """Every launch of forward and backward with the tiles that the run time takes, for each target and problem."""
     found = []
-    for target, problem, dtype in product(targets, problems, dtypes):
-        is_repeated = dtype == "float16" and problem.name in {*SHAPES} - {*FP16}
-        if not is_repeated and (dtype != "tf32" or target.startswith("sm_")):
-            problem = replace(problem, dtype=dtype)
+    for target in targets:
+        for problem in problems_of(target.startswith("sm_"), problems, dtypes):
             found += pass_launches(target, problem, "forward", training=True)
             found += pass_launches(target, problem, "backward")
     return found
+
+
+def problems_of(
+    tf32: bool, problems: Iterable[Problem] = tuple(SHAPES.values()), dtypes: Iterable[str] = tuple(DTYPES)
+) -> Iterator[Problem]:
+    """The problems in every dtype that has binaries of its own, tf32 where a device has it."""
+    for problem, dtype in product(problems, dtypes):
+        is_repeated = dtype == "float16" and problem.name in {*SHAPES} - {*FP16}
+        if not is_repeated and (dtype != "tf32" or tf32):
+            yield replace(problem, dtype=dtype)
 
 
 def _table(target: str, verdicts: list[Verdict], verbose: bool) -> Table:
