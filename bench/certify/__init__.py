@@ -11,7 +11,6 @@ import argparse
 import hashlib
 import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -92,10 +91,6 @@ def conditions(device: torch.device) -> dict[str, Any]:
 
 
 def _sources() -> str:
-    files = (
-        path
-        for folder in SOURCES
-        for path in sorted((conduct.ROOT / folder).rglob("*"))
-        if path.suffix in (".py", ".json")
-    )
-    return hashlib.sha256(b"".join(Path(path).read_bytes() for path in files)).hexdigest()[:16]
+    paths = (path for folder in SOURCES for path in sorted((conduct.ROOT / folder).rglob("*")))
+    kept = b"".join(path.read_bytes() for path in paths if path.suffix in (".py", ".json"))
+    return hashlib.sha256(kept).hexdigest()[:16]

@@ -49,6 +49,7 @@ def device(setting: Setting) -> Found:
 
 def binaries(setting: Setting) -> Found:
     """Everything that is launched later is compiled, into the cache that the run time looks in, and its code read."""
+    target = speed.target(setting)
     shapes = setting.shapes[:1] if setting.interpreted else setting.shapes
     wanted = {
         launch.key: launch
@@ -60,7 +61,7 @@ def binaries(setting: Setting) -> Found:
     wrong = [f"{v.launch.problem.name} {v.launch.problem.dtype} {v.launch.label} {'; '.join(v.violations)}"
              for v in verdicts if v.violations]  # fmt: skip
     spills = sum(v.binary is not None and v.binary.spill_accesses > 0 for v in verdicts)
-    figures = {"target": speed.target(setting), "binaries": len(verdicts), "with spills": spills}
+    figures = {"target": target, "binaries": len(verdicts), "with spills": spills}
     return Found.judged(", ".join(wrong), **figures)
 
 

@@ -115,7 +115,9 @@ def _around(tool: Sequence[str], setting: Setting, *words: str) -> str:
     """What a tool says of `bench.certify.attend` with these words."""
     command = [*tool, sys.executable, "-m", "bench.certify.attend", setting.device, TIMED, *words]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=LONGEST, check=False)
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=LONGEST, check=False
+        )
     except subprocess.TimeoutExpired as error:
         raise NotRun(f"{tool[0]} was stopped after {LONGEST:.0f} seconds") from error
     return done.stdout + done.stderr
