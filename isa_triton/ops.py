@@ -237,6 +237,8 @@ for _function in _FORWARD_MODE.values():
 
 def _apply(function: Any, *inputs: Any) -> Any:
     """Apply a Function where somebody may differentiate; else only run it, in a fraction of the host's time."""
+    if torch.compiler.is_exporting():  # programs hold operators, which know their derivatives, and no Functions
+        return function.forward(*inputs)
     if torch.compiler.is_compiling():  # Dynamo refuses every Function with a jvp
         return function.apply(*inputs)
     if _tracing.is_differentiated([x for x in inputs if isinstance(x, Tensor)]):

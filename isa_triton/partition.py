@@ -255,7 +255,7 @@ class Partition(NamedTuple):
     @property
     def divides(self) -> bool:
         """Whether every token of every group lies inside the map."""
-        return self.h.divides and self.w.divides
+        return self.h.divides & self.w.divides  # of symbols, without a look at either
 
     @property
     def pairs(self) -> int:
@@ -306,7 +306,9 @@ class Partition(NamedTuple):
         if piece is None:
             if not self.divides:
                 raise ValueError(f"{self} does not divide its map: name one of its pieces()")
-            (piece,) = self.pieces()
+            order, seen = self._order(), (tensor.shape[0], *self._groups_and_tokens())
+            rows_of_pixels = tensor.view(*(seen[i] for i in order), *tensor.shape[3:])
+            return rows_of_pixels.permute(*map(order.index, range(5)), *range(5, rows_of_pixels.dim()))
         (h, w), (batch, y, x, *rest) = piece, tensor.stride()
         shape = tensor.shape[0], h.groups, w.groups, h.tokens, w.tokens, *tensor.shape[3:]
         groups = self.h.group_stride * y, self.w.group_stride * x
@@ -320,16 +322,25 @@ class Partition(NamedTuple):
         Raises:
             ValueError: the partition does not divide the map, or `values` are of other groups.
         """
-        h, w = self
-        groups_and_tokens = h.groups, w.groups, h.tokens, w.tokens
-        if not self.divides or tuple(values.shape[1:5]) != groups_and_tokens:
+        if not self.divides or tuple(values.shape[1:5]) != self._groups_and_tokens():
             raise ValueError(
-                f"values must be [B, {', '.join(map(str, groups_and_tokens))}, ...] of a partition that divides its"
-                f" map, got {tuple(values.shape)} and {self}"
+                f"values must be [B, {', '.join(map(str, self._groups_and_tokens()))}, ...] of a partition that divides"
+                f" its map, got {tuple(values.shape)} and {self}"
             )
+        rows_of_pixels = values.permute(*self._order(), *range(5, values.dim()))
+        return rows_of_pixels.reshape(values.shape[0], *self.size, *values.shape[5:])
+
+    def _groups_and_tokens(self) -> tuple[int, int, int, int]:
+        h, w = self
+        return h.groups, w.groups, h.tokens, w.tokens
+
+    def _order(self) -> tuple[int, ...]:
+        """Which of [B, groups_h, groups_w, tokens_h, tokens_w] follow each other in a map that the partition divides.
+
+        An axis is divided by groups of adjacent pixels or by interlaced ones, and by no others.
+        """
         rows, columns = ((i, i + 2) if axis.token_stride == 1 else (i + 2, i) for i, axis in enumerate(self, start=1))
-        order = (0, *rows, *columns, *range(5, values.dim()))
-        return values.permute(order).reshape(values.shape[0], *self.size, *values.shape[5:])
+        return 0, *rows, *columns
 
 
 @lru_cache(maxsize=1024)
@@ -346,10 +357,14 @@ def _pair(name: str, pair: Any) -> tuple[int, int]:
 
 
 def _whole(number: Any) -> int:
-    """An integer as Python's own: NumPy's overflow, and kernels take neither those nor truth values."""
+    """An integer as Python's own, or a compiler's symbol for one.
+
+    NumPy's overflow, and kernels take neither those nor truth values.
+    """
     if isinstance(number, bool):
         raise TypeError("a truth value")
-    return number if isinstance(number, int) else index(number)
+    symbolic = getattr(getattr(number, "node", None), "pytype", None) is int  # a torch.SymInt
+    return number if isinstance(number, int) or symbolic else index(number)
 
 
 def _checked(size: Any, name: str, parts: Any) -> tuple[tuple[int, int], tuple[int, int]]:
