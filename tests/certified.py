@@ -13,7 +13,10 @@ SAID = "the last words"
 
 
 def items(setting: Setting) -> list[Name]:
-    return [(name,) for name in ("right", "wrong", "raises", "crashes", "hangs", "cannot", "right again")]
+    return [
+        (name,)
+        for name in ("right", "wrong", "raises", "crashes", "hangs", "cannot", "takes the device", "right again")
+    ]
 
 
 def run(setting: Setting, name: str) -> Found:
@@ -27,6 +30,8 @@ def run(setting: Setting, name: str) -> Found:
         time.sleep(1000)
     if name == "cannot":
         raise NotRun("there is no such thing here")
+    if name == "takes the device":
+        vars(sys.modules["__main__"])["is_well"] = lambda setting: False
     print("libraries print")
     return Found.judged("is wrong" if name == "wrong" else "", process=os.getpid())
 

@@ -51,7 +51,7 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "out"
 
 
-SENTENCE = "50 items: 24 passed, 3 measured, 23 could not run, 0 failed."
+SENTENCE = "48 items: 22 passed, 3 measured, 23 could not run, 0 failed."
 
 
 def found(folder: Path) -> dict[str, dict[str, str]]:
@@ -139,10 +139,11 @@ def test_what_fails_hangs_or_crashes_is_a_row_and_not_the_end(tmp_path: Path, mo
         "crashes": ("failed", f"its process ended with SIGSEGV: {certified.SAID}"),
         "hangs": ("failed", f"was ended after 4 seconds: {certified.SAID}"),
         "cannot": ("not run", "there is no such thing here"),
+        "takes the device": ("passed", ""),
         "right again": ("passed", ""),
     }
     processes = {name: row.figures.get("process") for (name,), row in kept.of("z").items()}
-    assert processes["right"] == processes["wrong"] != processes["right again"]
+    assert processes["right"] == processes["wrong"] != processes["takes the device"] != processes["right again"]
     again = Certificate(tmp_path / "certificate.json", {})
     assert again.read()
     assert again.rows == kept.rows
@@ -195,7 +196,7 @@ def test_without_time_nothing_begins(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert kept.rows == {}
     assert without_time == PLANTED.all(HERE)
     judged = page.Judged(kept_of({}), without_time)
-    assert judged.sentence == "7 items: 0 failed, 7 without time."
+    assert judged.sentence == "8 items: 0 failed, 8 without time."
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[1]", '{"conditions": {"host": "another"}, "rows": []}'])

@@ -166,10 +166,10 @@ def test_what_the_sanitizer_finds_is_read(
     check: str, says: str, outcome: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = install(tmp_path, "compute-sanitizer", says, monkeypatch)
-    found = tools.run(ON_GPU, check, "Swin 49")
+    found = tools.run(ON_GPU, check, "HRFormer 49")
     assert (found.outcome, found.why) == (outcome, why)
     assert f"--tool {check} " in words.read_text()
-    assert words.read_text().strip().endswith("-m bench.certify.attend cuda bfloat16 Swin 49 training 1")
+    assert words.read_text().strip().endswith("-m bench.certify.attend cuda bfloat16 HRFormer 49 training 1")
 
 
 def test_a_tool_that_cannot_watch_is_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,7 +39,7 @@ class Process:
     """
 
     def __init__(self, part: Part, setting: Setting, log: IO[bytes]) -> None:
-        self.log, self.begin = log, log.tell()
+        self.log, self.begin, self.well = log, log.tell(), True
         words = [sys.executable, "-m", "bench.certify.once", json.dumps(asdict(part)), json.dumps(asdict(setting))]
         self.process = subprocess.Popen(
             words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=environment(part, setting),
@@ -53,7 +53,7 @@ class Process:
             raise
 
     def ask(self, item: Item, limit: float) -> Found:
-        """What comes out of an item.
+        """What comes out of an item; the process is not `well` where it should not be asked again.
 
         Raises:
             Ended: nothing did.
@@ -64,7 +64,9 @@ class Process:
             self.process.stdin.flush()
         except BrokenPipeError:
             raise Ended(self._death()) from None
-        return Found(**json.loads(self._answer(limit)))
+        answer = json.loads(self._answer(limit))
+        self.well = answer["well"]
+        return Found(**answer["found"])
 
     def _answer(self, limit: float) -> bytes:
         """A line of its output."""
@@ -133,7 +135,7 @@ def conduct(
                 item, part = todo[0], PARTS[todo[0].part]
                 bar.now(str(item))
                 try:
-                    if process is None or of != part.letter:
+                    if process is None or of != part.letter or not process.well:
                         if process is not None:
                             process.end()
                         process, of = None, part.letter

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import statistics
+import subprocess
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -42,9 +43,19 @@ def device(setting: Setting) -> Found:
         said |= {
             "target": speed.target_of(setting), "SMs": properties.multi_processor_count,
             "GB": round(devices.memory(setting.device) / 1e9, 1), "clocks": devices.clocks(setting.device),
-            "CUDA": torch.version.cuda or torch.version.hip,
+            "CUDA": torch.version.cuda or torch.version.hip, "driver": driver(),
         }  # fmt: skip
     return Found("measured", "", said)
+
+
+def driver() -> str:
+    """The driver's version, as nvidia-smi says it; nothing where there is none to ask."""
+    words = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return ", ".join(dict.fromkeys(done.stdout.split("\n"))).strip(", ")
 
 
 def binaries(setting: Setting) -> Found:

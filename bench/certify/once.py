@@ -35,9 +35,7 @@ def main(part_: str, setting_: str) -> None:
     print("ready", file=answers, flush=True)
     while True:
         found = look(part, setting, tuple(json.loads(asked.get())))
-        print(json.dumps(asdict(found)), file=answers, flush=True)
-        if not is_well(setting):
-            sys.exit("the device does not answer any more")
+        print(json.dumps({"found": asdict(found), "well": is_well(setting)}), file=answers, flush=True)
 
 
 def _listen(asked: queue.Queue[str]) -> None:
@@ -62,7 +60,7 @@ def look(part: Part, setting: Setting, name: Name) -> Found:
 
 
 def is_well(setting: Setting) -> bool:
-    """Whether the device still works: an illegal access takes it from a process for good."""
+    """Whether the device still works here: an illegal access takes it from a process for good."""
     try:
         devices.release(setting.device)
         if not setting.interpreted:

@@ -31,6 +31,7 @@ from isa_triton.backend import triton
 
 PASSES = ("forward", "training")
 SAMPLES = 21
+QUERIES = 2**26  # numbers in a batch's queries, at most
 INTERPRETED = ("Swin 49", "MaxViT 49", "HRFormer 49")  # shapes: local, interlaced, ragged, all with a bias
 SAME = 1 / 16  # of the norm: two roundings to bf16 of every probability and a sum of them are far less
 WITHOUT_A_GPU = MACHINES["H100"]  # what is predicted then
@@ -38,15 +39,17 @@ SLOWER = 1.05  # times a peer's seconds: less is the same
 
 
 def maps_of(shape: str) -> int:
-    """Of a batch that fills a GPU, a gigabyte and less of it."""
-    return 8 if SHAPES[shape].key_width > 64 else 64
+    """Of a batch that fills a GPU, with room for all scores of it."""
+    found = SHAPES[shape]
+    queries = found.partition.h.size * found.partition.w.size * found.heads * found.key_width  # of one map
+    return 1 if found.partition.groups == 1 else max(1, min(64, QUERIES // queries))
 
 
 def timed(setting: Setting, shape: str) -> Problem:
     """The problem whose times are measured and predicted."""
     if setting.interpreted:
         return problems.problem(setting, shape, "float32")
-    return problems.problem(setting, shape, TIMED, 1 if SHAPES[shape].partition.groups == 1 else maps_of(shape))
+    return problems.problem(setting, shape, TIMED, maps_of(shape))
 
 
 # -- e: measured -------------------------------------------------------------------------------------------------------
