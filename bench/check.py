@@ -133,6 +133,8 @@ def run(args: argparse.Namespace) -> None:
     said.show(sheet.table() if args.verbose else sheet.worst())
     noted = [row for row in sheet.rows if row.note]
     said.say(*(f"{row.backend}, {row.dtype}, {row.case}: {row.note}" for row in noted))
+    if clocks := devices.clocks(args.device):
+        said.say(f"Clocks behind the last case: {clocks}")
     few = f", {len(noted)} not checked or timed" if noted else ""
     said.end(f"{len(sheet.rows)} cases, {len(sheet.wrong)} beyond the error budget{few}.", *written)
     for row, case in sheet.wrong[-1:]:

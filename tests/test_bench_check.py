@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import arguments, cases, check
+from bench import arguments, cases, check, devices
 from bench.__main__ import main
 from bench.cases import WIDTHS, Case, errors, multiplied_as_tf32
 from bench.check import named_cases, shipped_cases
@@ -113,8 +113,12 @@ def on_gpu(path: Path, *arguments: str) -> list[dict[str, str]]:
     return rows
 
 
-def test_a_gpu_checks_tf32_and_what_tiles_verify_compiles_and_times_it(gpu: ScriptedDevice, tmp_path: Path) -> None:
+def test_a_gpu_checks_tf32_and_what_tiles_verify_compiles_and_times_it(
+    gpu: ScriptedDevice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(devices, "clocks", lambda device: "SM 1755 of 1980 MHz, memory 2619 MHz")
     rows = on_gpu(tmp_path, "--backends", "triton")
+    assert "Clocks behind the last case: SM 1755 of 1980 MHz" in capsys.readouterr().out.replace("\n", " ")
     assert [row["dtype"] for row in rows] == ["tf32", "float32"]
     assert rows[-1]["case"] == "local 2x2 of 2x4x4, 1 heads 16/16, contiguous"
     assert {(row["how"], row["note"]) for row in rows} == {("graph", "")}
@@ -167,17 +171,25 @@ def test_tf32_is_the_kernels_and_the_formulas_and_ends(monkeypatch: pytest.Monke
 
 def test_the_budget_of_tf32_is_that_of_its_fraction(monkeypatch: pytest.MonkeyPatch) -> None:
     """A part in 2000 is a rounding of tf32, and none of fp32; a part in 20 is of neither."""
-    compute = cases.derivatives
-    found = {}
+    compute, allow, found, asked = cases.derivatives, cases.allowed_error, {}, set()
+
+    def allowed(name: str, exact: Any, eager: Any, dtype: torch.dtype, natural: float, uncertain: float, _: int) -> Any:
+        asked.add((dtype, round(uncertain / torch.finfo(dtype).eps / float(exact_lse[-1]), 6)))
+        return allow(name, exact, eager, dtype, natural, uncertain)
+
+    exact_lse: list[float] = []
+    monkeypatch.setattr(cases, "allowed_error", allowed)
     for wrong in (1 / 2000, 1 / 20):
 
         def derivatives(inputs: Any, case: Case, backend: str | None = None, wrong: float = wrong) -> Any:
             results = compute(inputs, case)
+            exact_lse.append(float(results["lse"].abs().max()))
             return {name: result * (1 + wrong * (backend is not None)) for name, result in results.items()}
 
         monkeypatch.setattr(cases, "derivatives", derivatives)
         for tf32 in (True, False):
             found[wrong, tf32] = errors(replace(FEW[0], tf32=tf32), "eager")["out"] <= 1
+    assert asked == {(torch.float16, 1.0), (torch.float32, 1.0)}
     assert found == {(1 / 2000, True): True, (1 / 2000, False): False, (1 / 20, True): False, (1 / 20, False): False}
 
 
