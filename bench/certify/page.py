@@ -108,12 +108,13 @@ def of_devices(rows: Mapping[Name, Found]) -> Table:
 
 def of_times(rows: Mapping[Name, Found]) -> Table:
     """Part e on the page: a line for a shape and a pass, microseconds of everyone, or why there are none."""
-    lines: dict[Name, list[object]] = {name[:2]: [] for name in rows}
-    for (shape, pass_, _), found in rows.items():
-        lines[shape, pass_].append(found.figures.get("us", found.outcome))
-    verdicts = [rows[*where, OURS].why for where in lines]
     header = ("shape", "pass", *(f"{who}, us" for who in PEERS), "ours")
-    cells = [[*where, *line, verdict or None] for (where, line), verdict in zip(lines.items(), verdicts, strict=True)]
+    missing = Found("not run")
+    cells = list[list[object]]()
+    for where in dict.fromkeys(name[:2] for name in rows):
+        found = {who: rows.get((*where, who), missing) for who in PEERS}
+        times = (each.figures.get("us", each.outcome) for each in found.values())
+        cells.append([*where, *times, found[OURS].why or None])
     return Table("", header, cells, words=("shape", "pass", "ours"))
 
 
