@@ -195,7 +195,8 @@ def draw_times(rows: Mapping[Name, Found]) -> Figure | None:
         panel.set(yscale="log", ylabel="time, in times of ours", title=f"{pass_} (below the line: faster than ours)")
         panel.set_xticks(range(len(shapes)), shapes, rotation=30, ha="right")
         panel.grid(color="0.92")
-    figure.axes[0].legend(fontsize="small")
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
     return figure
 
 
