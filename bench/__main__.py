@@ -22,10 +22,11 @@ COMMANDS = {  # modules of this folder, imported when they are chosen
     "train": "a segmentation network by the authors' recipe, and its mean IoU: checkpoint.pt, log.csv, iou.csv",
     "predict": "what such a network sees in a folder of images: labels, overlays, contact_sheet.png",
     "check": "both backends against fp64, forward and backward: check.csv, with times on a GPU",
+    "certify": "what a GPU does with the kernels, on one page: certificate.md, .json, and a CSV a part",
     "overhead": "microseconds of host time a call, layer by layer: overhead.csv",
     "tiles": "the workbench of the kernels: verify, report, search, plot and calibrate, without a GPU",
 }
-OF_KERNELS = ("check", "overhead", "tiles")
+OF_KERNELS = ("check", "certify", "overhead", "tiles")
 
 
 def _hush() -> None:

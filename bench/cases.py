@@ -166,10 +166,22 @@ def errors(case: Case, backend: str, device: str = "cpu") -> dict[str, float]:
     inputs = case.inputs(device)
     with multiplied_as_tf32(case.tf32):
         got = derivatives(inputs, case, backend)
-        eager = derivatives(inputs, case) if case.maps else {}
     if not case.maps:
         assert all(result.numel() == 0 or not result.any() for result in got.values())
         return {}
+    return parts(case, inputs, got)
+
+
+def parts(case: Case, inputs: dict[str, Tensor], got: dict[str, Tensor]) -> dict[str, float]:
+    """The error of each of some results, by name, as a part of what the budget allows.
+
+    Args:
+        inputs: as `Case.inputs` has them; without dlse, lse has no gradient.
+    """
+    if "dlse" not in inputs:
+        inputs = inputs | {"dlse": torch.zeros(inputs["q"].shape[:4], device=inputs["q"].device)}
+    with multiplied_as_tf32(case.tf32):
+        eager = derivatives(inputs, case)
     exact = derivatives({name: x.double() for name, x in inputs.items()}, case)
     if not all(result.isfinite().all() for result in eager.values()):  # fp16 has overflowed where a backend need not
         eager = derivatives({name: x.float() for name, x in inputs.items()}, case)
@@ -177,14 +189,14 @@ def errors(case: Case, backend: str, device: str = "cpu") -> dict[str, float]:
     of_scores = torch.finfo(case.rounded_to if case.tf32 else torch.float32)  # which are sums of products
     uncertain = of_scores.eps * float(exact["lse"].abs().max())
     equal = case.partition.tokens if case.layout in ("expanded", "scalar") else 0
-    parts = {}
+    found = {}
     for name, result in got.items():
         terms = natural.get(name, 0.0), uncertain, equal
         allowed = allowed_error(name, exact[name], eager[name], case.rounded_to, *terms)
         limit = torch.finfo(result.dtype).max  # beyond it infinity is the rounded result
         error = float((result.double().clamp(-limit, limit) - exact[name].clamp(-limit, limit)).abs().max())
-        parts[name] = error / allowed if allowed else float(error > 0) * float("inf") if error else 0.0
-    return parts
+        found[name] = error / allowed if allowed else float(error > 0) * float("inf") if error else 0.0
+    return found
 
 
 def has_tf32(device: str | torch.device) -> bool:

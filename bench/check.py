@@ -17,7 +17,7 @@ from dataclasses import astuple, dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from itertools import product
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -27,6 +27,9 @@ from bench.cases import NAMES, Case, errors, has_tf32, multiplied_as_tf32, strat
 from bench.terminal import Bar, Table, Terminal
 from isa_triton import partitioned_attention
 from isa_triton.backend.triton import DEVICES
+
+if TYPE_CHECKING:
+    from bench.tiles.compile import Problem
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -71,20 +74,25 @@ def named_cases(large: bool, tf32: bool = False) -> list[Case]:
 
 def shipped_cases(tf32: bool) -> Iterator[Case]:
     """Every problem that `tiles verify` compiles, in every dtype that has binaries of its own."""
-    from bench.tiles.compile import DTYPES as stored  # compiling is for GPUs alone
-    from bench.tiles.verify import problems_of
+    from bench.tiles.verify import problems_of  # compiling is for GPUs alone
 
-    for problem in problems_of(tf32):
-        h, w = problem.partition.h, problem.partition.w
-        if problem.partition.groups == 1:
-            kind, p = "dense", problem.partition.size
-        elif h.token_stride == w.token_stride == 1:
-            kind, p = "local", (h.tokens, w.tokens)
-        else:
-            kind, p = "interlaced", (h.token_stride, w.token_stride)
-        widths, features = (problem.key_width, problem.value_width), (problem.heads, problem.bias)
-        case = Case(kind, problem.partition.size, p, widths, *features, stored[problem.dtype], problem.maps)
-        yield replace(case, tf32=problem.dtype == "tf32")
+    return map(case_of, problems_of(tf32))
+
+
+def case_of(problem: Problem) -> Case:
+    """A problem of the workbench as the check says it."""
+    from bench.tiles.compile import DTYPES as stored
+
+    h, w = problem.partition.h, problem.partition.w
+    if problem.partition.groups == 1:
+        kind, p = "dense", problem.partition.size
+    elif h.token_stride == w.token_stride == 1:
+        kind, p = "local", (h.tokens, w.tokens)
+    else:
+        kind, p = "interlaced", (h.token_stride, w.token_stride)
+    widths, features = (problem.key_width, problem.value_width), (problem.heads, problem.bias)
+    case = Case(kind, problem.partition.size, p, widths, *features, stored[problem.dtype], problem.maps)
+    return replace(case, tf32=problem.dtype == "tf32")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -37,6 +37,7 @@ SMALL = {
 }
 # Whom others run as they stand: they take no options, or binaries that need no compiler.
 ELSEWHERE = {
+    "certify": "test_bench_certify.py",
     "overhead": "test_launches.py",
     "paper": "test_bench_paper.py",
     "pictures": "test_bench.py",

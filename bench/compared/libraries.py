@@ -102,21 +102,22 @@ def natten(q: Tensor, k: Tensor, v: Tensor, partition: Partition) -> Tensor:
 
 @torch.library.custom_op("isa_bench::flex", mutates_args=())
 def _flex(q: Tensor, k: Tensor, v: Tensor, h: list[int], w: list[int]) -> Tensor:
-    import torch._dynamo
-
     partition = Partition(Axis(*h), Axis(*w))
     q, k, v = (x.flatten(1, 2).transpose(1, 2) for x in (q, k, v))  # [B, heads, H W, width]
     mask = _block_mask(partition, q.device)
-    with torch._dynamo.config.patch(recompile_limit=1024):  # every map is compiled anew, and past the limit none is
-        context = _compiled_flex()(q, k, v, block_mask=mask)
+    context = compiled_flex(q, k, v, block_mask=mask)
     return context.transpose(1, 2).unflatten(1, partition.size).contiguous()
 
 
 @torch.library.custom_op("isa_bench::natten", mutates_args=())
 def _natten(q: Tensor, k: Tensor, v: Tensor, h: list[int], w: list[int]) -> Tensor:
+    return neighbourhoods(q, k, v, Partition(Axis(*h), Axis(*w)))
+
+
+def neighbourhoods(q: Tensor, k: Tensor, v: Tensor, partition: Partition) -> Tensor:
+    """What `natten` is, with gradients: not behind an operator."""
     from natten.functional import na2d
 
-    partition = Partition(Axis(*h), Axis(*w))
     dilation = partition.h.token_stride, partition.w.token_stride
     stride = (1, 1) if max(dilation) > 1 else (partition.h.tokens, partition.w.tokens)
     where = {"kernel_size": (partition.h.tokens, partition.w.tokens), "dilation": dilation, "stride": stride}
@@ -147,6 +148,14 @@ def natten_refuses(workload: Workload) -> str | None:
     if workload.value_channels % workload.key_channels:
         return "takes values as wide as keys, or here a multiple"
     return forward_only(workload) or divided_only(workload)
+
+
+def compiled_flex(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+    """FlexAttention under torch.compile, q, k, v [B, heads, tokens, width]."""
+    import torch._dynamo
+
+    with torch._dynamo.config.patch(recompile_limit=1024):  # every map is compiled anew, and past the limit none is
+        return _compiled_flex()(q, k, v, **options)
 
 
 @cache
