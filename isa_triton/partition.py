@@ -357,9 +357,9 @@ def check_partition(partition: Any) -> None:
 
     Examples:
         >>> check_partition(Partition.rows((4, 6)))
-        >>> check_partition(Partition.rows((4, 6))._replace(h=Axis(4, 2, 2, 1, 1)))
+        >>> check_partition((3, 4))
         Traceback (most recent call last):
-        ValueError: partition.h must have every pixel in one group once: pixel 1 is there 2 times in Axis(size=4, ...
+        TypeError: partition must be a Partition, got tuple
     """
     if not isinstance(partition, Partition):
         raise TypeError(f"partition must be a Partition, got {type(partition).__name__}")

@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..partition import Axis, Partition
+from ..partition import Axis, Partition, check_partition
 
 
 class Call(NamedTuple):
@@ -45,6 +45,17 @@ class Call(NamedTuple):
     def unflatten(cls, scale: float, h: Sequence[int], w: Sequence[int], with_lse: bool, backend: str) -> Call:
         """The inverse of `flat`."""
         return cls(scale, Partition(Axis(*h), Axis(*w)), with_lse, backend)
+
+    def checked(self, q: Tensor) -> Call:
+        """The call, for q [B, H, W, heads, K], of an operator, which may stand in anybody's graph.
+
+        Raises:
+            ValueError: the partition is that of no map, or of another than q.
+        """
+        check_partition(self.partition)
+        if tuple(q.shape[1:3]) != self.partition.size:
+            raise ValueError(f"q must be a map of {self.partition.size}, as h and w say, got shape {tuple(q.shape)}")
+        return self
 
 
 class Backend(Protocol):
