@@ -97,6 +97,15 @@ def is_recorded() -> bool:
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
 
 
+def is_known_to_be(condition: Any) -> bool:
+    """Whether a condition on sizes holds at all of those that a graph is made for; asking does not restrict them."""
+    if not torch.compiler.is_compiling():
+        return bool(condition)
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # sympy, which whoever compiles has loaded
+
+    return statically_known_true(condition)
+
+
 def is_plain(module: torch.nn.Module, kind: type) -> bool:
     """Whether a module is exactly of a class (parametrised ones are not) and has no hooks: its weight says it all."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
@@ -121,6 +130,9 @@ def leaf_of_fx(forward: Function) -> Function:
             raise TypeError(f"{type(self).__name__} is one node to torch.fx: trace a network that holds it")
         return tracer.create_proxy("call_module", name, args, kwargs)
 
+    # Dynamo keeps compiled frames, eight at most, by code object: one of its own for each class, as without this
+    code = leaf.__code__  # type: ignore[attr-defined]  # a function, which mypy takes for a callable only
+    leaf.__code__ = code.replace(co_name=forward.__name__)  # type: ignore[attr-defined]
     return leaf  # type: ignore[return-value]  # the same signature
 
 

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ._tracing import leaf_of_fx, wants_torch_operators
+from ._tracing import is_known_to_be, leaf_of_fx, wants_torch_operators
 from .functional import partitioned_attention
-from .partition import Partition, ceil_div
+from .partition import Axis, Partition, ceil_div
 
 PartitionSize = int | tuple[int, int]  # P, or (P_h, P_w)
 NormLayer = Callable[[int], nn.Module]  # from channels
@@ -26,8 +26,8 @@ Activation = Callable[[], nn.Module]
 RELU = partial(nn.ReLU, inplace=True)
 
 PATTERNS: dict[str, Callable[[tuple[int, int], tuple[int, int]], Partition]] = {
-    "interlaced": lambda size, partition_size: Partition.interlaced(size, stride=partition_size),
-    "local": lambda size, partition_size: Partition.local(size, window=partition_size),
+    "interlaced": lambda size, partition_size: Partition(*map(Axis.interlaced, size, partition_size)),
+    "local": lambda size, partition_size: Partition(*map(Axis.local, size, partition_size)),
     "rows": lambda size, partition_size: Partition.rows(size),
     "columns": lambda size, partition_size: Partition.columns(size),
     "dense": lambda size, partition_size: Partition.dense(size),
@@ -49,24 +49,34 @@ class Conv1x1(nn.Conv2d):
 
     @leaf_of_fx
     def forward(self, *inputs: Tensor) -> Tensor:
-        weights = self.weight.split([x.shape[1] for x in inputs], dim=1)  # [out, C_i, 1, 1]
+        weights = self._matrix().split([x.shape[1] for x in inputs], dim=1)  # [out, C_i]
         if torch.compiler.is_compiling() or wants_torch_operators():
             return self._convolved(inputs, weights)
         y = self.bias  # then [B, H W, out]
         for x, weight in zip(inputs, weights, strict=True):
             pixels = x.permute(0, 2, 3, 1).flatten(1, 2)  # [B, H W, C_i], NCHW or channels_last
-            matrix = weight.flatten(1).t().expand(x.shape[0], -1, -1)  # [B, C_i, out]
+            matrix = weight.t().expand(x.shape[0], -1, -1)  # [B, C_i, out]
             # a batched GEMM takes NCHW transposed; folding B would copy it
             y = torch.bmm(pixels, matrix) if y is None else torch.baddbmm(y, pixels, matrix)
         assert y is not None
         return y.unflatten(1, inputs[0].shape[2:]).permute(0, 3, 1, 2)
 
+    def _matrix(self) -> Tensor:
+        """The weight [out, C, 1, 1] as [out, C], whose gradient gets the parameter's strides, 1x1 though they be.
+
+        Optimisers' fused paths and DDP's buckets copy gradients of others. What squeezes a dimension of one element
+        gives the gradient of it a neighbour's stride; in a parameter that is channels_last, that is another one.
+        """
+        if self.weight.stride(3) == 1:
+            return self.weight.squeeze(3).squeeze(2)
+        return self.weight.permute(0, 2, 3, 1).squeeze(2).squeeze(1)
+
     def _convolved(self, inputs: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
         """For graphs of any batch and size: inductor (torch 2.14) cannot keep a view, nor tracers `expand`."""
         first, *others = (x.contiguous(memory_format=torch.channels_last) for x in inputs)
-        y = F.conv2d(first, weights[0], self.bias)
+        y = F.conv2d(first, weights[0][..., None, None], self.bias)
         for x, weight in zip(others, weights[1:], strict=True):
-            y = y + F.conv2d(x, weight)
+            y = y + F.conv2d(x, weight[..., None, None])
         return y
 
 
@@ -105,7 +115,15 @@ def check_map(x: Tensor, channels: int) -> None:
 
 def make_partition(pattern: str, size: tuple[int, int], partition_size: tuple[int, int]) -> Partition:
     """The partition of a map of (H, W) pixels by the name of its pattern; P is clamped to the map."""
-    return PATTERNS[pattern](size, (min(partition_size[0], size[0]), min(partition_size[1], size[1])))
+    return PATTERNS[pattern](size, (at_most(partition_size[0], size[0]), at_most(partition_size[1], size[1])))
+
+
+def at_most(part: int, size: int) -> int:
+    """The smaller of a part and its whole."""
+    if is_known_to_be(part <= size) or is_known_to_be(size % part == 0):
+        return part
+    smaller: Any = torch.sym_min(part, size)  # a symbol too; min would make a graph take a side
+    return smaller
 
 
 def pads(pattern: str, padding: str) -> bool:
@@ -123,15 +141,27 @@ def pad_to_multiple(x: Tensor, partition_size: tuple[int, int]) -> Tensor:
     """x [B, C, H, W] with zeros around it, centred, low side floor(pad / 2), up to a multiple of P on both axes."""
     P_h, P_w = partition_size
     pad_h, pad_w = ceil_div(x.shape[2], P_h) * P_h - x.shape[2], ceil_div(x.shape[3], P_w) * P_w - x.shape[3]
-    if pad_h == 0 and pad_w == 0:
-        return x
-    return F.pad(x, (pad_w // 2, pad_w - pad_w // 2, pad_h // 2, pad_h - pad_h // 2))
+    return x if is_known_to_be(pad_h + pad_w == 0) else F.pad(x, _around(pad_h, pad_w))
 
 
 def crop(x: Tensor, size: Sequence[int]) -> Tensor:
-    """The inverse of `pad_to_multiple`: the centre of x [B, C, H, W], a view."""
-    top, left = (x.shape[2] - size[0]) // 2, (x.shape[3] - size[1]) // 2
-    return x[:, :, top : top + size[0], left : left + size[1]]
+    """The inverse of `pad_to_multiple`: the centre of x [B, C, H, W]."""
+    pad_h, pad_w = x.shape[2] - size[0], x.shape[3] - size[1]
+    return x if is_known_to_be(pad_h + pad_w == 0) else unpad(x, _around(pad_h, pad_w))
+
+
+def _around(pad_h: int, pad_w: int) -> tuple[int, int, int, int]:
+    return pad_w // 2, pad_w - pad_w // 2, pad_h // 2, pad_h - pad_h // 2
+
+
+def unpad(x: Tensor, padding: Sequence[int]) -> Tensor:
+    """The inverse of `F.pad`, of the same padding: a view, but in graphs, where it may be made of symbols."""
+    if torch.compiler.is_compiling():  # slices are compared with sizes
+        return F.pad(x, [-n for n in padding])
+    for i in range(0, len(padding), 2):
+        dim = x.dim() - 1 - i // 2
+        x = x.narrow(dim, padding[i], x.shape[dim] - padding[i] - padding[i + 1])
+    return x
 
 
 def recomputed(layers: nn.Module, x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import os
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's, read when it is imported: one core each, as torch below
 
 import secrets
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -87,6 +88,10 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _one_seed_one_thread() -> None:
+def _alone() -> Iterator[None]:
+    """A seed, one thread, and no compiled frames: Dynamo counts those of all tests of a worker to one limit."""
     torch.manual_seed(0)
     torch.set_num_threads(1)  # pytest-xdist has taken the other cores
+    yield
+    if dynamo := sys.modules.get("torch._dynamo"):
+        dynamo.reset()

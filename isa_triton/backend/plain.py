@@ -5,10 +5,12 @@ It holds all scores: made for derivatives beyond the first and for export, not t
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from ..partition import Partition
+from ..partition import Axis, Partition
 from .contract import lse_dtype
 
 
@@ -19,6 +21,7 @@ def attention(
     (height, width), device = partition.size, q.device
     q, k, v = (x.expand(-1, height, width, -1, -1) for x in (q, k, v))  # refuses other sizes where a graph meets them
     group, token = torch.arange(partition.groups, device=device), torch.arange(partition.tokens, device=device)
+    partition = Partition(*(_of_tensors(axis, device) for axis in partition))
     y, x, inside = partition.coordinates(group[:, None], token)  # [G, T]
     pixel = torch.where(inside, y * width + x, 0)
     qs, ks, vs = (t.flatten(1, 2)[:, pixel].transpose(2, 3) for t in (q, k, v))  # [B, G, heads, T, width]
@@ -35,3 +38,12 @@ def attention(
     y, x = torch.arange(height, device=device)[:, None], torch.arange(width, device=device)
     group, token = partition.seat(y, x)  # [H, W]
     return out[:, group, :, token].permute(2, 0, 1, 3, 4), lse[:, group, :, token].permute(2, 0, 1, 3)
+
+
+def _of_tensors(axis: Axis, device: torch.device) -> Axis:
+    """Its symbols as tensors: between a tensor and a symbol, exporters do not know all operators."""
+
+    def number(n: Any) -> Any:
+        return torch.scalar_tensor(n, dtype=torch.int64, device=device) if isinstance(n, torch.SymInt) else n
+
+    return Axis(*map(number, axis))

@@ -19,10 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._extras import install
-from .._tracing import is_inference, is_plain, is_recorded, leaf_of_fx, wants_torch_operators
+from .._tracing import is_inference, is_known_to_be, is_plain, is_recorded, leaf_of_fx, wants_torch_operators
 from ..backend import check_backend
 from ..functional import partitioned_attention
-from ..partition import Partition
+from ..maps import at_most, unpad
+from ..partition import Axis, Partition, ceil_div
 
 try:
     from timm.models.maxxvit import (
@@ -172,15 +173,14 @@ class AcceleratedSwinBlock(SwinTransformerBlock):
 
     def _attn(self, x: Tensor) -> Tensor:
         (height, width), window, shift = x.shape[1:3], self.window_size, self.shift_size
-        bottom, right = -height % window[0], -width % window[1]
-        if bottom or right:  # the zeros lie behind the rolled map: what came round is in front of them
-            x = F.pad(_roll(x, shift, -1), (0, 0, 0, right, 0, bottom))
-            x = _roll(x, shift, 1)
-        partition = Partition.local((height + bottom, width + right), window, shift)
+        whole = ceil_div(height, window[0]) * window[0], ceil_div(width, window[1]) * window[1]
+        behind = 0, 0, 0, whole[1] - width, 0, whole[0] - height
+        divides = is_known_to_be(whole[0] - height + whole[1] - width == 0)
+        if not divides:  # the zeros lie behind the rolled map: what came round is in front of them
+            x = _roll(F.pad(_roll(x, shift, -1), behind), shift, 1)
+        partition = Partition(*map(Axis.local, whole, window, shift))
         x = self.attn(x, partition=partition, backend=self.backend)
-        if bottom or right:
-            x = _roll(_roll(x, shift, -1)[:, :height, :width], shift, 1)
-        return x
+        return x if divides else _roll(unpad(_roll(x, shift, -1), behind), shift, 1)
 
 
 Classes = dict[type[nn.Module], type[nn.Module]]
@@ -211,9 +211,8 @@ def _attentions(block: nn.Module) -> list[nn.Module]:
 
 def _block_or_grid(size: Sequence[int], partition_size: tuple[int, int], block: bool) -> Partition:
     """MaxViT's windows or grid on a map of (H, W) pixels; a small map is one window."""
-    height, width = size
-    tokens = min(partition_size[0], height), min(partition_size[1], width)
-    return Partition.local((height, width), tokens) if block else Partition.interlaced((height, width), grid=tokens)
+    tokens = map(at_most, partition_size, size)
+    return Partition(*map(Axis.local if block else Axis.grid, size, tokens))
 
 
 def _attention(attn: Any, x: Tensor, partition: Partition, bias: Tensor | None, backend: str) -> Tensor:
@@ -222,8 +221,9 @@ def _attention(attn: Any, x: Tensor, partition: Partition, bias: Tensor | None, 
         raise ValueError(
             f"dropout of attention weights is not supported: train with attn_drop 0, not {attn.attn_drop.p}"
         )
-    gathers = backend == "auto" and x.is_cpu and partition.divides and not torch.is_grad_enabled()
-    if wants_torch_operators() or is_recorded():  # views by strides, which may be others when the graph runs
+    gathers = backend == "auto" and x.is_cpu and not torch.is_grad_enabled() and is_known_to_be(partition.divides)
+    if torch.compiler.is_exporting() or wants_torch_operators() or is_recorded():
+        # views by strides, which may be others when the graph runs
         gathers = False
     if isinstance(attn, Attention2d) and not (is_plain(attn.qkv, nn.Conv2d) and is_plain(attn.proj, nn.Conv2d)):
         gathers = False  # what stands there takes maps
