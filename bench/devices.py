@@ -14,7 +14,8 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any, Literal
@@ -170,6 +171,20 @@ def clocks(device: str | torch.device) -> str:
     except (OSError, subprocess.SubprocessError, ValueError):
         return ""
     return f"SM {now} of {most} MHz, memory {memory_} MHz"
+
+
+def account(hows: Iterable[str], clocks: Iterable[str]) -> str:
+    """How times of a device were found out, and at which clocks, in a sentence; nothing of a CPU.
+
+    >>> account(["graph", "queue", "graph"], ["SM 1755 of 1980 MHz, memory 2619 MHz"] * 2)
+    'Timed 2 as replayed graphs and 1 in a queue of work, at SM 1755 of 1980 MHz, memory 2619 MHz.'
+    """
+    words = {"graph": "as replayed graphs", "queue": "in a queue of work"}
+    numbers, seen = Counter(how for how in hows if how in words), list(dict.fromkeys(filter(None, clocks)))
+    if not numbers:
+        return ""
+    at = f", at {seen[0]}{f' to {seen[-1]}' * (len(seen) > 1)}" if seen else ""
+    return f"Timed {' and '.join(f'{number} {words[how]}' for how, number in numbers.items())}{at}."
 
 
 def memory(device: str | torch.device) -> int:

@@ -10,12 +10,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
+from statistics import median
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import flop_registry
 
-from bench import measure, terminal
+from bench import devices, measure, terminal
 from bench.arguments import (
     add_device,
     add_out,
@@ -48,8 +49,8 @@ BLOCK = "ISA block"
 FASTER = {"isa-folded": "the folded block was {} times as fast as unfused", "accelerated": "timm's models {} times"}
 Makes = Mapping[str, Callable[[], Step]]
 Counts = Mapping[str, tuple[int, int]]
-HEADER = ("what", "map", "provider", "ms", "times", "GFLOPs", "MiB", "in matmuls", "GFLOP/s", "matmul's")
-RATES = 2  # columns at the end that only --verbose shows
+HEADER = ("what", "map", "provider", "ms", "times", "GFLOPs", "MiB", "in matmuls", "GFLOP/s", "matmul's", "timed by")
+RATES = 3  # columns at the end that only --verbose shows
 
 
 @dataclass(frozen=True)
@@ -66,12 +67,14 @@ class Row(OnMap):
     peak_bytes: int
     in_matmuls: float  # part of the time in operators that have FLOPs
     matmul_rate: float  # FLOPs per second of a matmul of 1024 x 1024 in the same run
+    how: str  # seconds were found out, as `bench.devices.Timer` says it
+    clocks: str  # of a GPU, as its driver reports them behind the calls
 
     def cells(self) -> list[str]:
         figures = (1e3 * self.seconds, self.times, self.flops / 1e9, self.peak_bytes / 2**20)
         rates = (self.flops / self.seconds / 1e9, self.matmul_rate / 1e9)
         where = self.what, format_size(self.size), self.provider
-        return [*where, *map(short, figures), f"{self.in_matmuls:.0%}", *map(short, rates)]
+        return [*where, *map(short, figures), f"{self.in_matmuls:.0%}", *map(short, rates), self.how]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -105,7 +108,8 @@ def run(args: argparse.Namespace) -> None:
             write(path, Row, rows)
             bar.advance()
     said.show(*tables(rows, args.verbose))
-    said.end(sentence(rows), path)
+    how = devices.account((row.how for row in rows), (row.clocks for row in rows))
+    said.end(" ".join(filter(None, (sentence(rows), how))), path)
 
 
 def sentence(rows: Sequence[Row]) -> str:
@@ -151,11 +155,15 @@ def _rows(what: str, map_: tuple[int, int], makes: Makes, counts: Counts, args: 
     steps = {name: make() for name, make in makes.items()}
     square = torch.ones(1024, 1024, device=args.device)
     timed = steps | {"matmul": lambda: (square @ square,)}
-    seconds = measure.seconds(timed, rounds=args.rounds, budget=float("inf"), device=args.device)
+    samples = measure.samples(timed, rounds=args.rounds, budget=float("inf"), device=args.device)
+    seconds, clocks = {name: median(each.seconds) for name, each in samples.items()}, devices.clocks(args.device)
     rate, first = 2 * 1024**3 / seconds["matmul"], seconds[next(iter(steps))]
     shares = {name: matmul_share(step, args.device) for name, step in steps.items()}
     times = {name: (seconds[name], first / seconds[name]) for name in steps}
-    return [Row(what, name, *map_, *times[name], *counts[name], shares[name], rate) for name in steps]
+    return [
+        Row(what, name, *map_, *times[name], *counts[name], shares[name], rate, samples[name].how, clocks)
+        for name in steps
+    ]
 
 
 def matmul_share(step: Step, device: str) -> float:

@@ -12,6 +12,7 @@ import argparse
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from statistics import median
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from matplotlib import pyplot as plt
 from matplotlib.cbook import get_sample_data
 from torch import Tensor, nn
 
-from bench import measure, terminal
+from bench import devices, measure, terminal
 from bench.arguments import add_budget, add_device, add_out, add_rounds, add_sizes
 from bench.compared.heads import CONTEXTS, DENSE_AS_PUBLISHED, Widths, classified, head
 from bench.records import format_size, short, write
@@ -47,6 +48,8 @@ class Row(OnMap):
     flops: int
     peak_bytes: int
     network_seconds: float  # of one call of the whole network with ISA's head
+    how: str  # seconds were found out, as `bench.devices.Timer` says it; nothing where it is counted only
+    clocks: str  # of a GPU, as its driver reports them behind the calls
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -83,7 +86,8 @@ def run(args: argparse.Namespace) -> None:
     said.show(Table(title, header, list(lines(rows)), words=3))
     networks = {format_size(row.size): f"{row.network_seconds:.1f} s" for row in rows}
     once = " and ".join(f"{seconds} at {image}" for image, seconds in networks.items())
-    said.end(f"The whole network with ISA's head, once: {once}.", path)
+    how = devices.account((row.how for row in rows), (row.clocks for row in rows))
+    said.end(" ".join(filter(None, (f"The whole network with ISA's head, once: {once}.", how))), path)
 
 
 def photograph(image: tuple[int, int]) -> Tensor:
@@ -113,10 +117,13 @@ def compare(network: Any, image: tuple[int, int], args: argparse.Namespace) -> l
     counted = heads | ({AS_PUBLISHED: dense_as_published} if "SA" in heads else {})
     counts = {name: measure.count(partial(step, make, map_.shape)) for name, make in counted.items()}
     steps = {name: measure.forward(make().eval().to(args.device), map_) for name, make in heads.items()}
-    seconds = measure.seconds(steps, rounds=args.rounds, budget=args.budget, device=args.device)
+    samples = measure.samples(steps, rounds=args.rounds, budget=args.budget, device=args.device)
+    clocks = devices.clocks(args.device)
     H, W = map_.shape[2:]
     where = *image, H, W, torch.device(args.device).type
-    return [Row(name, *where, seconds.get(name), *counts[name], whole) for name in counted]
+    found = {name: (median(seconds), how, clocks) for name, (seconds, how) in samples.items()}
+    times = {name: found.get(name, (None, "", "")) for name in counted}
+    return [Row(name, *where, times[name][0], *counts[name], whole, *times[name][1:]) for name in counted]
 
 
 def dense_as_published() -> nn.Module:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -29,7 +28,6 @@ DTYPES = ("float32", "float16", "bfloat16", "float64")
 SPREAD = 0.25  # of samples, and of the times of two maps: more is a disturbance
 AGAIN = 2  # times a run goes back to what is doubtful
 CPU_MEMORY = 6.0  # GB that calls may take of a machine that does other things too
-HOW = {"graph": "as replayed graphs", "queue": "in a queue of work"}  # of a device, as a sentence says it
 Plan = Sequence[tuple[Workload, Sequence[Provider]]]
 
 
@@ -247,11 +245,8 @@ def tally(rows: Sequence[Cost]) -> str:
 
 def _on_device(rows: Sequence[Cost]) -> Iterator[str]:
     """How a device's times were found out, at which clocks, and what was allocated there beside what was counted."""
-    hows = Counter(HOW[row.how] for row in rows if row.how in HOW)
-    if hows:
-        clocks = list(dict.fromkeys(row.clocks for row in rows if row.clocks))
-        at = f", at {clocks[0]}{f' to {clocks[-1]}' * (len(clocks) > 1)}" if clocks else ""
-        yield f"Timed {' and '.join(f'{number} {how}' for how, number in hows.items())}{at}."
+    if how := devices.account((row.how for row in rows), (row.clocks for row in rows)):
+        yield how
     parts = [row.allocated_bytes / row.peak_bytes for row in rows if row.allocated_bytes and row.peak_bytes]
     if parts:
         span = dict.fromkeys(records.short(end(parts)) for end in (min, max))

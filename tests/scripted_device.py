@@ -89,12 +89,13 @@ class ScriptedDevice:
     @contextmanager
     def installed(self) -> Iterator[ScriptedDevice]:
         """PyTorch's only device is this one, and the clock of `bench.devices` the host's."""
-        zeros = torch.zeros
+        zeros, ones = torch.zeros, torch.ones
         with ExitStack() as stack:
             for target, name, value in (
                 (torch, "get_device_module", lambda device=None: self),
                 (torch, "Event", lambda device, enable_timing: _Event(self)),
                 (torch, "zeros", lambda *n, device=None, **o: self.large if device else zeros(*n, **o)),
+                (torch, "ones", lambda *n, device=None, **o: _Square(self) if device else ones(*n, **o)),
                 (devices, "time", SimpleNamespace(perf_counter=lambda: self.host)),
             ):
                 stack.enter_context(patch.object(target, name, value))
@@ -166,6 +167,17 @@ class _Graph:
         self.device.host += self.device.host_cost
         for launch in self.launches:
             self.device._run(launch)
+
+
+class _Square:
+    """A matrix on the device."""
+
+    def __init__(self, device: ScriptedDevice) -> None:
+        self.device = device
+
+    def __matmul__(self, other: _Square) -> _Square:
+        self.device.launch("matmul", 10e-6)
+        return self
 
 
 class _Event:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import doctest
+from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from bench import devices, measure
+from bench import devices, inference, measure
 from bench.devices import Timer
 from tests.scripted_device import READ, ScriptedDevice, kernels
 
@@ -126,6 +128,21 @@ def test_samples_of_a_device_are_interleaved_and_say_how(gpu: ScriptedDevice) ->
         measure.samples(steps, device="cuda")
 
 
+def test_folded_inference_on_a_device_says_how_it_was_timed(
+    gpu: ScriptedDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inference, "matmul_share", lambda step, device: 0.5)
+    monkeypatch.setattr(devices, "clocks", lambda device: "SM 1755 of 1980 MHz, memory 2619 MHz")
+    makes = {"unfused": lambda: kernels(gpu, "many", "more"), "isa": lambda: kernels(gpu, "one")}
+    args = Namespace(device="cuda", rounds=2)
+    rows = inference._rows("block", (8, 8), makes, dict.fromkeys(makes, (1, 1)), args)
+    assert [(row.provider, row.how, row.clocks) for row in rows] == [
+        (name, "graph", "SM 1755 of 1980 MHz, memory 2619 MHz") for name in makes
+    ]
+    assert [row.seconds for row in rows] == pytest.approx([3 * MICRO, 2 * MICRO])
+    assert all("graph" in row.cells() for row in rows)
+
+
 # -- memory and clocks -------------------------------------------------------------------------------------------------
 
 
@@ -176,3 +193,8 @@ def test_clocks_are_those_that_the_driver_reports(
     monkeypatch.setenv("PATH", str(tmp_path))
     assert devices.clocks("cuda") == said
     assert devices.clocks("cpu") == ""
+
+
+def test_examples_in_docstrings() -> None:
+    results = doctest.testmod(devices)
+    assert (results.failed, results.attempted) == (0, 1)

@@ -26,6 +26,7 @@ def test_a_run_leaves_a_csv_and_a_table(tmp_path: Path, capsys: pytest.CaptureFi
     }
     assert [bool(row["seconds"]) for row in rows.values()] == [True, True, True, False]
     assert all(float(row["network_seconds"]) > 0 for row in rows.values())
+    assert [row["how"] for row in rows.values()] == ["clock", "clock", "clock", ""]
     assert rows["SA"]["flops"] == rows["SA, scores in memory"]["flops"]
     assert int(rows["none"]["flops"]) == 2 * 5 * 7 * 512 * (9 * WIDTHS[0] + WIDTHS[2])
     printed = capsys.readouterr().out

@@ -237,6 +237,7 @@ def test_the_inference_command_writes_a_row_for_everyone(tmp_path: Path) -> None
     saved = int(rows["isa"]["flops"]) - int(rows["isa-folded"]["flops"])
     assert saved == 2 * 2 * padded * 32 * 32  # the output's projection in each stage
     assert all(0 < float(row["in_matmuls"]) < 1 for row in rows.values())
+    assert {(row["how"], row["clocks"]) for row in rows.values()} == {("clock", "")}
 
 
 # -- errors ------------------------------------------------------------------------------------------------------------
