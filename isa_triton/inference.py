@@ -229,7 +229,8 @@ def _conv1x1(weight: Tensor, bias: Tensor, like: Tensor) -> Conv1x1:
 def decompose(program: ExportedProgram) -> ExportedProgram:
     """An exported program in PyTorch's own operators, for runtimes that do not know ours (ONNX).
 
-    Every group's scores exist at once in it.
+    Every group's scores exist at once in it. With open sizes it takes maps of several groups of several tokens, if the
+    example was one: PyTorch has another program where there is one (ONNX files have not).
 
     Args:
         program: of `torch.export.export`, of any network that holds our layers.

@@ -115,15 +115,15 @@ def check_map(x: Tensor, channels: int) -> None:
 
 def make_partition(pattern: str, size: tuple[int, int], partition_size: tuple[int, int]) -> Partition:
     """The partition of a map of (H, W) pixels by the name of its pattern; P is clamped to the map."""
-    (height, width), (P_h, P_w) = size, partition_size
-    return PATTERNS[pattern](size, (at_most(P_h, height), at_most(P_w, width)))
+    return PATTERNS[pattern](size, (at_most(partition_size[0], size[0]), at_most(partition_size[1], size[1])))
 
 
 def at_most(part: int, size: int) -> int:
     """The smaller of a part and its whole."""
     if is_known_to_be(part <= size) or is_known_to_be(size % part == 0):
         return part
-    return torch.sym_min(part, size)  # min would make a graph take a side
+    smaller: Any = torch.sym_min(part, size)  # a symbol too; min would make a graph take a side
+    return smaller
 
 
 def pads(pattern: str, padding: str) -> bool:

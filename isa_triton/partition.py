@@ -14,6 +14,7 @@ et al., arXiv 2103.14030, section 3.2 (shifted windows).
 
 from __future__ import annotations
 
+from collections import Counter
 from functools import lru_cache
 from itertools import groupby, product
 from operator import index
@@ -75,17 +76,20 @@ class Axis(NamedTuple):
     @classmethod
     def interlaced(cls, size: int, stride: int) -> Axis:
         """`stride` groups whose tokens lie `stride` pixels apart."""
+        size, stride = _whole(size), _whole(stride)
         return cls(size, groups=stride, tokens=ceil_div(size, stride), group_stride=1, token_stride=stride)
 
     @classmethod
     def grid(cls, size: int, tokens: int) -> Axis:
         """Interlaced groups of `tokens` tokens each, spread over the whole axis."""
+        size, tokens = _whole(size), _whole(tokens)
         stride = ceil_div(size, tokens)
         return cls(size, groups=stride, tokens=tokens, group_stride=1, token_stride=stride)
 
     @classmethod
     def local(cls, size: int, window: int, shift: int = 0) -> Axis:
         """Groups of `window` adjacent pixels; a shift leaves `shift` of them to the first group."""
+        size, window = _whole(size), _whole(window)
         origin = shift - window if shift else 0
         return cls(size, ceil_div(size - origin, window), window, group_stride=window, token_stride=1, origin=origin)
 
@@ -343,6 +347,55 @@ class Partition(NamedTuple):
         return 0, *rows, *columns
 
 
+def check_partition(partition: Any) -> None:
+    """Whether a partition, which anybody may build of six integers an axis, has every pixel in one group once.
+
+    Raises:
+        TypeError: no Partition, or not of two axes of integers.
+        ValueError: an axis that does not fall into groups of adjacent pixels or into interlaced ones, has pixels in no
+            group, or a group without pixels.
+
+    Examples:
+        >>> check_partition(Partition.rows((4, 6)))
+        >>> check_partition(Partition.rows((4, 6))._replace(h=Axis(4, 2, 2, 1, 1)))
+        Traceback (most recent call last):
+        ValueError: partition.h must have every pixel in one group once: pixel 1 is there 2 times in Axis(size=4, ...
+    """
+    if not isinstance(partition, Partition):
+        raise TypeError(f"partition must be a Partition, got {type(partition).__name__}")
+    for name, axis in zip(("h", "w"), partition, strict=True):
+        if not isinstance(axis, Axis) or not all(type(number) is int for number in axis):
+            raise TypeError(f"partition.{name} must be an Axis of integers, got {axis!r}")
+    _check_partition(partition)
+
+
+@lru_cache(maxsize=4096)
+def _check_partition(partition: Partition) -> None:
+    for name, axis in zip(("h", "w"), partition, strict=True):
+        size, groups, tokens, group_stride, token_stride, origin = axis
+        if min(size, groups, tokens, group_stride, token_stride) < 1:
+            raise ValueError(f"partition.{name} must have all but its origin at least 1, got {axis}")
+        # either way the tokens of all groups are the pixels from the origin on, each once; one alone needs no stride
+        adjacent = (groups == 1 or group_stride == tokens) and (tokens == 1 or token_stride == 1)
+        interlaced = (groups == 1 or group_stride == 1) and (tokens == 1 or token_stride == groups)
+        covers = (adjacent or interlaced) and origin <= 0 and size <= origin + groups * tokens
+        if not covers:
+            raise ValueError(f"partition.{name} must have every pixel in one group once: {_fault(axis)} in {axis}")
+        first, last = (origin + tokens, origin + (groups - 1) * tokens) if adjacent else (1, groups - 1)
+        if not (first > 0 and last < size):
+            raise ValueError(f"partition.{name} must have a pixel in every group, which not all have of {axis}")
+
+
+def _fault(axis: Axis) -> str:
+    """Which pixel an axis has not, or has more than once; or what else is not as it must be."""
+    if axis.size <= 2**20 and axis.groups * axis.tokens <= 2**20:
+        pixels = Counter(axis.pixel(group, token) for group in range(axis.groups) for token in range(axis.tokens))
+        for pixel in range(axis.size):
+            if pixels[pixel] != 1:
+                return f"pixel {pixel} is there {pixels[pixel]} times"
+    return "neither adjacent pixels (strides tokens and 1) nor interlaced ones (1 and groups), from 0 or before, are"
+
+
 @lru_cache(maxsize=1024)
 def _pieces(partition: Partition) -> tuple[tuple[Run, Run], ...]:
     return tuple(product(partition.h.runs(), partition.w.runs()))
@@ -359,12 +412,13 @@ def _pair(name: str, pair: Any) -> tuple[int, int]:
 def _whole(number: Any) -> int:
     """An integer as Python's own, or a compiler's symbol for one.
 
-    NumPy's overflow, and kernels take neither those nor truth values.
+    NumPy's overflow, kernels take neither those nor truth values, and those of `torch.jit.trace` are tensors.
     """
     if isinstance(number, bool):
         raise TypeError("a truth value")
-    symbolic = getattr(getattr(number, "node", None), "pytype", None) is int  # a torch.SymInt
-    return number if isinstance(number, int) or symbolic else index(number)
+    if isinstance(number, int) or getattr(getattr(number, "node", None), "pytype", None) is int:  # a torch.SymInt
+        return number
+    return index(number)
 
 
 def _checked(size: Any, name: str, parts: Any) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -211,9 +211,8 @@ def _attentions(block: nn.Module) -> list[nn.Module]:
 
 def _block_or_grid(size: Sequence[int], partition_size: tuple[int, int], block: bool) -> Partition:
     """MaxViT's windows or grid on a map of (H, W) pixels; a small map is one window."""
-    height, width = size
-    tokens = at_most(partition_size[0], height), at_most(partition_size[1], width)
-    return Partition.local((height, width), tokens) if block else Partition.interlaced((height, width), grid=tokens)
+    tokens = map(at_most, partition_size, size)
+    return Partition(*map(Axis.local if block else Axis.grid, size, tokens))
 
 
 def _attention(attn: Any, x: Tensor, partition: Partition, bias: Tensor | None, backend: str) -> Tensor:
@@ -223,7 +222,8 @@ def _attention(attn: Any, x: Tensor, partition: Partition, bias: Tensor | None, 
             f"dropout of attention weights is not supported: train with attn_drop 0, not {attn.attn_drop.p}"
         )
     gathers = backend == "auto" and x.is_cpu and not torch.is_grad_enabled() and is_known_to_be(partition.divides)
-    if torch.compiler.is_exporting() or wants_torch_operators() or is_recorded():  # for maps that may not be divided
+    if torch.compiler.is_exporting() or wants_torch_operators() or is_recorded():
+        # views by strides, which may be others when the graph runs
         gathers = False
     if isinstance(attn, Attention2d) and not (is_plain(attn.qkv, nn.Conv2d) and is_plain(attn.proj, nn.Conv2d)):
         gathers = False  # what stands there takes maps
