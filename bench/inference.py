@@ -169,7 +169,8 @@ def _rows(what: str, map_: tuple[int, int], makes: Makes, counts: Counts, args: 
 def matmul_share(step: Step, device: str) -> float:
     """The part of a step's time that is spent in operators with a FLOP formula: matmuls and convolutions."""
     cpu = torch.device(device).type == "cpu"
-    with profile(activities=[ProfilerActivity.CPU] if cpu else None) as profiler:  # else whatever there is
+    activities = [ProfilerActivity.CPU] if cpu else None  # else whatever there is
+    with profile(activities=activities, acc_events=True) as profiler:  # torch 2.11 warns of events that are not kept
         step()
     column = "self_cpu_time_total" if cpu else "self_device_time_total"
     times = {event.key: getattr(event, column) for event in profiler.key_averages() if "::" in event.key}
