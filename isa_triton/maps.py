@@ -122,7 +122,8 @@ def at_most(part: int, size: int) -> int:
     """The smaller of a part and its whole."""
     if is_known_to_be(part <= size) or is_known_to_be(size % part == 0):
         return part
-    return torch.sym_min(part, size)  # min would make a graph take a side
+    smaller: Any = torch.sym_min(part, size)  # min would make a graph take a side
+    return smaller
 
 
 def pads(pattern: str, padding: str) -> bool:
