@@ -130,6 +130,9 @@ def leaf_of_fx(forward: Function) -> Function:
             raise TypeError(f"{type(self).__name__} is one node to torch.fx: trace a network that holds it")
         return tracer.create_proxy("call_module", name, args, kwargs)
 
+    # Dynamo keeps compiled frames, eight at most, by code object: one of its own for each class, as without this
+    code = leaf.__code__  # type: ignore[attr-defined]  # a function, which mypy takes for a callable only
+    leaf.__code__ = code.replace(co_name=forward.__name__)  # type: ignore[attr-defined]
     return leaf  # type: ignore[return-value]  # the same signature
 
 

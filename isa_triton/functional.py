@@ -10,7 +10,7 @@ from torch import Tensor
 from . import _tracing, ops, replays
 from .backend import check_backend, choose
 from .backend.contract import Call
-from .partition import Partition
+from .partition import Partition, check_partition
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -50,7 +50,8 @@ def partitioned_attention(
 
     Raises:
         TypeError: an argument of the wrong kind or dtype.
-        ValueError: shapes or devices that do not fit together, or an unknown backend.
+        ValueError: shapes or devices that do not fit together, a hand-made partition that has not every pixel in one
+            group once, or an unknown backend.
 
     Examples:
         >>> q = k = v = torch.randn(1, 16, 24, 1, 32)
@@ -88,7 +89,8 @@ def partitioned_attention_with_lse(
 
     Raises:
         TypeError: an argument of the wrong kind or dtype.
-        ValueError: shapes or devices that do not fit together, or an unknown backend.
+        ValueError: shapes or devices that do not fit together, a hand-made partition that has not every pixel in one
+            group once, or an unknown backend.
 
     Examples:
         >>> q = k = v = torch.randn(1, 16, 24, 1, 32)
@@ -112,8 +114,9 @@ def _attention(
     if key is not None and (results := replays.again(key, q, k, v, bias)) is not None:
         return results
     check_backend(backend)
-    if not isinstance(partition, Partition):
-        raise TypeError(f"partition must be a Partition, got {type(partition).__name__}")
+    if not (torch.compiler.is_compiling() or _tracing.is_recorded() or _tracing.wants_torch_operators()):
+        # whose sizes may be symbols, or tensors; operators in their graphs check when they run
+        check_partition(partition)
     given = tensors = {"q": q, "k": k, "v": v} | ({} if bias is None else {"bias": bias})
     _check_kinds(tensors)
     kind = q.device.type

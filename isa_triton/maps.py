@@ -122,7 +122,7 @@ def at_most(part: int, size: int) -> int:
     """The smaller of a part and its whole."""
     if is_known_to_be(part <= size) or is_known_to_be(size % part == 0):
         return part
-    return min(part, size)  # to compilers a symbol too
+    return min(part, size)  # a symbol too: compilers take no side
 
 
 def pads(pattern: str, padding: str) -> bool:

@@ -18,6 +18,7 @@ from torch import Tensor
 from . import _tracing
 from .backend import BY_NAME, plain
 from .backend.contract import Call, empty_gradients, empty_outputs
+from .partition import check_partition
 
 Tensors = tuple[Tensor, ...]
 
@@ -49,13 +50,13 @@ _library.define(
 
 @torch.library.impl(_library, "forward", "CompositeExplicitAutograd")
 def _forward_operator(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *call: Any) -> Tensors:
-    return _run_forward(q, k, v, bias, Call.unflatten(*call))
+    return _run_forward(q, k, v, bias, _checked(q, Call.unflatten(*call)))
 
 
 @torch.library.impl(_library, "backward", "CompositeExplicitAutograd")
 def _backward_operator(*tensors_and_call: Any) -> Tensors:
     *tensors, scale, h, w, with_lse, backend = tensors_and_call
-    return _run_backward(*tensors, Call.unflatten(scale, h, w, with_lse, backend))
+    return _run_backward(*tensors, _checked(tensors[0], Call.unflatten(scale, h, w, with_lse, backend)))
 
 
 @torch.library.register_fake("isa_triton::forward", lib=_library)
@@ -97,6 +98,14 @@ def _is_operator(call: Call, *tensors: Tensor | None) -> bool:
     if torch.compiler.is_compiling() or _tracing.is_recorded():
         return True
     return BY_NAME[call.backend].OPAQUE and _tracing.wants_operators([x for x in tensors if x is not None])
+
+
+def _checked(q: Tensor, call: Call) -> Call:
+    """The call of an operator, which anybody's graph may hold: no backend starts on maps of another partition."""
+    check_partition(call.partition)
+    if tuple(q.shape[1:3]) != call.partition.size:
+        raise ValueError(f"q must be a map of {call.partition.size}, as h and w say, got shape {tuple(q.shape)}")
+    return call
 
 
 def _run_forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, call: Call) -> Tensors:

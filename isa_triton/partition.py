@@ -14,6 +14,7 @@ et al., arXiv 2103.14030, section 3.2 (shifted windows).
 
 from __future__ import annotations
 
+from collections import Counter
 from functools import lru_cache
 from itertools import groupby, product
 from operator import index
@@ -309,7 +310,9 @@ class Partition(NamedTuple):
         if piece is None:
             if not self.divides:
                 raise ValueError(f"{self} does not divide its map: name one of its pieces()")
-            piece = Run(0, self.h.groups, 0, self.h.tokens), Run(0, self.w.groups, 0, self.w.tokens)
+            order, seen = self._order(), (tensor.shape[0], *self._groups_and_tokens())
+            rows_of_pixels = tensor.view(*(seen[i] for i in order), *tensor.shape[3:])
+            return rows_of_pixels.permute(*map(order.index, range(5)), *range(5, rows_of_pixels.dim()))
         (h, w), (batch, y, x, *rest) = piece, tensor.stride()
         shape = tensor.shape[0], h.groups, w.groups, h.tokens, w.tokens, *tensor.shape[3:]
         groups = self.h.group_stride * y, self.w.group_stride * x
@@ -323,16 +326,74 @@ class Partition(NamedTuple):
         Raises:
             ValueError: the partition does not divide the map, or `values` are of other groups.
         """
-        h, w = self
-        groups_and_tokens = h.groups, w.groups, h.tokens, w.tokens
-        if not self.divides or tuple(values.shape[1:5]) != groups_and_tokens:
+        if not self.divides or tuple(values.shape[1:5]) != self._groups_and_tokens():
             raise ValueError(
-                f"values must be [B, {', '.join(map(str, groups_and_tokens))}, ...] of a partition that divides its"
-                f" map, got {tuple(values.shape)} and {self}"
+                f"values must be [B, {', '.join(map(str, self._groups_and_tokens()))}, ...] of a partition that divides"
+                f" its map, got {tuple(values.shape)} and {self}"
             )
+        rows_of_pixels = values.permute(*self._order(), *range(5, values.dim()))
+        return rows_of_pixels.reshape(values.shape[0], *self.size, *values.shape[5:])
+
+    def _groups_and_tokens(self) -> tuple[int, int, int, int]:
+        h, w = self
+        return h.groups, w.groups, h.tokens, w.tokens
+
+    def _order(self) -> tuple[int, ...]:
+        """Which of [B, groups_h, groups_w, tokens_h, tokens_w] follow each other in a map that the partition divides.
+
+        An axis is divided by groups of adjacent pixels or by interlaced ones, and by no others.
+        """
         rows, columns = ((i, i + 2) if axis.token_stride == 1 else (i + 2, i) for i, axis in enumerate(self, start=1))
-        order = (0, *rows, *columns, *range(5, values.dim()))
-        return values.permute(order).reshape(values.shape[0], *self.size, *values.shape[5:])
+        return 0, *rows, *columns
+
+
+def check_partition(partition: Any) -> None:
+    """Whether a partition, which anybody may build of six integers an axis, has every pixel in one group once.
+
+    Raises:
+        TypeError: no Partition, or not of two axes of integers.
+        ValueError: an axis that does not fall into groups of adjacent pixels or into interlaced ones, has pixels in no
+            group, or a group without pixels.
+
+    Examples:
+        >>> check_partition(Partition.rows((4, 6)))
+        >>> check_partition(Partition.rows((4, 6))._replace(h=Axis(4, 2, 2, 1, 1)))
+        Traceback (most recent call last):
+        ValueError: partition.h must have every pixel in one group once: pixel 1 is there 2 times in Axis(size=4, ...
+    """
+    if not isinstance(partition, Partition):
+        raise TypeError(f"partition must be a Partition, got {type(partition).__name__}")
+    for name, axis in zip(("h", "w"), partition, strict=True):
+        if not isinstance(axis, Axis) or not all(type(number) is int for number in axis):
+            raise TypeError(f"partition.{name} must be an Axis of integers, got {axis!r}")
+    _check_partition(partition)
+
+
+@lru_cache(maxsize=4096)
+def _check_partition(partition: Partition) -> None:
+    for name, axis in zip(("h", "w"), partition, strict=True):
+        size, groups, tokens, group_stride, token_stride, origin = axis
+        if min(size, groups, tokens, group_stride, token_stride) < 1:
+            raise ValueError(f"partition.{name} must have all but its origin at least 1, got {axis}")
+        # either way the tokens of all groups are the pixels from the origin on, each once; one alone needs no stride
+        adjacent = (groups == 1 or group_stride == tokens) and (tokens == 1 or token_stride == 1)
+        interlaced = (groups == 1 or group_stride == 1) and (tokens == 1 or token_stride == groups)
+        covers = (adjacent or interlaced) and origin <= 0 and size <= origin + groups * tokens
+        if not covers:
+            raise ValueError(f"partition.{name} must have every pixel in one group once: {_fault(axis)} in {axis}")
+        first, last = (origin + tokens, origin + (groups - 1) * tokens) if adjacent else (1, groups - 1)
+        if not (first > 0 and last < size):
+            raise ValueError(f"partition.{name} must have a pixel in every group, which not all have of {axis}")
+
+
+def _fault(axis: Axis) -> str:
+    """Which pixel an axis has not, or has more than once; or what else is not as it must be."""
+    if axis.size <= 2**20 and axis.groups * axis.tokens <= 2**20:
+        pixels = Counter(axis.pixel(group, token) for group in range(axis.groups) for token in range(axis.tokens))
+        for pixel in range(axis.size):
+            if pixels[pixel] != 1:
+                return f"pixel {pixel} is there {pixels[pixel]} times"
+    return "neither adjacent pixels (strides tokens and 1) nor interlaced ones (1 and groups), from 0 or before, are"
 
 
 @lru_cache(maxsize=1024)

@@ -6,6 +6,8 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is decorate
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's, read when it is imported: one core each, as torch below
 
 import secrets
+import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -35,6 +37,10 @@ def mended_interpreter() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _one_seed_one_thread() -> None:
+def _alone() -> Iterator[None]:
+    """A seed, one thread, and no compiled frames: Dynamo counts those of all tests of a worker to one limit."""
     torch.manual_seed(0)
     torch.set_num_threads(1)  # pytest-xdist has taken the other cores
+    yield
+    if dynamo := sys.modules.get("torch._dynamo"):
+        dynamo.reset()

@@ -19,6 +19,7 @@ from bench.__main__ import main
 from bench.records import columns as columns_of
 from bench.workload import Cost
 from isa_triton import (
+    Axis,
     InterlacedSparseSelfAttention,
     ISAHead,
     ISAModule,
@@ -102,6 +103,13 @@ ATTENTION: list[Row] = [
     (lambda: attend(Q, Q, Q, WINDOWS, scale="1"), TypeError, "scale must be a number or None, got '1'"),
     (lambda: attend(Q, Q, Q, WINDOWS, backend="cuda"), ValueError, "backend must be one of 'auto'"),
     (lambda: attend(Q, Q, Q, None), TypeError, "partition must be a Partition, got NoneType"),
+    (lambda: attend(Q, Q, Q, Partition(None, None)), TypeError, "partition.h must be an Axis of integers, got None"),
+    (lambda: attend(Q, Q, Q, WINDOWS._replace(w=Axis(6, 2, 3, 3.0, 1))), TypeError, "partition.w must be an Axis of"),
+    (lambda: attend(Q, Q, Q, WINDOWS._replace(w=Axis(6, 2, 3, -3, 1, 5))), ValueError, "all but its origin at least 1"),
+    (lambda: attend(Q, Q, Q, WINDOWS._replace(w=Axis(6, 2, 3, 2, 1))), ValueError, "pixel 2 is there 2 times"),
+    (lambda: attend(Q, Q, Q, WINDOWS._replace(w=Axis(6, 2, 3, 3, 1, 1))), ValueError, "pixel 0 is there 0 times"),
+    (lambda: attend(Q, Q, Q, WINDOWS._replace(w=Axis(6, 3, 3, 3, 1))), ValueError, "must have a pixel in every group"),
+    (lambda: attend(Q, Q, Q, WINDOWS._replace(w=Axis(6, 2**30, 3, 2, 1))), ValueError, "neither adjacent pixels"),
     (lambda: attend(None, Q, Q, WINDOWS), TypeError, "q must be a torch.Tensor, got NoneType"),
     (lambda: attend(Q, Q, Q, WINDOWS, bias=1.0), TypeError, "bias must be a torch.Tensor, got float"),
     (lambda: attend(Q.bool(), Q, Q, WINDOWS), TypeError, "q must be one of torch.float16, "),

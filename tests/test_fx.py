@@ -83,3 +83,12 @@ def test_extractors_of_timm_and_torchvision_read_accelerated_models(name: str, o
             found = extractor(batch)
             feature = found[node] if isinstance(found, dict) else found  # as torchvision, as timm
             assert relative_error(feature, expected[: len(batch)]) < 1e-5
+
+
+@torch.no_grad()
+def test_layers_compiled_one_by_one_are_counted_by_class() -> None:
+    """Dynamo keeps eight compiled frames of a code object: what makes a leaf of each class must not be one for all."""
+    for width in range(1, 6):
+        layer = SelfAttention2d(5, width, 6, pattern="dense").eval()
+        for either in (layer, fuse(layer)):
+            torch.compile(either, fullgraph=True, backend="eager")(torch.randn(1, 5, 3, 4))

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from isa_triton import Axis, Partition
+from isa_triton import Axis, Partition, partitioned_attention
+from isa_triton.partition import check_partition
 from tests.cases import PARTITIONS
 
 SIZES = [(1, 1), (1, 9), (5, 4), (7, 12), (8, 3)]
@@ -149,3 +150,56 @@ def test_axes_are_six_integers_and_partitions_are_hashable() -> None:
     assert Axis.local(10, 4) == (10, 3, 4, 4, 1, 0)
     assert Axis.local(10, 4, shift=3) == (10, 3, 4, 4, 1, -1)
     assert len({Partition.dense((3, 4)), Partition.local((3, 4), (3, 4)), Partition.rows((3, 4))}) == 2
+
+
+def refused(partition: Partition) -> str:
+    """Why a partition is refused, or nothing."""
+    try:
+        check_partition(partition)
+    except ValueError as refusal:
+        return str(refusal)
+    return ""
+
+
+def test_an_axis_passes_if_its_equation_and_the_inverse_give_every_pixel_once() -> None:
+    """All small ones, by brute force; refusals name a pixel that is missing or there twice.
+
+    Refused are also a few that are right by accident: strides of neither kind, and tokens behind the map.
+    """
+    line, passed = Axis.local(1, window=1), 0
+    for numbers in product(range(1, 5), range(1, 5), range(1, 5), range(1, 7), range(1, 7), (-3, -1, 0)):
+        axis = Axis(*numbers)
+        partition = Partition(axis, line)
+        pixels = [[axis.pixel(group, token) for token in range(axis.tokens)] for group in range(axis.groups)]
+        counts = Counter(pixel for group in pixels for pixel in group)
+        wrong = [pixel for pixel in range(axis.size) if counts[pixel] != 1]
+        seats = (partition.seat(pixel, 0) for pixel in range(axis.size))
+        right = not wrong and all(any(0 <= pixel < axis.size for pixel in group) for group in pixels)
+        right = right and all(axis.pixel(*seat) == pixel for pixel, seat in enumerate(seats))
+        refusal = refused(partition)
+        assert right or refusal, axis
+        assert not refusal or not right or axis.groups * axis.tokens > axis.size, axis
+        assert not refusal or not wrong or f"pixel {wrong[0]} is there {counts[wrong[0]]} times" in refusal
+        passed += not refusal
+    assert passed == 210
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_what_constructors_make_passes(size: tuple[int, int]) -> None:
+    for partition in every_partition(size):
+        check_partition(partition)
+
+
+def test_no_backend_starts_on_a_partition_with_a_hole() -> None:
+    """Nor do the operators that exported programs hold, with other maps either."""
+    partition, q = Partition(Axis(4, 1, 3, 3, 1), Axis.local(6, 3)), torch.randn(1, 4, 6, 1, 2)
+    call = 1.0, list(partition.h), list(partition.w), False, "eager"
+    message = r"partition\.h must have every pixel in one group once: pixel 3 is there 0 times"
+    with pytest.raises(ValueError, match=message):
+        partitioned_attention(q, q, q, partition)
+    with pytest.raises(ValueError, match=message):
+        torch.ops.isa_triton.forward(q, q, q, None, *call)
+    with pytest.raises(ValueError, match=message):
+        torch.ops.isa_triton.backward(q, q, q, None, None, None, q, None, *call)
+    with pytest.raises(ValueError, match=r"q must be a map of \(4, 6\), as h and w say, got shape \(1, 3, 6"):
+        torch.ops.isa_triton.forward(q[:, :3], q, q, None, 1.0, [4, 2, 2, 2, 1, 0], call[2], False, "eager")
