@@ -122,8 +122,7 @@ def at_most(part: int, size: int) -> int:
     """The smaller of a part and its whole."""
     if is_known_to_be(part <= size) or is_known_to_be(size % part == 0):
         return part
-    smaller: Any = torch.sym_min(part, size)  # a symbol too; min would make a graph take a side
-    return smaller
+    return min(part, size)  # a symbol too: compilers take no side
 
 
 def pads(pattern: str, padding: str) -> bool:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import onnxruntime
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 from torch._dynamo.backends.registry import lookup_backend
@@ -19,6 +20,7 @@ from torch.export import Dim, ExportedProgram
 from isa_triton import ISAHead, ISAModule, Partition, SelfAttention2d, partitioned_attention
 from isa_triton.inference import decompose, fuse
 from isa_triton.models.ianet import IANet
+from isa_triton.models.timm import accelerate
 from tests.cases import assert_same, relative_error
 
 P = (3, 4)
@@ -172,6 +174,53 @@ def test_partitions_are_made_of_open_sizes(strict: bool) -> None:
     for shape in ((1, 3, 4), (3, 12, 9), (2, 11, 16)):
         x = torch.randn(*shape, 2, 4)
         assert relative_error(program.module()(x), Windows()(x)) < 1e-5
+
+
+def swin() -> nn.Module:
+    options = {"depths": (2, 2), "num_heads": (1, 2), "embed_dim": 16, "img_size": 56, "num_classes": 5}
+    return accelerate(timm.create_model("swin_tiny_patch4_window7_224", **options).eval())
+
+
+def maxvit(**options: Any) -> nn.Module:
+    options |= {"depths": (1, 1, 1, 1), "embed_dim": (32, 32, 64, 64), "stem_width": 16, "img_size": 64}
+    return accelerate(timm.create_model("maxvit_nano_rw_256", **options).eval())
+
+
+def maxvit_nchw() -> nn.Module:
+    return maxvit(transformer_use_nchw_attn=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("make", "size"), [(swin, 56), (maxvit_nchw, 64)])
+@pytest.mark.parametrize("learns", [False, True])
+def test_an_accelerated_model_takes_any_batch(make: Callable[[], nn.Module], size: int, learns: bool) -> None:
+    model = make()
+    with torch.set_grad_enabled(learns):
+        program = torch.export.export(model, (torch.randn(2, 3, size, size),), dynamic_shapes=({0: B},))
+    assert not [node for node in program.graph.nodes if "scaled_dot_product" in str(node.target)]  # made for CPUs
+    for batch in (1, 3):
+        x = torch.randn(batch, 3, size, size).to(memory_format=torch.channels_last)
+        assert relative_error(program.module()(x), model(x)) < 1e-5
+
+
+BLOCKS = {
+    "MaxViT's window": (maxvit, "stages.0.blocks.0.attn_block"),
+    "MaxViT's grid": (maxvit, "stages.0.blocks.0.attn_grid"),
+    "Swin's shifted windows": (swin, "layers.0.blocks.1"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BLOCKS)
+def test_an_accelerated_block_takes_any_size(name: str) -> None:
+    """Divided by its windows or not; those of timm refuse, and make constants of sizes."""
+    make, path = BLOCKS[name]
+    block: Any = make().get_submodule(path)
+    C, open_ = block.norm1.weight.shape[0], ({0: B, 1: Dim("H", min=7), 2: Dim("W", min=7)},)
+    program = torch.export.export(block, (torch.randn(2, 15, 21, C),), dynamic_shapes=open_)
+    for shape in ((1, 21, 7), (3, 29, 16)):
+        x = torch.randn(*shape, C)
+        assert relative_error(program.module()(x), block(x)) < 1e-5
 
 
 # -- torch.compile -----------------------------------------------------------------------------------------------------

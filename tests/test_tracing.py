@@ -108,6 +108,24 @@ def test_inference_is_what_nobody_differentiates_casts_compiles_or_watches(monke
     assert not within(question, torch.no_grad())
 
 
+def test_what_is_known_of_open_sizes_holds_for_all_of_them_and_is_no_restriction() -> None:
+    answers = list[bool]()
+
+    class Ask(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            n = 4 * x.shape[0]
+            answers.extend(map(_tracing.is_known_to_be, (n % 4 == 0, n >= 1, n == 8, n > 8)))  # n is 8
+            return x + n
+
+    open_ = ({0: torch.export.Dim("n", min=1)},)
+    program = torch.export.export(Ask(), (torch.zeros(2),), dynamic_shapes=open_)
+    assert answers == [True, True, False, False]
+    assert program.module()(torch.zeros(3)).tolist() == [12.0] * 3
+    answers.clear()
+    Ask()(torch.zeros(2))
+    assert answers == [True, True, True, False]
+
+
 def test_a_constant_of_a_graph_is_computed_once_while_compiling() -> None:
     calls = list[int]()
 

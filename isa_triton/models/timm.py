@@ -223,8 +223,7 @@ def _attention(attn: Any, x: Tensor, partition: Partition, bias: Tensor | None, 
         )
     gathers = backend == "auto" and x.is_cpu and not torch.is_grad_enabled() and is_known_to_be(partition.divides)
     if torch.compiler.is_exporting() or wants_torch_operators() or is_recorded():
-        # views by strides, which may be others when the graph runs
-        gathers = False
+        gathers = False  # which is for CPUs: the graph may run elsewhere
     if isinstance(attn, Attention2d) and not (is_plain(attn.qkv, nn.Conv2d) and is_plain(attn.proj, nn.Conv2d)):
         gathers = False  # what stands there takes maps
     attend = _attend_gathered if gathers else _attend_in_place
