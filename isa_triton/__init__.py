@@ -16,6 +16,7 @@ What a user calls, and below it what it rests on; a file imports from lower line
 """
 
 from .functional import partitioned_attention, partitioned_attention_with_lse
+from .maps import set_backend
 from .modules import InterlacedSparseSelfAttention, ISAHead, ISAModule, SelfAttention2d
 from .partition import Axis, Partition
 
@@ -29,4 +30,5 @@ __all__ = [
     "SelfAttention2d",
     "partitioned_attention",
     "partitioned_attention_with_lse",
+    "set_backend",
 ]

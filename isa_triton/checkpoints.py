@@ -48,6 +48,8 @@ def from_openseg(state_dict: Mapping[str, Any], *, inplace_abn: bool = False) ->
         >>> weights = from_openseg(torch.load("isanet.pth")["state_dict"], inplace_abn=True)  # doctest: +SKIP
         >>> ISAHead(2048, 512, 19, activation=partial(nn.LeakyReLU, 0.01)).load_state_dict(weights)  # doctest: +SKIP
     """
+    if type(inplace_abn) is not bool:
+        raise TypeError(f"inplace_abn must be True or False, got {inplace_abn!r}")
     prefix = find_prefix(state_dict, "stages.0.long_range_sa.f_value.weight", "openseg.pytorch ISA_Module")
     module = under(state_dict, prefix)
     has_abn = "conv_bn.1.weight" in module

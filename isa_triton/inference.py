@@ -14,7 +14,18 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from ._tracing import is_plain, leaf_of_fx
 from .backend import plain
 from .backend.contract import Call
-from .maps import Conv1x1, ConvNormReLU, attend_maps, check_map, crop, make_partition, pad_to_multiple, pads
+from .maps import (
+    Attends,
+    Conv1x1,
+    ConvNormReLU,
+    attend_maps,
+    check_map,
+    check_module,
+    crop,
+    make_partition,
+    pad_to_multiple,
+    pads,
+)
 from .modules import InterlacedSparseSelfAttention, SelfAttention2d
 
 
@@ -44,6 +55,7 @@ def fuse(module: nn.Module) -> nn.Module:
         >>> folded(torch.randn(2, 64, 13, 20)).shape
         torch.Size([2, 64, 13, 20])
     """
+    check_module("module", module)
     # Tensors are copied by hand: fake ones have no deepcopy, and gradients stay behind.
     copies: dict[int, Any] = {id(x): nn.Parameter(x.clone(), requires_grad=False) for x in module.parameters()}
     copies |= {id(x): x.clone() for x in module.buffers()}
@@ -131,7 +143,7 @@ def _obstacle_to_stage(stage: SelfAttention2d) -> str | None:
     return next(filter(None, (*plain, *map(_obstacle_to_unit, units))), None)
 
 
-class FoldedAttention(nn.Module):
+class FoldedAttention(Attends):
     """Folded stages of attention in cascade: x [B, C, H, W] -> [B, out_channels, H, W], channels_last."""
 
     def __init__(self, *stages: SelfAttention2d) -> None:
@@ -154,12 +166,12 @@ class FoldedAttention(nn.Module):
         return crop(x, size) if self.padded else x
 
 
-class FoldedStage(nn.Module):
+class FoldedStage(Attends):
     """What `SelfAttention2d` computes between padding and cropping, in evaluation mode."""
 
     def __init__(self, stage: SelfAttention2d) -> None:
         super().__init__()
-        self.pattern, self.partition_size, self.backend = stage.pattern, stage.partition_size, stage.backend
+        self.pattern, self.partition_size, self._backend = stage.pattern, stage.partition_size, stage._backend
         self.num_heads = stage.num_heads
         like = stage.value.weight
         first = [_matrix(stage.query[0]), _matrix(stage.key[0])]
@@ -184,7 +196,7 @@ class FoldedStage(nn.Module):
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The stage's output."""
         partition = make_partition(self.pattern, (q.shape[2], q.shape[3]), self.partition_size)
-        return self.output(_writable(attend_maps(q, k, v, partition, self.num_heads, self.backend)))
+        return self.output(_writable(attend_maps(q, k, v, partition, self.num_heads, self._backend)))
 
 
 def _writable(x: Tensor) -> Tensor:
@@ -243,6 +255,8 @@ def decompose(program: ExportedProgram) -> ExportedProgram:
         >>> program = decompose(torch.export.export(layer, (torch.randn(1, 64, 13, 20),)))
         >>> torch.onnx.export(program, f="layer.onnx")  # doctest: +SKIP
     """
+    if not isinstance(program, ExportedProgram):
+        raise TypeError(f"program must be what torch.export.export returns, got {type(program).__name__}")
     table = torch.export.default_decompositions()
     table[torch.ops.isa_triton.forward.default] = _plain_forward
     return program.run_decompositions(table)

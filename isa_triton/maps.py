@@ -9,20 +9,23 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
-from typing import Any
+from reprlib import repr as short
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ._tracing import is_known_to_be, leaf_of_fx, wants_torch_operators
+from ._tracing import is_known_to_be, is_proxy, leaf_of_fx, wants_torch_operators
+from .backend import check_backend
 from .functional import partitioned_attention
-from .partition import Axis, Partition, ceil_div
+from .partition import Axis, Partition, ceil_div, pair
 
 PartitionSize = int | tuple[int, int]  # P, or (P_h, P_w)
 NormLayer = Callable[[int], nn.Module]  # from channels
 Activation = Callable[[], nn.Module]
+Model = TypeVar("Model", bound=nn.Module)
 RELU = partial(nn.ReLU, inplace=True)
 
 PATTERNS: dict[str, Callable[[tuple[int, int], tuple[int, int]], Partition]] = {
@@ -32,6 +35,7 @@ PATTERNS: dict[str, Callable[[tuple[int, int], tuple[int, int]], Partition]] = {
     "columns": lambda size, partition_size: Partition.columns(size),
     "dense": lambda size, partition_size: Partition.dense(size),
 }
+MOST, LONGEST = 2**20, 2**15  # of channels, and of a partition size: more is a mistake, and would fill all memory
 PARTITIONED = ("interlaced", "local")  # the patterns that a partition size shapes
 
 
@@ -80,17 +84,80 @@ class Conv1x1(nn.Conv2d):
         return y
 
 
+class Attends(nn.Module):
+    """What attends with a `backend` of `partitioned_attention`, an attribute that may be set at any time.
+
+    A stage has one; a layer of stages has theirs, and setting it sets all of them.
+    """
+
+    _backend: str  # of stages alone
+
+    @property
+    def backend(self) -> str:
+        names = [stage._backend for stage in _stages(self)]
+        return ", ".join(dict.fromkeys(names))  # one, unless stages were given several
+
+    @backend.setter
+    def backend(self, name: str) -> None:
+        set_backend(self, name)
+
+
+def set_backend(network: Model, backend: str) -> Model:
+    """Let every layer of this library in a network attend by a backend of `partitioned_attention`, in place.
+
+    Args:
+        network: any that holds our layers, or one of them. (`models.timm.accelerate` sets that of timm's blocks.)
+        backend: "triton", "eager" or "auto".
+
+    Returns:
+        The network itself.
+
+    Raises:
+        TypeError: a network that is no module.
+        ValueError: an unknown backend, or a network without a layer that attends.
+
+    Examples:
+        >>> from isa_triton import ISAModule
+        >>> network = nn.Sequential(nn.Conv2d(3, 64, 1), ISAModule(64, 32, 64, 64))
+        >>> set_backend(network, "eager")[1].backend
+        'eager'
+    """
+    check_module("network", network)
+    check_backend(backend)
+    if not (stages := _stages(network)):
+        raise ValueError(f"network must hold a layer of isa_triton that attends, got {type(network).__name__}")
+    for stage in stages:
+        stage._backend = backend
+    return network
+
+
+def _stages(network: nn.Module) -> list[Attends]:
+    return [part for part in network.modules() if isinstance(part, Attends) and "_backend" in vars(part)]
+
+
 class ConvNormReLU(nn.Sequential):
     """Convolution without bias, normalisation, activation: batch normalisation and ReLU unless told otherwise."""
 
     def __init__(self, conv: nn.Conv2d, norm_layer: NormLayer = nn.BatchNorm2d, activation: Activation = RELU) -> None:
         super().__init__()
         self.conv = conv
-        self.norm: Any = norm_layer(conv.out_channels)
-        self.relu = activation()
+        self.norm: Any = made("norm_layer", norm_layer, conv.out_channels)
+        self.relu: Any = made("activation", activation)
 
     def forward(self, *inputs: Tensor) -> Tensor:
         return self.relu(self.norm(self.conv(*inputs)))
+
+
+def made(name: str, make: Callable[..., nn.Module], *arguments: Any) -> nn.Module:
+    """The module that an option makes. Raises TypeError, by name, where it makes none."""
+    of = "of a number of channels" if arguments else "without arguments"
+    try:
+        module = make(*arguments)
+    except TypeError as error:
+        raise TypeError(f"{name} must make a torch.nn.Module, called {of}, got {short(make)}: {error}") from error
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"{name} must make a torch.nn.Module, called {of}, got {short(make)}: it makes {short(module)}")
+    return module
 
 
 def unit_options(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -107,10 +174,27 @@ def check_options(layer: nn.Module, options: Mapping[str, Any], valid: type) -> 
         )
 
 
-def check_map(x: Tensor, channels: int) -> None:
-    """Raises ValueError where x is not [B, channels, H, W]."""
+def check_map(x: Any, channels: int) -> None:
+    """Raises TypeError or ValueError where x is not [B, channels, H, W]; what `torch.fx` hands on is not looked at."""
+    if is_proxy(x):
+        return
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a torch.Tensor [B, {channels}, H, W], got {type(x).__name__}")
+    if not x.is_floating_point() or x.layout != torch.strided or x.is_nested:
+        raise TypeError(f"x must be a dense tensor of real floating-point numbers, got {x.dtype}, {x.layout}")
     if x.dim() != 4 or x.shape[1] != channels or x.shape[2] < 1 or x.shape[3] < 1:
         raise ValueError(f"x must be [B, {channels}, H, W] with H, W of at least 1, got {tuple(x.shape)}")
+
+
+def check_size(size: Any) -> None:
+    """Raises TypeError or ValueError where (H, W) is no pair of integers of at least 1; tracers' values pass."""
+    if wants_torch_operators() or is_proxy(size) or (isinstance(size, Sequence) and any(map(is_proxy, size))):
+        return
+    if not isinstance(size, (tuple, list)):
+        raise TypeError(f"size must be a pair of integers (H, W), got {short(size)}")
+    height, width = pair("size", size)
+    if is_known_to_be(height < 1) or is_known_to_be(width < 1) or is_known_to_be(height * width >= MOST**2):
+        raise ValueError(f"size must be at least (1, 1) and have less than 2**40 pixels, got {(height, width)}")
 
 
 def make_partition(pattern: str, size: tuple[int, int], partition_size: tuple[int, int]) -> Partition:
@@ -190,19 +274,21 @@ class _BuffersCopied:
 
 def one_of(name: str, value: str, valid: Collection[str]) -> str:
     """The value. Raises ValueError where it is not among the valid ones."""
-    if value not in valid:
+    if not isinstance(value, str) or value not in valid:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, valid))}, got {value!r}")
     return value
 
 
 def check_partition_size(value: Any) -> tuple[int, int]:
     """(P_h, P_w) of a pair, or of one integer for both. Raises ValueError where it is neither."""
-    pair = (value, value) if type(value) is int else value
-    if not isinstance(pair, Sequence) or len(pair) != 2 or not all(type(p) is int and p >= 1 for p in pair):
+    both = (value, value) if type(value) is int else value
+    if not isinstance(both, Sequence) or len(both) != 2 or not all(type(p) is int and p >= 1 for p in both):
         raise ValueError(
-            f"partition_size must be two integers (P_h, P_w) of at least 1, or one for both, got {value!r}"
+            f"partition_size must be two integers (P_h, P_w) of at least 1, or one for both, got {short(value)}"
         )
-    return pair[0], pair[1]
+    if max(both) > LONGEST:
+        raise ValueError(f"partition_size must be at most {LONGEST}, got {short(value)}")
+    return both[0], both[1]
 
 
 def each_partition_size(value: PartitionSize | Sequence[PartitionSize]) -> tuple[tuple[int, int], ...]:
@@ -223,5 +309,29 @@ def check_heads(num_heads: int, **widths: int) -> None:
 def check_widths(**widths: int) -> None:
     """Raises ValueError, by name, where a width is no integer of at least 1."""
     for name, width in widths.items():
-        if not isinstance(width, int) or width < 1:
-            raise ValueError(f"{name} must be an integer of at least 1, got {width!r}")
+        if type(width) is not int or width < 1:
+            raise ValueError(f"{name} must be an integer of at least 1, got {short(width)}")
+        if width > MOST:
+            raise ValueError(f"{name} must be at most {MOST}, got {short(width)}")
+
+
+def check_flag(name: str, value: bool) -> bool:
+    """The value. Raises TypeError, by name, where it is neither True nor False."""
+    if type(value) is not bool:
+        raise TypeError(f"{name} must be True or False, got {short(value)}")
+    return value
+
+
+def check_probability(name: str, value: float) -> float:
+    """The value. Raises TypeError or ValueError, by name, where it is no number from 0 to 1."""
+    if type(value) not in (int, float):
+        raise TypeError(f"{name} must be a number from 0 to 1, got {short(value)}")
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} must be a number from 0 to 1, got {short(value)}")
+    return value
+
+
+def check_module(name: str, value: Any) -> None:
+    """Raises TypeError, by name, where a value is no torch.nn.Module."""
+    if not isinstance(value, nn.Module):
+        raise TypeError(f"{name} must be a torch.nn.Module, got {type(value).__name__}")

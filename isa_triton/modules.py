@@ -18,15 +18,19 @@ from .maps import (
     PATTERNS,
     RELU,
     Activation,
+    Attends,
     Conv1x1,
     ConvNormReLU,
     NormLayer,
     PartitionSize,
     attend_maps,
+    check_flag,
     check_heads,
     check_map,
     check_options,
     check_partition_size,
+    check_probability,
+    check_size,
     check_widths,
     crop,
     each_partition_size,
@@ -57,7 +61,7 @@ class ISAOptions(StageOptions, total=False):
     order: str
 
 
-class SelfAttention2d(nn.Module):
+class SelfAttention2d(Attends):
     """One attention stage over a partition of the map: projections, attention, output projection.
 
     The paper's stage (arXiv 1907.12273, section 3.1; the authors' SelfAttentionBlock2D): key and query are two
@@ -118,8 +122,8 @@ class SelfAttention2d(nn.Module):
         self.pattern = one_of("pattern", pattern, PATTERNS)
         self.partition_size = check_partition_size(partition_size)
         self.padding = one_of("padding", padding, ("zeros", "mask"))
-        self.backend = check_backend(backend)
-        self.recompute = recompute
+        self._backend = check_backend(backend)
+        self.recompute = check_flag("recompute", recompute)
 
         def project(c: int, out: int) -> ConvNormReLU:
             return ConvNormReLU(Conv1x1(c, out), norm_layer, activation)
@@ -139,7 +143,7 @@ class SelfAttention2d(nn.Module):
         recompute = self.recompute and torch.is_grad_enabled() and not torch.compiler.is_compiling()
         q, k = (recomputed(f, x) if recompute else f(x) for f in (self.query, self.key))
         partition = self.partition((x.shape[2], x.shape[3]))
-        y = self.output(attend_maps(q, k, self.value(x), partition, self.num_heads, self.backend))
+        y = self.output(attend_maps(q, k, self.value(x), partition, self.num_heads, self._backend))
         return crop(y, size) if padded else y
 
     def partition(self, size: tuple[int, int]) -> Partition:
@@ -151,7 +155,7 @@ class SelfAttention2d(nn.Module):
         return f"pattern={self.pattern!r}, partition_size={self.partition_size}{heads}, padding={self.padding!r}"
 
 
-class InterlacedSparseSelfAttention(nn.Module):
+class InterlacedSparseSelfAttention(Attends):
     """Interlaced sparse self-attention: a long-range and a short-range stage, cascaded without a residual.
 
     Every output pixel sees every input pixel through exactly one intermediate pixel, at O(HW sqrt(HW)) cost instead
@@ -223,7 +227,7 @@ class InterlacedSparseSelfAttention(nn.Module):
         return f"order={self.order!r}"
 
 
-class ISAModule(nn.Module):
+class ISAModule(Attends):
     """The block the paper inserts into a network: ISA beside its input, fused by conv1x1 + BN + ReLU + dropout.
 
     Args:
@@ -260,6 +264,7 @@ class ISAModule(nn.Module):
     ) -> None:
         super().__init__()
         check_options(self, options, ISAOptions)
+        check_widths(out_channels=out_channels)
         widths, sizes = (in_channels, key_channels, value_channels, out_channels), each_partition_size(partition_size)
         self.branches = nn.ModuleList(
             InterlacedSparseSelfAttention(*widths, partition_size=size, **options) for size in sizes
@@ -272,14 +277,14 @@ class ISAModule(nn.Module):
 
         self.expand = nn.Identity() if n == 1 else project(in_channels, expanded)
         self.fuse = project(expanded + n * out_channels, out_channels)
-        self.dropout = nn.Dropout2d(dropout)
+        self.dropout = nn.Dropout2d(check_probability("dropout", dropout))
 
     def forward(self, x: Tensor) -> Tensor:
         contexts = [branch(x) for branch in self.branches]
         return self.dropout(self.fuse(self.expand(x), *contexts))
 
 
-class ISAHead(nn.Module):
+class ISAHead(Attends):
     """The segmentation head: conv3x3 + BN + ReLU, ISA module, classifier, bilinear upsampling.
 
     Args:
@@ -318,7 +323,7 @@ class ISAHead(nn.Module):
         super().__init__()
         check_options(self, options, ISAOptions)
         check_widths(in_channels=in_channels, channels=channels, num_classes=num_classes)
-        self.align_corners = align_corners
+        self.in_channels, self.align_corners = in_channels, check_flag("align_corners", align_corners)
         reduce = nn.Conv2d(in_channels, channels, 3, padding=1, bias=False)
         self.reduce = ConvNormReLU(reduce, **unit_options(options))
         widths = channels, key_channels, channels, channels
@@ -326,6 +331,9 @@ class ISAHead(nn.Module):
         self.classifier = Conv1x1(channels, num_classes, bias=True)
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        check_map(x, self.in_channels)
+        if size is not None:
+            check_size(size)
         logits = self.classifier(self.isa(self.reduce(x)))
         if size is None:
             return logits

@@ -183,7 +183,7 @@ class Partition(NamedTuple):
             12
         """
         (height, width), (part_h, part_w) = _checked(size, "window", window)
-        shift_h, shift_w = _pair("shift", shift)
+        shift_h, shift_w = pair("shift", shift)
         if not (0 <= shift_h < part_h and 0 <= shift_w < part_w):
             raise ValueError(f"shift must be at least (0, 0) and less than the window {window}, got {shift}")
         return cls(Axis.local(height, part_h, shift_h), Axis.local(width, part_w, shift_w))
@@ -203,7 +203,7 @@ class Partition(NamedTuple):
             >>> Partition.rows((2, 3)).groups, Partition.rows((2, 3)).tokens
             (2, 3)
         """
-        height, width = _pair("size", size)
+        height, width = pair("size", size)
         return cls.local((height, width), (1, width))
 
     @classmethod
@@ -221,7 +221,7 @@ class Partition(NamedTuple):
             >>> Partition.columns((2, 3)).groups, Partition.columns((2, 3)).tokens
             (3, 2)
         """
-        height, width = _pair("size", size)
+        height, width = pair("size", size)
         return cls.local((height, width), (height, 1))
 
     @classmethod
@@ -239,7 +239,8 @@ class Partition(NamedTuple):
             >>> Partition.dense((2, 3)).groups, Partition.dense((2, 3)).tokens
             (1, 6)
         """
-        return cls.local(size, size)
+        height, width = pair("size", size)
+        return cls.local((height, width), (height, width))
 
     @property
     def size(self) -> tuple[int, int]:
@@ -401,11 +402,12 @@ def _pieces(partition: Partition) -> tuple[tuple[Run, Run], ...]:
     return tuple(product(partition.h.runs(), partition.w.runs()))
 
 
-def _pair(name: str, pair: Any) -> tuple[int, int]:
+def pair(name: str, values: Any) -> tuple[int, int]:
+    """Two integers as Python's own, or a compiler's symbols. Raises TypeError, by name, where they are none."""
     try:
-        first, second = map(_whole, pair)
+        first, second = map(_whole, values)
     except (TypeError, ValueError) as error:
-        raise TypeError(f"{name} must be a pair of integers (h, w), got {pair!r}") from error
+        raise TypeError(f"{name} must be a pair of integers (h, w), got {values!r}") from error
     return first, second
 
 
@@ -422,8 +424,8 @@ def _whole(number: Any) -> int:
 
 
 def _checked(size: Any, name: str, parts: Any) -> tuple[tuple[int, int], tuple[int, int]]:
-    height, width = _pair("size", size)
-    part_h, part_w = _pair(name, parts)
+    height, width = pair("size", size)
+    part_h, part_w = pair(name, parts)
     if height < 1 or width < 1:
         raise ValueError(f"size must be at least (1, 1), got {(height, width)}")
     if not (1 <= part_h <= height and 1 <= part_w <= width):

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 import isa_triton
 import reference
-from isa_triton import InterlacedSparseSelfAttention, ISAHead, ISAModule, SelfAttention2d
+from isa_triton import InterlacedSparseSelfAttention, ISAHead, ISAModule, SelfAttention2d, set_backend
+from isa_triton.inference import fuse
 from isa_triton.maps import Conv1x1
 from tests.cases import assert_same, outputs_and_gradients, relative_error, with_random_statistics
 
@@ -233,3 +234,24 @@ def test_every_pixel_reaches_every_pixel() -> None:
         changed = x.clone()
         changed[:, :, y, column] += 1
         assert (layer(x) != layer(changed)).any(1).all()
+
+
+def test_one_assignment_sets_the_backend_of_all_stages_inside() -> None:
+    head = ISAHead(6, 6, 3, key_channels=4, partition_size=((2, 3), (3, 2)))
+    stages = [part for part in head.modules() if isinstance(part, SelfAttention2d)]
+    assert (len(stages), head.backend, head.isa.branches[1].backend) == (4, "auto", "auto")
+    branches: Any = head.isa.branches
+    branches[1].backend = "triton"
+    assert [stage.backend for stage in stages] == ["auto", "auto", "triton", "triton"]
+    assert head.backend == "auto, triton"
+    head.backend = "eager"
+    assert {stage.backend for stage in stages} == {"eager"}
+    folded: Any = fuse(head)
+    assert set_backend(nn.Sequential(folded, head), "triton")[0] is folded
+    assert [part.backend for part in (folded, head)] == ["triton", "triton"]
+    with pytest.raises(ValueError, match=r"backend='triton' cannot be had"):
+        head.double()(torch.randn(2, 6, 7, 9, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"backend must be one of 'auto', 'triton', 'eager', got 'gpu'"):
+        set_backend(folded, "gpu")
+    with pytest.raises(ValueError, match=r"network must hold a layer of isa_triton that attends, got ReLU"):
+        set_backend(nn.ReLU(), "eager")

@@ -24,7 +24,7 @@ def check_backend(backend: str) -> str:
         >>> check_backend("eager")
         'eager'
     """
-    if backend not in BACKENDS:
+    if not isinstance(backend, str) or backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
     return backend
 

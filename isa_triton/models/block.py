@@ -10,13 +10,22 @@ from typing import Any, TypeVar, Unpack
 from torch import Tensor, nn
 
 from .._tracing import is_proxy
-from ..maps import Conv1x1, ConvNormReLU, PartitionSize, check_options, unit_options
+from ..maps import (
+    Attends,
+    Conv1x1,
+    ConvNormReLU,
+    PartitionSize,
+    check_module,
+    check_options,
+    check_widths,
+    unit_options,
+)
 from ..modules import InterlacedSparseSelfAttention, ISAOptions
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
-class ISABlock(nn.Module):
+class ISABlock(Attends):
     """ISA in residual form, x + BN(W ISA(x)), whose batch normalisation starts at zero: the identity at first.
 
     The non-local block's way into a trained network (Wang et al., arXiv 1711.07971, section 3.3), around ISA.
@@ -52,6 +61,7 @@ class ISABlock(nn.Module):
     ) -> None:
         super().__init__()
         check_options(self, options, ISAOptions)
+        check_widths(channels=channels, key_channels=key_channels, value_channels=value_channels)
         widths = channels, key_channels, value_channels, value_channels
         self.isa = InterlacedSparseSelfAttention(*widths, partition_size=partition_size, **options)
         linear = unit_options(options) | {"activation": nn.Identity}
@@ -90,8 +100,7 @@ def insert(model: Model, after: str, block: nn.Module) -> Model:
         >>> model = torchvision.models.detection.maskrcnn_resnet50_fpn()  # doctest: +SKIP
         >>> insert(model, after="backbone.body.layer3.4", block=ISABlock(1024))  # doctest: +SKIP
     """
-    if not isinstance(block, nn.Module):
-        raise TypeError(f"block must be a torch.nn.Module, got {type(block).__name__}")
+    check_module("block", block)
     module = find(model, after)
     parent, _, name = after.rpartition(".")
     model.get_submodule(parent).register_module(name, nn.Sequential(module, block).train(module.training))
@@ -112,6 +121,9 @@ def find(model: nn.Module, name: str) -> nn.Module:
         >>> find(nn.Sequential(nn.Sequential(nn.ReLU())), "0.0")
         ReLU()
     """
+    check_module("model", model)
+    if not isinstance(name, str):
+        raise TypeError(f"after must be the name of a module, got {name!r}")
     module, found = model, ""
     for part in name.split("."):
         children = dict(module.named_children())

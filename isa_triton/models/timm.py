@@ -22,7 +22,7 @@ from .._extras import install
 from .._tracing import is_inference, is_known_to_be, is_plain, is_recorded, leaf_of_fx, wants_torch_operators
 from ..backend import check_backend
 from ..functional import partitioned_attention
-from ..maps import at_most, unpad
+from ..maps import at_most, check_module, unpad
 from ..partition import Axis, Partition, ceil_div
 
 try:
@@ -55,7 +55,7 @@ def accelerate(model: Model, *, backend: str = "auto") -> Model:
     "rw" kind, whose pooling is timm's own, multiples of 32 do.
 
     Args:
-        model: of the MaxViT, MaxxViT, CoAtNet or Swin families of timm, or any network that holds their blocks.
+        model: of the MaxViT, MaxxViT or Swin families of timm, or any network that holds their blocks.
         backend: of `partitioned_attention`.
 
     Returns:
@@ -70,6 +70,7 @@ def accelerate(model: Model, *, backend: str = "auto") -> Model:
         >>> model(torch.randn(1, 3, 256, 320)).shape  # doctest: +SKIP
         torch.Size([1, 1000])
     """
+    check_module("model", model)
     check_backend(backend)
     blocks = [module for module in model.modules() if _ours(module, _BLOCKS) and _attentions(module)]
     if not blocks:
@@ -90,6 +91,7 @@ def restore(model: Model) -> Model:
         >>> restore(accelerate(model)) is model  # doctest: +SKIP
         True
     """
+    check_module("model", model)
     for module in model.modules():
         for theirs, ours in (_BLOCKS | _ATTENTIONS).items():
             if type(module) is ours:

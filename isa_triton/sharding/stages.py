@@ -143,7 +143,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, stage: SelfAttention2d, step: tuple
     """Attention [B, V, h, w] on what may be no pixels at all: then that of a batch of no maps, for the graph's sake."""
     B, V, h, w = v.shape
     if h * w > 0:
-        return attend_maps(q, k, v, make_partition(stage.pattern, (h, w), step), stage.num_heads, stage.backend)
+        return attend_maps(q, k, v, make_partition(stage.pattern, (h, w), step), stage.num_heads, stage._backend)
     q, k, v = (x.reshape(0, x.shape[1], 1, 1) for x in (q, k, v))
-    none = attend_maps(q, k, v, make_partition("dense", (1, 1), step), stage.num_heads, stage.backend)
+    none = attend_maps(q, k, v, make_partition("dense", (1, 1), step), stage.num_heads, stage._backend)
     return none.reshape(B, V, h, w)

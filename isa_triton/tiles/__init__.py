@@ -142,16 +142,22 @@ def entry(target: str, step: str, key_width: int, value_width: int, dtype: str, 
         tokens: of a group, those outside the map counted.
 
     Raises:
-        ValueError: an unknown step or dtype.
+        TypeError: a target that is no string.
+        ValueError: an unknown step or dtype, a width or number of tokens below 1.
         LookupError: the step does not serve such groups; of "group" and "values" only.
 
     Examples:
         >>> entry("sm_89", "forward", 256, 512, "bfloat16", tokens=49).target
         'sm_86'
     """
-    if step not in STEPS:
+    if not isinstance(target, str):
+        raise TypeError(f"target must be the name of an architecture, got {target!r}")
+    if not isinstance(step, str) or step not in STEPS:
         raise ValueError(f"step must be one of {STEPS}, got {step!r}")
-    if dtype not in ARITHMETIC:
+    for name, number in {"key_width": key_width, "value_width": value_width, "tokens": tokens}.items():
+        if type(number) is not int or number < 1:
+            raise ValueError(f"{name} must be an integer of at least 1, got {number!r}")
+    if not isinstance(dtype, str) or dtype not in ARITHMETIC:
         raise ValueError(f"dtype must be one of {tuple(ARITHMETIC)}, got {dtype!r}")
     return _lookup(target, step, key_width, value_width, dtype, tokens)
 
