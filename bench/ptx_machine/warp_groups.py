@@ -1,0 +1,233 @@
+"""wgmma: matrix products of 4 warps, beside them (PTX ISA: Asynchronous Warpgroup Level Matrix Instructions).
+
+A product is computed when it is issued, and watched until its wait: nobody may touch its accumulators and the operands
+in its registers, or write its operands in shared memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from bench.ptx_machine.descriptors import WARP_GROUPS, matrix
+from bench.ptx_machine.faults import Fault, Unsupported
+from bench.ptx_machine.forms import Execute, form
+from bench.ptx_machine.matrices import COLUMN, ROW, left_operand, parts_of
+from bench.ptx_machine.parse import Instruction, Module, Operand, Register, Vector
+from bench.ptx_machine.registers import Array, reader, writer
+from bench.ptx_machine.threads import WARP_GROUP, Threads
+
+SECTION = "Asynchronous Warpgroup Level Matrix Instructions: "
+
+
+# -- registers that a unit uses ----------------------------------------------------------------------------------------
+
+
+def used_beside(instruction: Instruction) -> Iterator[Register]:
+    """The registers that are in use after an instruction, until a wait."""
+    if instruction.opcode.startswith("wgmma.mma_async"):
+        operands = instruction.operands[:2]
+    elif instruction.opcode.startswith("tcgen05.ld"):
+        operands = instruction.operands[:1]
+    else:
+        return
+    for operand in operands:
+        if isinstance(operand, Vector):
+            yield from (part for part in operand.parts if isinstance(part, Register))
+
+
+class InUse:
+    """How many instructions under way use each of those registers, and which were written since the last wgmma.fence.
+
+    Attributes:
+        place: of a register's row, its row here.
+    """
+
+    def __init__(self, s: Threads) -> None:
+        rows = dict.fromkeys(r.row for each in s.module.instructions for r in used_beside(each))
+        self.place = {row: i for i, row in enumerate(rows)}
+        self.users = np.zeros((len(rows), s.n), np.int16)
+        self.unfenced = np.zeros((len(rows), s.n), bool)
+        self.any = False
+
+    def places(self, registers: Iterator[Register]) -> list[int]:
+        return [self.place[r.row] for r in registers]
+
+    def end(self, s: Threads) -> None:
+        """Programs end with all their work done."""
+        if self.users.any():
+            raise Fault(f"{s.module.name} ends before its matrix instructions do")
+
+
+def watched(module: Module, instruction: Instruction, execute: Execute) -> Execute:
+    """An instruction that may not touch registers which another one uses."""
+    names = {r.name for each in module.instructions for r in used_beside(each)} if _has_units(module) else set[str]()
+    touched = [r for r in _registers(instruction) if r.width == 32 and r.name in names]
+    if not touched or next(used_beside(instruction), None):
+        return execute
+    written = {r.name for r in _written(instruction)}
+    changed = [r for r in touched if r.name in written]
+
+    def check(s: Threads) -> None:
+        unit: InUse = s.unit(InUse)
+        if unit.any and unit.users[unit.places(iter(touched))][:, s.lanes].any():
+            raise Fault("a register is used before the wait for the matrix instruction that uses it")
+        if changed:
+            for place in unit.places(iter(changed)):
+                unit.unfenced[place, s.lanes] = True
+        execute(s)
+
+    return check
+
+
+def _has_units(module: Module) -> bool:
+    return any(next(used_beside(each), None) for each in module.instructions)
+
+
+def _registers(instruction: Instruction) -> Iterator[Register]:
+    for operand in instruction.operands:
+        parts = operand.parts if isinstance(operand, Vector) else (getattr(operand, "base", operand),)
+        yield from (part for part in parts if isinstance(part, Register))
+
+
+def _written(instruction: Instruction) -> Iterator[Register]:
+    first = instruction.operands[:1]
+    if not instruction.opcode.startswith(("st.", "stmatrix", "red.", "tcgen05.st")):
+        yield from _registers(Instruction("", first, None, False, ""))
+
+
+# -- products ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Product:
+    """One of each of some warp groups: their first threads, groups of products, places read, and registers in use."""
+
+    first: Array
+    group: Array
+    rows: list[Array]
+    registers: list[int]
+
+
+class Products:
+    """Those under way, and how many groups each thread has committed."""
+
+    def __init__(self, s: Threads) -> None:
+        self.committed, self.flying = np.zeros(s.n, np.int64), list[Product]()
+
+    def end(self, s: Threads) -> None:
+        """Their registers are watched."""
+
+
+@form(r"wgmma\.fence\.sync\.aligned", "", SECTION + "wgmma.fence")
+def fence(operands: tuple[Operand, ...]) -> Execute:
+    def execute(s: Threads) -> None:
+        s.whole()
+        s.unit(InUse).unfenced[:, s.lanes] = False
+
+    return execute
+
+
+@form(r"wgmma\.commit_group\.sync\.aligned", "", SECTION + "wgmma.commit_group")
+def commit(operands: tuple[Operand, ...]) -> Execute:
+    def execute(s: Threads) -> None:
+        s.whole()
+        s.unit(Products).committed[s.lanes] += 1
+
+    return execute
+
+
+@form(r"wgmma\.wait_group\.sync\.aligned", "#", SECTION + "wgmma.wait_group")
+def wait(operands: tuple[Operand, ...]) -> Execute:
+    newest = int(operands[0].text, 0)  # type: ignore[union-attr]
+
+    def execute(s: Threads) -> None:
+        s.whole(WARP_GROUP)
+        unit, use, waits, left = s.unit(Products), s.unit(InUse), np.zeros(s.n, bool), list[Product]()
+        waits[s.lanes] = True
+        for product in unit.flying:
+            done = waits[product.first] & (product.group < unit.committed[product.first] - newest)
+            threads = (product.first[done][:, None] + np.arange(WARP_GROUP)).reshape(-1)
+            for register in product.registers if done.any() else ():
+                use.users[register, threads] -= 1
+            for rows in product.rows:
+                s.shared.release(rows[done])
+                first = product.first[done]
+                s.shared.read_by_warp_groups(s.thread[first], s.program[first], rows[done])
+            if not done.all():
+                rest = [rows[~done] for rows in product.rows]
+                left.append(Product(product.first[~done], product.group[~done], rest, product.registers))
+        unit.flying = left
+        use.any = bool(left)
+
+    return execute
+
+
+SHAPE = r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k(16|8)\.f32\."
+HALF, WHOLE = r"(f16|bf16)\.\3", r"(tf32)\.\3"
+Left = Callable[[Threads, Array], tuple[Array, list[Array]]]  # matrices and the places where they were read
+
+
+@form(SHAPE + HALF, "{} a a a # # # #", SECTION + "wgmma.mma_async")
+@form(SHAPE + WHOLE, "{} a a a # #", SECTION + "wgmma.mma_async")
+def multiply_shared(operands: tuple[Operand, ...], columns: str, depth: str, kind: str) -> Execute:
+    """d (+)= a b, both in shared memory."""
+    turned, a = _turned(operands[4:], 2), reader(operands[1], "b64")
+
+    def left(s: Threads, first: Array) -> tuple[Array, list[Array]]:
+        found, rows = matrix(s, s.program[first], s.spread(a(s))[::WARP_GROUP], WARP_GROUPS, kind, (64, int(depth)), turned[0])
+        return found, [rows]
+
+    return _product(operands, int(columns), int(depth), kind, turned[1], left)
+
+
+@form(SHAPE + HALF, "{} {} a a # # #", SECTION + "wgmma.mma_async")
+@form(SHAPE + WHOLE, "{} {} a a # #", SECTION + "wgmma.mma_async")
+def multiply_registers(operands: tuple[Operand, ...], columns: str, depth: str, kind: str) -> Execute:
+    """The same, a in registers."""
+    turned, gets = _turned(operands[4:], 1), [reader(x, "b32") for x in parts_of(operands[1], 4)]
+
+    def left(s: Threads, first: Array) -> tuple[Array, list[Array]]:
+        return left_operand(s, gets, kind).reshape(len(first), 64, int(depth)), []
+
+    return _product(operands, int(columns), int(depth), kind, turned[0], left)
+
+
+def _turned(numbers: tuple[Operand, ...], count: int) -> list[bool]:
+    """Which operands lie with their rows along memory; both factors must be 1."""
+    factors, turned = [x.text for x in numbers[:2]], [x.text for x in numbers[2:]]  # type: ignore[union-attr]
+    if factors != ["1", "1"] or set(turned) - {"0", "1"}:
+        raise Unsupported(f"wgmma with the numbers {factors} and {turned}")
+    return [x == "1" for x in turned] or [False] * count
+
+
+def _product(operands: tuple[Operand, ...], columns: int, depth: int, kind: str, turned: bool, left: Left) -> Execute:
+    if depth * (4 if kind == "tf32" else 2) != 32:
+        raise Unsupported(f"wgmma of {depth} columns of {kind}")
+    sums = parts_of(operands[0], columns // 2)
+    puts, gets = [writer(x, "f32") for x in sums], [reader(x, "f32") for x in sums]
+    b, keeps = reader(operands[2], "b64"), reader(operands[3], "pred")
+    own = [x for operand in operands[:2] if isinstance(operand, Vector) for x in operand.parts if isinstance(x, Register)]
+
+    def execute(s: Threads) -> None:
+        groups = s.whole(WARP_GROUP)
+        first, use = s.numbers()[::WARP_GROUP], s.unit(InUse)
+        registers = use.places(iter(own))
+        if use.unfenced[registers][:, s.lanes].any():
+            raise Fault("no wgmma.fence between a write of a register and the matrix instruction that uses it")
+        a, rows = left(s, first)
+        right, more = matrix(s, s.program[first], s.spread(b(s))[::WARP_GROUP], WARP_GROUPS, kind, (columns, depth), turned)
+        total = (a @ right.swapaxes(1, 2)).reshape(4 * groups, 16, columns)
+        keep = s.by_warp(keeps(s))
+        for i, (put, get) in enumerate(zip(puts, gets, strict=True)):
+            new = total[:, ROW + i // 2 % 2 * 8, i // 4 * 8 + 2 * COLUMN + i % 2]
+            put(s, (new + np.where(keep, s.by_warp(get(s)), np.float32(0))).astype(np.float32).reshape(-1))
+        for register in registers:
+            use.users[register, s.lanes] += 1
+        use.any = True
+        unit = s.unit(Products)
+        unit.flying.append(Product(first, unit.committed[first], [*rows, more], registers))
+
+    return execute
