@@ -24,10 +24,7 @@ def barrier(operands: tuple[Operand, ...]) -> Execute:
         raise Unsupported(f"barrier {operands[0]}")
 
     def execute(s: Threads) -> None:
-        arrived = np.bincount(s.program[s.lanes], minlength=s.programs)
-        if ((arrived != 0) & (arrived != s.threads)).any():
-            raise Fault("not all threads of a program reach a barrier")
-        programs = np.flatnonzero(arrived)
+        programs = s.wait()
         s.shared.meet(programs)
         for work in list(s.unit(MemoryBarriers).works):
             work.meet(s, programs)
@@ -119,7 +116,7 @@ class MemoryBarriers:
         if address not in self.count or (self.count[address][program] < 0).any():
             raise Fault(f"there is no barrier at {address} of shared memory")
 
-    def arrive(self, address: int, program: Array, works: Collection[Work]) -> None:
+    def arrive(self, s: Threads, address: int, program: Array, works: Collection[Work]) -> None:
         """Once, for each of some programs, when works are done: at once, though nobody knows before a wait."""
         self.check(address, program)
         self.stand_for.setdefault(address, []).extend((work, program, self.phase[address][program]) for work in works)
@@ -127,6 +124,7 @@ class MemoryBarriers:
         pending[program] -= 1
         ended = program[pending[program] == 0]
         self.phase[address][ended] += 1
+        s.happened += 1
         pending[ended] = self.count[address][ended]
 
     def see(self, s: Threads, address: int, lanes: Array) -> None:
@@ -205,5 +203,6 @@ def try_wait(operands: tuple[Operand, ...]) -> Execute:
             done = some[over[some]]
             unit.see(s, address, lanes[done])
         put(s, over)
+        s.spinning[lanes[~over]] = True
 
     return execute

@@ -23,7 +23,7 @@ from bench.ptx_machine.threads import EVERY, WARP, Threads
 INSTRUCTIONS = arithmetic, barriers, conversions, copies, matrices, moves, tensor_cores, warp_groups, warps
 TOGETHER = 1 << 14  # threads that run together
 SHARED = 1 << 23  # bytes of shared memory that they have at most
-JUMPS = ("bra", "bra.uni", "ret", "exit")
+JUMPS = ("bra", "bra.uni", "ret", "exit", "bar.sync", "barrier.sync.aligned")  # where threads may part
 PATIENCE = 1 << 20  # jumps of a program, of which none takes as many
 
 
@@ -116,10 +116,16 @@ def execute(text: str, grid: tuple[int, int, int], shared: int, parameters: byte
 
 def run(steps: tuple[Step, ...], s: Threads, executed: Counter[str]) -> None:
     """Run some programs to their end."""
-    leaders, jumps = {*s.module.labels.values()}, 0
+    leaders, jumps, happened = {*s.module.labels.values()}, 0, -1
     while s.on.any():
-        pc = int(s.pc[s.on].min())
-        here = s.on & (s.pc == pc)
+        ready = s.on & ~s.waiting & ~s.spinning
+        if not ready.any():
+            if not s.spinning.any() or s.happened == happened:
+                raise Fault(f"{s.module.name}: not all threads of a program reach a barrier")
+            s.spinning[:], happened = False, s.happened
+            continue
+        pc = int(s.pc[ready].min())
+        here = ready & (s.pc == pc)
         lanes: Any = EVERY if here.all() else np.flatnonzero(here)
         jumps += 1
         if jumps > PATIENCE:

@@ -14,7 +14,7 @@ from bench.ptx_machine.faults import Fault, Unsupported
 from bench.ptx_machine.forms import Execute, form
 from bench.ptx_machine.matrices import parts_of
 from bench.ptx_machine.moves import addresses
-from bench.ptx_machine.parse import Operand
+from bench.ptx_machine.parse import Operand, Register
 from bench.ptx_machine.registers import Array, numbers, reader, writer
 from bench.ptx_machine.threads import LANE, WARP, Threads
 from bench.ptx_machine.warp_groups import InUse
@@ -39,7 +39,6 @@ class TensorMemory:
         self.data = np.zeros((s.programs, LANES, COLUMNS), np.uint32)
         self.wrote_at, self.read_at = np.zeros((2, s.programs, 4, COLUMNS), np.int32)
         self.storing, self.loading = np.zeros((2, s.programs, 4, COLUMNS), bool)
-        self.registers: list[tuple[list[int], Array]] = []  # loaded and not waited for
 
     def check(self, s: Threads, program: Array, first: int, last: int) -> None:
         """That columns are allocated."""
@@ -88,115 +87,107 @@ def free(operands: tuple[Operand, ...]) -> Execute:
         met = s.shared.met[program][:, None, None]
         if unit.storing[program].any() or unit.loading[program].any() or (unit.read_at[program] >= met).any():
             raise Fault("tensor memory: given back while it is in use")
-        _check_products(s, s.numbers()[::WARP], 0, COLUMNS)
+        _check_products(s, s.numbers(), np.tile(np.arange(COLUMNS), (len(program), 1)))
         unit.columns[program] = 0
 
     return execute
 
 
-def _check_products(s: Threads, lanes: Array, first: int, last: int) -> None:
-    """That no product is writing columns, as far as some threads know."""
+def _check_products(s: Threads, lanes: Array, columns: Array) -> None:
+    """That no product is writing [warps, columns], as far as some threads know."""
     for work in s.unit(MemoryBarriers).works:
-        if work.columns[0] < last and first < work.columns[1]:
-            at = np.full(s.programs, -1)
-            at[work.program] = np.arange(len(work.program))
-            of = at[s.program[lanes]]
-            if not work.seen[of, s.thread[lanes]][of >= 0].all():
-                raise Fault("tensor memory: used before the wait for the product that writes it")
+        first, last = work.columns
+        warps = ((columns >= first) & (columns < last)).any(1)
+        at = np.full(s.programs, -1)
+        at[work.program] = np.arange(len(work.program))
+        some = lanes.reshape(len(columns), -1)[warps].reshape(-1)
+        of = at[s.program[some]]
+        if not work.seen[of, s.thread[some]][of >= 0].all():
+            raise Fault("tensor memory: used before the wait for the product that writes it")
 
 
 # -- threads and tensor memory -----------------------------------------------------------------------------------------
 
 
 
-def _cells(s: Threads, shape: str, address: Array, count: int, split: int) -> tuple[Array, Array, list[tuple[int, int]]]:
-    """Of each thread the lane and the columns, [warps, 32] and [warps, 32, count], that it reaches, and their ranges.
+def _cells(s: Threads, address: Array, count: int, split: int | None) -> tuple[Array, Array, tuple[Array, ...]]:
+    """Of each thread the lane, [warps, 32], and the columns, [warps, 32, count], that it reaches.
 
-    With 16x32bx2 the upper half of a warp is at the lanes of the lower one, `split` columns further.
+    Also what each warp does: program, quarter and columns, [warps, 1 or columns].
+
+    Args:
+        split: of 16x32bx2: the upper half of a warp is at the lanes of the lower one, so many columns further.
     """
-    warps, taddr = s.whole(), s.by_warp(address)
-    first, quarter = taddr & np.uint32(0xFFFF), s.of(s.warp)[::WARP] % 4
-    if (taddr != taddr[:, :1]).any() or (first != first[:1]).any():
-        raise Fault("tensor memory: threads of a warp, or warps, give several addresses")
-    base = (taddr[:, 0] >> np.uint32(16)).astype(np.int64)
-    if (base != quarter * 32).any():
+    s.whole()
+    taddr, lanes = s.by_warp(address).astype(np.int64), s.numbers()[::WARP]
+    program, quarter = s.program[lanes][:, None], s.warp[lanes][:, None] % 4
+    if (taddr != taddr[:, :1]).any():
+        raise Fault("tensor memory: threads of a warp give several addresses")
+    first, base = taddr[:, :1] & 0xFFFF, taddr[:, :1] >> 16
+    if (base - quarter * 32 != 0).any() and (split is None or (base - quarter * 32 != 16).any()):
         raise Fault("tensor memory: a warp reaches the 32 lanes of its number modulo 4 only")
-    start = int(first[0, 0])
-    if shape == "32x32b":
-        lane, column, ranges = LANE, np.zeros(WARP, np.int64), [(start, start + count)]
-    else:
-        lane, column = LANE % 16, LANE // 16 * split
-        ranges = [(start, start + count), (start + split, start + split + count)]
-    columns = start + column[:, None] + np.arange(count)
-    return base[:, None] + lane, np.broadcast_to(columns, (warps, WARP, count)), ranges
+    halves = np.zeros(WARP, np.int64) if split is None else LANE // 16 * split
+    columns = first[:, :, None] + halves[:, None] + np.arange(count)
+    touched = columns[:, ::16].reshape(len(lanes), -1)
+    unit: TensorMemory = s.unit(TensorMemory)
+    if (touched >= unit.columns[program]).any():
+        raise Fault(f"tensor memory: column {int(touched.max())} of {int(unit.columns[program].min())}")
+    _check_products(s, s.numbers(), touched)
+    return base + (LANE if split is None else LANE % 16), columns, (program, quarter, touched)
 
 
-def _store(operands: tuple[Operand, ...], shape: str, count: int, split: int, values: Operand) -> Execute:
+def _store(operands: tuple[Operand, ...], count: int, split: int | None, values: Operand) -> Execute:
     at, gets = addresses(operands[0], "u32"), [reader(x, "b32") for x in parts_of(values, count)]  # type: ignore[arg-type]
 
     def execute(s: Threads) -> None:
-        lane, column, ranges = _cells(s, shape, at(s), count, split)
-        unit, lanes = s.unit(TensorMemory), s.numbers()
-        program, quarter = s.program[lanes[::WARP]], s.warp[lanes[::WARP]] % 4
-        for first, last in ranges:
-            unit.check(s, program, first, last)
-            _check_products(s, lanes, first, last)
-            if unit.loading[program, quarter, first:last].any():
-                raise Fault("tensor memory: written while it is loaded")
-            unit.storing[program, quarter, first:last] = True
+        unit, (lane, columns, here) = s.unit(TensorMemory), _cells(s, at(s), count, split)
+        if unit.loading[here].any():
+            raise Fault("tensor memory: written while it is loaded")
+        unit.storing[here] = True
         data = np.stack([s.by_warp(get(s)) for get in gets], 2)
-        unit.data[program[:, None, None], lane[:, :, None], column] = data
+        unit.data[here[0][:, :, None], lane[:, :, None], columns] = data
 
     return execute
 
 
-def _load(operands: tuple[Operand, ...], shape: str, count: int, split: int) -> Execute:
+def _load(operands: tuple[Operand, ...], count: int, split: int | None) -> Execute:
     parts = parts_of(operands[0], count)
     at, puts = addresses(operands[1], "u32"), [writer(x, "b32") for x in parts]  # type: ignore[arg-type]
+    own = [x for x in parts if isinstance(x, Register)]
 
     def execute(s: Threads) -> None:
-        lane, column, ranges = _cells(s, shape, at(s), count, split)
-        unit, use, lanes = s.unit(TensorMemory), s.unit(InUse), s.numbers()
-        program, quarter = s.program[lanes[::WARP]], s.warp[lanes[::WARP]] % 4
-        for first, last in ranges:
-            unit.check(s, program, first, last)
-            _check_products(s, lanes, first, last)
-            if unit.storing[program, quarter, first:last].any():
-                raise Fault("tensor memory: loaded before the wait for what is stored")
-            if not unit.wrote_at[program, quarter, first:last].all():
-                raise Fault("tensor memory: loaded before it is written")
-            unit.loading[program, quarter, first:last] = True
-            unit.read_at[program, quarter, first:last] = s.shared.now[program][:, None]
-        data = unit.data[program[:, None, None], lane[:, :, None], column]
-        registers = use.places(x for x in parts if hasattr(x, "row"))
+        unit, use, (lane, columns, here) = s.unit(TensorMemory), s.unit(InUse), _cells(s, at(s), count, split)
+        if unit.storing[here].any():
+            raise Fault("tensor memory: loaded before the wait for what is stored")
+        if not unit.wrote_at[here].all():
+            raise Fault("tensor memory: loaded before it is written")
+        unit.loading[here], unit.read_at[here] = True, s.shared.now[here[0]]
+        data = unit.data[here[0][:, :, None], lane[:, :, None], columns]
         for i, put in enumerate(puts):
             put(s, np.ascontiguousarray(data[:, :, i]).reshape(-1))
-        for register in registers:
-            use.users[register, lanes] += 1
-        use.any = True
-        unit.registers.append((registers, lanes))
+        use.load(use.numbers(own), s.numbers())
 
     return execute
 
 
-@form(rf"tcgen05\.st\.sync\.aligned\.(32x32b)\.x(\d+)\.b32", "[a] {}|a", SECTION + "tcgen05.st")
-def store(operands: tuple[Operand, ...], shape: str, count: str) -> Execute:
-    return _store(operands, shape, int(count), 0, operands[1])
+@form(rf"tcgen05\.st\.sync\.aligned\.32x32b\.x(\d+)\.b32", "[a] {}|a", SECTION + "tcgen05.st")
+def store(operands: tuple[Operand, ...], count: str) -> Execute:
+    return _store(operands, int(count), None, operands[1])
 
 
-@form(rf"tcgen05\.st\.sync\.aligned\.(16x32bx2)\.x(\d+)\.b32", "[a] # {}|a", SECTION + "tcgen05.st")
-def store_halves(operands: tuple[Operand, ...], shape: str, count: str) -> Execute:
-    return _store(operands, shape, int(count), int(operands[1].text, 0), operands[2])  # type: ignore[union-attr]
+@form(rf"tcgen05\.st\.sync\.aligned\.16x32bx2\.x(\d+)\.b32", "[a] # {}|a", SECTION + "tcgen05.st")
+def store_halves(operands: tuple[Operand, ...], count: str) -> Execute:
+    return _store(operands, int(count), int(operands[1].text, 0), operands[2])  # type: ignore[union-attr]
 
 
-@form(rf"tcgen05\.ld\.sync\.aligned\.(32x32b)\.x(\d+)\.b32", "{}|a [a]", SECTION + "tcgen05.ld")
-def load(operands: tuple[Operand, ...], shape: str, count: str) -> Execute:
-    return _load(operands, shape, int(count), 0)
+@form(rf"tcgen05\.ld\.sync\.aligned\.32x32b\.x(\d+)\.b32", "{}|a [a]", SECTION + "tcgen05.ld")
+def load(operands: tuple[Operand, ...], count: str) -> Execute:
+    return _load(operands, int(count), None)
 
 
-@form(rf"tcgen05\.ld\.sync\.aligned\.(16x32bx2)\.x(\d+)\.b32", "{}|a [a] #", SECTION + "tcgen05.ld")
-def load_halves(operands: tuple[Operand, ...], shape: str, count: str) -> Execute:
-    return _load(operands, shape, int(count), int(operands[2].text, 0))  # type: ignore[union-attr]
+@form(rf"tcgen05\.ld\.sync\.aligned\.16x32bx2\.x(\d+)\.b32", "{}|a [a] #", SECTION + "tcgen05.ld")
+def load_halves(operands: tuple[Operand, ...], count: str) -> Execute:
+    return _load(operands, int(count), int(operands[2].text, 0))  # type: ignore[union-attr]
 
 
 @form(r"tcgen05\.wait::(ld|st)\.sync\.aligned", "", SECTION + "tcgen05.wait")
@@ -211,15 +202,7 @@ def wait(operands: tuple[Operand, ...], which: str) -> Execute:
             unit.storing[program, quarter] = False
             return
         unit.loading[program, quarter] = False
-        waits, use, left = np.zeros(s.n, bool), s.unit(InUse), []
-        waits[lanes] = True
-        for registers, loaded in unit.registers:
-            over = loaded[waits[loaded]]
-            for register in registers:
-                use.users[register, over] -= 1
-            if len(over) < len(loaded):
-                left.append((registers, loaded[~waits[loaded]]))
-        unit.registers = left
+        s.unit(InUse).wait_for_loads(lanes)
 
     return execute
 
@@ -252,9 +235,8 @@ def _multiply(operands: tuple[Operand, ...], kind: str, in_shared: bool) -> Exec
             left, more = matrix(s, program, s.spread(a(s)), TENSOR_CORES, element, (rows, depth), turned[0])
             read = [places, more]
         else:
-            left, read = _left_in_tensor_memory(s, unit, program, a(s), rows, element), [places]
-        first = _one(to(s) & np.uint32(0xFFFF))
-        lane = np.arange(rows) if rows == LANES else np.arange(rows) // 16 * 32 + np.arange(rows) % 16
+            left, read = _left(s, unit, program, a(s), rows, element), [places]
+        lane, first = _place(to(s), rows)
         unit.check(s, program, first, first + columns)
         _ready(s, unit, program, first, first + columns, written=False)
         old = unit.data[program[:, None], lane, first : first + columns].view(np.float32)
@@ -298,14 +280,24 @@ def _ready(s: Threads, unit: TensorMemory, program: Array, first: int, last: int
         raise Fault("tensor memory: a product adds to what was never written")
 
 
-def _left_in_tensor_memory(s: Threads, unit: TensorMemory, program: Array, address: Array, rows: int, kind: str) -> Array:
-    """[programs, rows, depth], 32 bytes a row."""
-    first = _one(address & np.uint32(0xFFFF))
-    if rows != LANES:
-        raise Unsupported("64 rows of the left operand in tensor memory")
+def _place(address: Array, rows: int) -> tuple[Array, int]:
+    """The lane of every row of a matrix in tensor memory, and its first column.
+
+    Of 64 rows each warp has 16 lanes, its lower or its upper ones.
+    """
+    where = _one(address)
+    base, first, row = where >> 16, where & 0xFFFF, np.arange(rows)
+    if base not in ((0,) if rows == LANES else (0, 16)):
+        raise Unsupported(f"a matrix of {rows} rows from lane {base} on")
+    return row if rows == LANES else base + row // 16 * 32 + row % 16, first
+
+
+def _left(s: Threads, unit: TensorMemory, program: Array, address: Array, rows: int, kind: str) -> Array:
+    """[programs, rows, depth] from tensor memory, 32 bytes a row."""
+    lane, first = _place(address, rows)
     unit.check(s, program, first, first + 8)
     _ready(s, unit, program, first, first + 8, written=True)
-    return numbers(np.ascontiguousarray(unit.data[program, :, first : first + 8]), kind).astype(np.float64)
+    return numbers(np.ascontiguousarray(unit.data[program[:, None], lane, first : first + 8]), kind).astype(np.float64)
 
 
 @form(r"tcgen05\.commit\.cta_group::1\.mbarrier::arrive::one(?:\.shared::cluster)?\.b64", "[a]", SECTION + "tcgen05.commit")
@@ -316,6 +308,6 @@ def commit(operands: tuple[Operand, ...]) -> Execute:
         unit, lanes = s.unit(MemoryBarriers), s.numbers()
         for address, some in by_address(s, at(s)):
             program = one_each(s.program[lanes[some]])
-            unit.arrive(address, program, unit.works)
+            unit.arrive(s, address, program, unit.works)
 
     return execute

@@ -24,6 +24,9 @@ class Threads:
         lanes: the threads that the current instruction is for.
         on: which have not ended.
         pc: the number of the instruction where each is.
+        waiting: at a barrier, until all threads of its program are.
+        spinning: for a barrier in memory, until something has happened.
+        happened: how often a barrier has let somebody go on.
         program, thread, warp: of every thread, among the programs here and within its own.
         global_memory: of all programs of the launch.
         shared: a row for each program.
@@ -40,6 +43,8 @@ class Threads:
         self.warp = self.thread // WARP
         self.lanes: Any = EVERY
         self.pc, self.on = np.zeros(self.n, np.int64), np.ones(self.n, bool)
+        self.waiting, self.spinning = np.zeros((2, self.n), bool)
+        self.happened = 0
         self.registers = {width: np.zeros((n, self.n), STORED[width]) for width, n in module.registers.items()}
         self.parameters, self.module = parameters, module
         self.global_memory, self.first = memory, int(programs[0] @ _pitches(grid))
@@ -74,6 +79,15 @@ class Threads:
         """One number a thread, where there may be one for all."""
         count = self.n if self.lanes is EVERY else len(self.lanes)
         return x if len(x) == count else np.broadcast_to(x, (count,))
+
+    def wait(self) -> Array:
+        """The current threads wait for the others of their programs; the programs whose threads are all there go on."""
+        self.waiting[self.lanes] = True
+        met = self.waiting.reshape(self.programs, -1).all(1)
+        if met.any():
+            self.waiting &= ~np.repeat(met, self.threads)
+            self.happened += 1
+        return np.flatnonzero(met)
 
     def whole(self, together: int = WARP) -> int:
         """How many warps, or warp groups, the current instruction is for.

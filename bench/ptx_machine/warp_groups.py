@@ -6,8 +6,9 @@ in its registers, or write its operands in shared memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -15,10 +16,11 @@ from bench.ptx_machine.descriptors import WARP_GROUPS, matrix
 from bench.ptx_machine.faults import Fault, Unsupported
 from bench.ptx_machine.forms import Execute, form
 from bench.ptx_machine.matrices import COLUMN, ROW, left_operand, parts_of
-from bench.ptx_machine.parse import Instruction, Module, Operand, Register, Vector
+from bench.ptx_machine.parse import Address, Instruction, Module, Operand, Register, Vector
 from bench.ptx_machine.registers import Array, reader, writer
 from bench.ptx_machine.threads import WARP_GROUP, Threads
 
+COPIES = ("mov.b32", "mov.b64")
 SECTION = "Asynchronous Warpgroup Level Matrix Instructions: "
 
 
@@ -27,33 +29,65 @@ SECTION = "Asynchronous Warpgroup Level Matrix Instructions: "
 
 def used_beside(instruction: Instruction) -> Iterator[Register]:
     """The registers that are in use after an instruction, until a wait."""
-    if instruction.opcode.startswith("wgmma.mma_async"):
-        operands = instruction.operands[:2]
-    elif instruction.opcode.startswith("tcgen05.ld"):
-        operands = instruction.operands[:1]
-    else:
-        return
-    for operand in operands:
-        if isinstance(operand, Vector):
-            yield from (part for part in operand.parts if isinstance(part, Register))
+    count = 2 if instruction.opcode.startswith("wgmma.mma_async") else instruction.opcode.startswith("tcgen05.ld")
+    for operand in instruction.operands[:count]:
+        yield from _of(operand) if not isinstance(operand, Register) or count == 1 else ()
+
+
+@lru_cache(maxsize=64)
+def _watched(instructions: tuple[Instruction, ...]) -> dict[str, int]:
+    """The registers of a kernel that matrix units use, and those that hold copies of them, each with a number."""
+    names = dict.fromkeys(r.name for each in instructions for r in used_beside(each))
+    moves = [each for each in instructions if names and each.opcode in COPIES]
+    before = -1
+    while before < len(names):  # copies of copies
+        before = len(names)
+        for each in moves:
+            if any(r.name in names for r in _of(each.operands[1])):
+                names |= dict.fromkeys(r.name for r in _of(each.operands[0]))
+    return {name: i for i, name in enumerate(names)}
+
+
+def _of(operand: Operand) -> Iterator[Register]:
+    parts = operand.parts if isinstance(operand, Vector) else (getattr(operand, "base", operand),)
+    yield from (part for part in parts if isinstance(part, Register))
 
 
 class InUse:
-    """How many instructions under way use each of those registers, and which were written since the last wgmma.fence.
+    """Of those registers how many instructions under way use them, and which were written since the last wgmma.fence.
 
     Attributes:
-        place: of a register's row, its row here.
+        loads: of tensor memory, that were not waited for: the registers' numbers, and the threads.
     """
 
     def __init__(self, s: Threads) -> None:
-        rows = dict.fromkeys(r.row for each in s.module.instructions for r in used_beside(each))
-        self.place = {row: i for i, row in enumerate(rows)}
-        self.users = np.zeros((len(rows), s.n), np.int16)
-        self.unfenced = np.zeros((len(rows), s.n), bool)
+        self.number = _watched(tuple(s.module.instructions))
+        self.users = np.zeros((len(self.number), s.n), np.int16)
+        self.unfenced = np.zeros((len(self.number), s.n), bool)
+        self.loads: list[tuple[list[int], Array]] = []
         self.any = False
 
-    def places(self, registers: Iterator[Register]) -> list[int]:
-        return [self.place[r.row] for r in registers]
+    def numbers(self, registers: Iterable[Register]) -> list[int]:
+        return [self.number[r.name] for r in registers]
+
+    def load(self, registers: list[int], lanes: Array) -> None:
+        """Registers come from tensor memory, once the threads have waited."""
+        for register in registers:
+            self.users[register, lanes] += 1
+        self.loads.append((registers, lanes))
+        self.any = True
+
+    def wait_for_loads(self, lanes: Array) -> None:
+        """Threads have."""
+        waits, left = np.zeros(self.users.shape[1], bool), []
+        waits[lanes] = True
+        for registers, loaded in self.loads:
+            over = loaded[waits[loaded]]
+            for register in registers:
+                self.users[register, over] -= 1
+            if len(over) < len(loaded):
+                left.append((registers, loaded[~waits[loaded]]))
+        self.loads, self.any = left, bool(left)
 
     def end(self, s: Threads) -> None:
         """Programs end with all their work done."""
@@ -62,40 +96,31 @@ class InUse:
 
 
 def watched(module: Module, instruction: Instruction, execute: Execute) -> Execute:
-    """An instruction that may not touch registers which another one uses."""
-    names = {r.name for each in module.instructions for r in used_beside(each)} if _has_units(module) else set[str]()
-    touched = [r for r in _registers(instruction) if r.width == 32 and r.name in names]
+    """An instruction that may not touch registers which another one uses.
+
+    But it may copy what tensor memory will bring, which Triton does: the copy comes as late.
+    """
+    names = _watched(tuple(module.instructions))
+    touched = [r for operand in instruction.operands for r in _of(operand) if r.name in names]
     if not touched or next(used_beside(instruction), None):
         return execute
-    written = {r.name for r in _written(instruction)}
-    changed = [r for r in touched if r.name in written]
+    first, stores = instruction.operands[0], instruction.opcode.startswith(("st.", "stmatrix", "tcgen05.st"))
+    written = [r for r in ([] if stores or isinstance(first, Address) else _of(first)) if r.name in names]
+    read = [r for r in touched if r not in written]
 
     def check(s: Threads) -> None:
         unit: InUse = s.unit(InUse)
-        if unit.any and unit.users[unit.places(iter(touched))][:, s.lanes].any():
-            raise Fault("a register is used before the wait for the matrix instruction that uses it")
-        if changed:
-            for place in unit.places(iter(changed)):
-                unit.unfenced[place, s.lanes] = True
+        if unit.any:
+            of = unit.numbers(read if instruction.opcode in COPIES and unit.loads else touched)
+            if unit.users[of][:, s.lanes].any():
+                if instruction.opcode not in COPIES or not unit.loads:
+                    raise Fault("a register is used before the wait for the matrix instruction that uses it")
+                unit.load(unit.numbers(written), s.numbers())
+        for number in unit.numbers(written):
+            unit.unfenced[number, s.lanes] = True
         execute(s)
 
     return check
-
-
-def _has_units(module: Module) -> bool:
-    return any(next(used_beside(each), None) for each in module.instructions)
-
-
-def _registers(instruction: Instruction) -> Iterator[Register]:
-    for operand in instruction.operands:
-        parts = operand.parts if isinstance(operand, Vector) else (getattr(operand, "base", operand),)
-        yield from (part for part in parts if isinstance(part, Register))
-
-
-def _written(instruction: Instruction) -> Iterator[Register]:
-    first = instruction.operands[:1]
-    if not instruction.opcode.startswith(("st.", "stmatrix", "red.", "tcgen05.st")):
-        yield from _registers(Instruction("", first, None, False, ""))
 
 
 # -- products ----------------------------------------------------------------------------------------------------------
@@ -214,7 +239,7 @@ def _product(operands: tuple[Operand, ...], columns: int, depth: int, kind: str,
     def execute(s: Threads) -> None:
         groups = s.whole(WARP_GROUP)
         first, use = s.numbers()[::WARP_GROUP], s.unit(InUse)
-        registers = use.places(iter(own))
+        registers = use.numbers(own)
         if use.unfenced[registers][:, s.lanes].any():
             raise Fault("no wgmma.fence between a write of a register and the matrix instruction that uses it")
         a, rows = left(s, first)
