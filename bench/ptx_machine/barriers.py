@@ -15,6 +15,7 @@ from bench.ptx_machine.parse import Operand, Word
 from bench.ptx_machine.registers import Array, reader, writer
 from bench.ptx_machine.threads import WARP, Threads
 
+ALL = np.uint32(0xFFFFFFFF)
 SECTION = "Parallel Synchronization and Communication Instructions: "
 
 
@@ -34,19 +35,25 @@ def barrier(operands: tuple[Operand, ...]) -> Execute:
 
 @form(r"bar\.warp\.sync", "a", SECTION + "bar.warp.sync")
 def warp_barrier(operands: tuple[Operand, ...]) -> Execute:
-    _all_lanes(operands[0])
+    whole = whole_warps(operands[0])
 
     def execute(s: Threads) -> None:
-        s.whole()
+        whole(s)
         s.shared.warps_meet(s.of(s.program)[::WARP], s.of(s.warp)[::WARP])
 
     return execute
 
 
-def _all_lanes(mask: Operand) -> None:
-    """Of a warp's lanes, none is left out."""
-    if mask not in (Word("-1"), Word("0xffffffff"), Word("4294967295")):
-        raise Unsupported(f"the lanes {mask}")
+def whole_warps(mask: Operand) -> Execute:
+    """That all lanes of a warp reach an instruction, and that its mask leaves none out."""
+    lanes = reader(mask, "u32")
+
+    def check(s: Threads) -> None:
+        s.whole()
+        if (lanes(s) != ALL).any():
+            raise Unsupported("some lanes of a warp")
+
+    return check
 
 
 @form(r"fence\.proxy\.async(?:\.shared::cta)?", "", SECTION + "membar, fence")

@@ -6,8 +6,8 @@ import re
 
 import numpy as np
 
-from bench.ptx_machine.barriers import _all_lanes as all_lanes
-from bench.ptx_machine.faults import Fault, Unsupported
+from bench.ptx_machine.barriers import whole_warps
+from bench.ptx_machine.faults import Unsupported
 from bench.ptx_machine.forms import Execute, form
 from bench.ptx_machine.parse import Operand, Pair, Word
 from bench.ptx_machine.registers import NUMBERS, reader, writer
@@ -29,12 +29,12 @@ def shuffle_and_say(operands: tuple[Operand, ...], mode: str) -> Execute:
 
 def _shuffle(to: Operand, inside: Operand | None, operands: tuple[Operand, ...], mode: str) -> Execute:
     """The number of another lane; a lane that is out of range keeps its own."""
-    all_lanes(operands[3])
+    whole = whole_warps(operands[3])
     put, say = writer(to, "b32"), writer(inside or Word("_"), "pred")
     value, where, clamp = (reader(x, "u32") for x in operands[:3])
 
     def execute(s: Threads) -> None:
-        s.whole()
+        whole(s)
         values, b, c = (s.by_warp(x(s)).astype(np.int64) for x in (value, where, clamp))
         segment, limit = c >> 8 & 31, c & 31
         first, last = LANE & segment, (LANE & segment) | (limit & ~segment)
@@ -66,13 +66,13 @@ def reduce_floats(operands: tuple[Operand, ...], name: str, nan: str | None) -> 
 
 
 def _reduce(operands: tuple[Operand, ...], name: str, kind: str, nan: bool) -> Execute:
-    all_lanes(operands[2])
+    whole = whole_warps(operands[2])
     put, value = writer(operands[0], kind), reader(operands[1], kind)
     functions = {"max": np.maximum, "min": np.minimum, "add": np.add, "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}
     function = {"max": np.fmax, "min": np.fmin}[name] if kind == "f32" and not nan else functions[name]
 
     def execute(s: Threads) -> None:
-        s.whole()
+        whole(s)
         put(s, np.repeat(function.reduce(s.by_warp(value(s)), axis=1, dtype=NUMBERS[kind]), WARP))
 
     return execute
@@ -81,11 +81,12 @@ def _reduce(operands: tuple[Operand, ...], name: str, kind: str, nan: bool) -> E
 @form(r"elect\.sync", "d|p a", "Parallel Synchronization and Communication Instructions: elect.sync")
 def elect(operands: tuple[Operand, ...]) -> Execute:
     """The lowest lane is elected, as GPUs do."""
-    all_lanes(operands[1])
+    whole = whole_warps(operands[1])
     pair: Pair = operands[0]  # type: ignore[assignment]
     put, say = writer(pair.first, "u32"), writer(pair.second, "pred")
 
     def execute(s: Threads) -> None:
+        whole(s)
         warps = s.whole()
         put(s, np.zeros(warps * WARP, np.uint32))
         say(s, np.tile(LANE == 0, warps))
@@ -95,13 +96,13 @@ def elect(operands: tuple[Operand, ...]) -> Execute:
 
 @form(r"vote\.sync\.(any|all|ballot)\.(pred|b32)", "d a a", "Parallel Synchronization and Communication Instructions: vote.sync")
 def vote(operands: tuple[Operand, ...], mode: str, kind: str) -> Execute:
-    all_lanes(operands[2])
+    whole = whole_warps(operands[2])
     if (mode == "ballot") != (kind == "b32"):
         raise Unsupported(f"vote.sync.{mode}.{kind}")
     put, value = writer(operands[0], kind), reader(operands[1], "pred")
 
     def execute(s: Threads) -> None:
-        s.whole()
+        whole(s)
         votes = s.by_warp(value(s))
         if mode == "ballot":
             result = (votes.astype(np.uint32) << LANE.astype(np.uint32)).sum(1, dtype=np.uint32)

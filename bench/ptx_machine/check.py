@@ -1,0 +1,125 @@
+"""Our kernels on the machine: cases with tiles of their own, shipped tiles, and their errors as parts of the budget.
+
+Forward and backward are launched by the library's own launchers, on outputs full of NaN.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from bench.cases import NAMES, Case, derivatives
+from bench.ptx_machine.driver import Device, installed
+from bench.ptx_machine.faults import Fault, Unsupported
+from bench.ptx_machine.problems import Work
+from isa_triton.backend.kernels import launch, plan
+from reference.budget import allowed_error, natural_scales
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the CSV: what ran, errors as parts of what is allowed, and how it ended; `fault` is empty if well."""
+
+    target: str
+    case: str
+    arithmetic: str
+    tiles: str
+    shipped: int
+    out: float | None
+    lse: float | None
+    dq: float | None
+    dk: float | None
+    dv: float | None
+    dbias: float | None
+    kernels: str
+    launches: int
+    instructions: int
+    seconds: float
+    fault: str
+    made_by: str
+
+    @property
+    def worst(self) -> float:
+        """The largest of the errors; not a number where one is not."""
+        found = [error for name in NAMES if (error := getattr(self, name)) is not None]
+        return max(found, key=lambda error: (error != error, error), default=0.0)
+
+    @property
+    def is_right(self) -> bool:
+        return not self.fault and self.worst <= 1
+
+
+@cache
+def made_by() -> str:
+    """What the result of a check depends on beside the check: the sources, and Triton's version."""
+    files = [path for room in ("bench/ptx_machine", "isa_triton/backend/kernels") for path in (ROOT / room).glob("*.py")]
+    sources = b"".join(path.read_bytes() for path in sorted(files))
+    return f"{hashlib.sha256(sources).hexdigest()[:12]} with triton {triton.__version__}"
+
+
+def check(work: Work) -> Row:
+    """One line."""
+    with installed(work.target) as device:
+        began, fault, parts = time.perf_counter(), "", dict[str, float]()
+        try:
+            parts = errors(work)
+        except (Fault, Unsupported) as error:
+            fault = f"{type(error).__name__}: {error}"
+        return row(work, device, parts, fault, time.perf_counter() - began)
+
+
+def row(work: Work, device: Device, parts: dict[str, float], fault: str, seconds: float) -> Row:
+    """The line of a check and its launches."""
+    done, errors_ = device.executions, [round(parts[name], 4) if name in parts else None for name in NAMES]
+    kernels = " ".join(dict.fromkeys(each.kernel for each in done))
+    count = sum(sum(each.instructions.values()) for each in done)
+    return Row(work.target, work.name, work.arithmetic, work.tiles, len(work.entries), *errors_, kernels, len(done),
+               count, round(seconds, 1), fault, made_by())  # fmt: skip
+
+
+def errors(work: Work) -> dict[str, float]:
+    """The error of each output and gradient, as a part of what the budget allows."""
+    case, inputs = work.case, work.case.inputs()
+    if not work.dlse:
+        inputs["dlse"] = torch.zeros_like(inputs["dlse"])
+    results = launched(work, inputs)
+    exact = derivatives({name: x.double() for name, x in inputs.items()}, case)
+    rounded = torch.float16 if work.arithmetic == "tf32" else case.dtype  # tf32 has as many bits
+    eager = derivatives({name: x.to(rounded) for name, x in inputs.items()}, case)
+    natural = natural_scales(inputs, case.scale, case.maps * case.partition.groups)
+    of_scores = torch.finfo(rounded if work.arithmetic == "tf32" else torch.float32)
+    uncertain = of_scores.eps * float(exact["lse"].abs().max())
+    parts = {}
+    for name, result in results.items():
+        allowed = allowed_error(name, exact[name], eager[name], rounded, natural.get(name, 0.0), uncertain)
+        parts[name] = float((result.double() - exact[name]).abs().max()) / allowed
+    return parts
+
+
+def launched(work: Work, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Outputs and gradients by the launchers."""
+    case, nan, precision = work.case, float("nan"), "tf32" if work.arithmetic == "tf32" else "ieee"
+    partition, tiles = case.partition, work.backward
+    q, k, v, do = (inputs[name] for name in ("q", "k", "v", "do"))
+    bias, dlse = inputs.get("bias"), inputs["dlse"] if work.dlse else None
+    out, dq, dk, dv = (torch.full(x.shape, nan, dtype=x.dtype) for x in (v, q, k, v))
+    lse, delta = (torch.full(q.shape[:4], nan) for _ in range(2))
+    partials: Any = None
+    if bias is not None:
+        partials = torch.full(plan.bias_partials_shape(case.maps, case.heads, partition, tiles), nan)
+    launch.forward(q, k, v, bias, out, lse, case.scale, partition, work.forward, precision)
+    saved = (None, None, None) if plan.in_one_kernel(tiles, partition) else (out, lse, delta)
+    launch.backward(q, k, v, bias, *saved[:2], do, dlse, dq, dk, dv, saved[2], partials, case.scale, partition, tiles,
+                    precision)  # fmt: skip
+    results = {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
+    return results if partials is None else results | {"dbias": partials.sum(0)}
