@@ -5,66 +5,19 @@ Forward and backward are launched by the library's own launchers, on outputs ful
 
 from __future__ import annotations
 
-import hashlib
 import time
-from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from bench.cases import NAMES, Case, derivatives
 from bench.ptx_machine.driver import Device, installed
 from bench.ptx_machine.faults import Fault, Unsupported
 from bench.ptx_machine.problems import Work
+from bench.ptx_machine.results import Row, made_by
 from isa_triton.backend.kernels import launch, plan
 from reference.budget import allowed_error, natural_scales
-
-ROOT = Path(__file__).parents[2]
-
-
-@dataclass(frozen=True)
-class Row:
-    """A line of the CSV: what ran, errors as parts of what is allowed, and how it ended; `fault` is empty if well."""
-
-    target: str
-    case: str
-    arithmetic: str
-    tiles: str
-    shipped: int
-    out: float | None
-    lse: float | None
-    dq: float | None
-    dk: float | None
-    dv: float | None
-    dbias: float | None
-    kernels: str
-    launches: int
-    instructions: int
-    seconds: float
-    fault: str
-    made_by: str
-
-    @property
-    def worst(self) -> float:
-        """The largest of the errors; not a number where one is not."""
-        found = [error for name in NAMES if (error := getattr(self, name)) is not None]
-        return max(found, key=lambda error: (error != error, error), default=0.0)
-
-    @property
-    def is_right(self) -> bool:
-        return not self.fault and self.worst <= 1
-
-
-@cache
-def made_by() -> str:
-    """What the result of a check depends on beside the check: the sources, and Triton's version."""
-    files = [path for room in ("bench/ptx_machine", "isa_triton/backend/kernels") for path in (ROOT / room).glob("*.py")]
-    sources = b"".join(path.read_bytes() for path in sorted(files))
-    return f"{hashlib.sha256(sources).hexdigest()[:12]} with triton {triton.__version__}"
 
 
 def check(work: Work) -> Row:

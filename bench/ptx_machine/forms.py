@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from bench.ptx_machine.faults import Unsupported
@@ -63,13 +64,18 @@ def form(pattern: str, operands: str, section: str) -> Callable[[Callable[..., E
     return add
 
 
+@lru_cache(maxsize=4096)
+def _of_opcode(opcode: str) -> tuple[Form, ...]:
+    return tuple(row for row in TABLE if row.pattern.fullmatch(opcode))
+
+
 def describe(instruction: Instruction) -> Form:
     """The row of an instruction.
 
     Raises:
         Unsupported: there is none.
     """
-    for row in TABLE:
+    for row in _of_opcode(instruction.opcode):
         if row.fits(instruction):
             return row
     raise Unsupported(f"{instruction.opcode} with {len(instruction.operands)} operands: {instruction.line}")

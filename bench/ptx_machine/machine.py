@@ -78,6 +78,7 @@ def compiled(text: str) -> tuple[Module, tuple[Step, ...]]:
         Unsupported: the machine does not know one of them.
     """
     module = parse(text)
+    module.in_use = warp_groups.in_use(module)
     steps = [
         Step(each, warp_groups.watched(module, each, build(each)), each.opcode in JUMPS)
         for each in module.instructions

@@ -79,6 +79,7 @@ class Module:
         registers: how many there are of each width.
         parameters: where each begins in the kernel's arguments.
         labels: the number of the instruction that each stands before.
+        in_use: registers that units use beside the threads, as `warp_groups.in_use` finds them.
     """
 
     name: str
@@ -87,6 +88,7 @@ class Module:
     parameters: dict[str, int] = field(default_factory=dict)
     labels: dict[str, int] = field(default_factory=dict)
     instructions: list[Instruction] = field(default_factory=list)
+    in_use: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass

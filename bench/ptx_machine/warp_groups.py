@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 
@@ -34,11 +33,10 @@ def used_beside(instruction: Instruction) -> Iterator[Register]:
         yield from _of(operand) if not isinstance(operand, Register) or count == 1 else ()
 
 
-@lru_cache(maxsize=64)
-def _watched(instructions: tuple[Instruction, ...]) -> dict[str, int]:
+def in_use(module: Module) -> dict[str, int]:
     """The registers of a kernel that matrix units use, and those that hold copies of them, each with a number."""
-    names = dict.fromkeys(r.name for each in instructions for r in used_beside(each))
-    moves = [each for each in instructions if names and each.opcode in COPIES]
+    names = dict.fromkeys(r.name for each in module.instructions for r in used_beside(each))
+    moves = [each for each in module.instructions if names and each.opcode in COPIES]
     before = -1
     while before < len(names):  # copies of copies
         before = len(names)
@@ -61,7 +59,7 @@ class InUse:
     """
 
     def __init__(self, s: Threads) -> None:
-        self.number = _watched(tuple(s.module.instructions))
+        self.number = s.module.in_use
         self.users = np.zeros((len(self.number), s.n), np.int16)
         self.unfenced = np.zeros((len(self.number), s.n), bool)
         self.loads: list[tuple[list[int], Array]] = []
@@ -100,7 +98,9 @@ def watched(module: Module, instruction: Instruction, execute: Execute) -> Execu
 
     But it may copy what tensor memory will bring, which Triton does: the copy comes as late.
     """
-    names = _watched(tuple(module.instructions))
+    names = module.in_use
+    if not names:
+        return execute
     touched = [r for operand in instruction.operands for r in _of(operand) if r.name in names]
     if not touched or next(used_beside(instruction), None):
         return execute
@@ -177,7 +177,7 @@ def wait(operands: tuple[Operand, ...]) -> Execute:
             threads = (product.first[done][:, None] + np.arange(WARP_GROUP)).reshape(-1)
             for register in product.registers if done.any() else ():
                 use.users[register, threads] -= 1
-            for rows in product.rows:
+            for rows in product.rows if done.any() else ():
                 s.shared.release(rows[done])
                 first = product.first[done]
                 s.shared.read_by_warp_groups(s.thread[first], s.program[first], rows[done])
