@@ -223,9 +223,13 @@ for name, function in (("add", np.add), ("sub", np.subtract), ("mul", np.multipl
     rows(rf"{name}(?:\.rn)?\.bf16", "bf16 bf16 bf16", HALF + name, of_bf16(function))
     rows(rf"{name}(?:\.rn)?\.f32x2", "b64 b64 b64", FLOAT + name, of_pairs(function))
 rows(r"fma\.rn(\.ftz)?\.f32", "f32 f32 f32 f32", FLOAT + "fma", flushing(multiply_add), made=True)
+rows(r"fma\.rn\.f32\.(f16)", "f32 1 1 f32", FLOAT + "fma, mixed precision",
+     lambda a, b, c: multiply_add(a.astype(np.float32), b, c))  # fmt: skip
+rows(r"fma\.rn\.f32\.(bf16)", "f32 1 1 f32", FLOAT + "fma, mixed precision",
+     lambda a, b, c: multiply_add(*(numbers(np.ascontiguousarray(x), "bf16") for x in (a, b)), c))  # fmt: skip
 rows(r"fma\.rn\.f32x2", "b64 b64 b64 b64", FLOAT + "fma", of_pairs(multiply_add))
 rows(r"fma\.rn\.f16", "f16 f16 f16 f16", HALF + "fma", multiply_add)
-rows(r"fma\.rn\.bf16", "bf16 bf16 bf16 bf16", HALF + "fma", of_bf16(lambda a, b, c: a * b + c))
+rows(r"fma\.rn\.bf16", "bf16 bf16 bf16 bf16", HALF + "fma", of_bf16(multiply_add))
 for name in ("min", "max"):
     for count in (2, 3):
         rows(rf"{name}(\.ftz)?(\.NaN)?\.f32", "f32" + " f32" * count, FLOAT + name, extremum(name), made=True)

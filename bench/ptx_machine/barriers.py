@@ -72,12 +72,14 @@ class Work:
         program: [programs], those that it is for.
         rows: [programs, ...], the places in shared memory that it reads.
         columns: of tensor memory, the first that it writes and the first that it does not.
+        halves: 0 and 1 for the lower and upper 16 of every 32 lanes, as far as it writes them.
         seen: [programs, threads]
     """
 
     program: Array
     rows: list[Array]
     columns: tuple[int, int]
+    halves: tuple[int, ...]
     seen: Array
 
     def see(self, s: Threads, lanes: Array) -> None:

@@ -34,7 +34,7 @@ def reader(operand: Operand, kind: str) -> Read:
     """A function that gives an operand as numbers of a type, one a thread, or one for all."""
     dtype = np.dtype(NUMBERS[kind])
     if isinstance(operand, Word):
-        return _constant(operand.text, dtype)
+        return _constant(operand.text, kind)
     if not isinstance(operand, Register):
         raise Unsupported(f"{operand} in the place of a number")
     width, row, bits = operand.width, operand.row, 8 * dtype.itemsize
@@ -49,11 +49,12 @@ def reader(operand: Operand, kind: str) -> Read:
     return lambda s: s.registers[width][row][s.lanes].astype(low).view(dtype)
 
 
-def _constant(text: str, dtype: np.dtype[Any]) -> Read:
+def _constant(text: str, kind: str) -> Read:
     """A number, a special register, or where shared memory begins."""
+    dtype = np.dtype(NUMBERS[kind])
     if text.startswith("%"):
         return lambda s: s.special(text)[s.lanes].astype(dtype)
-    if match := re.fullmatch(r"0[fFdD]([0-9a-fA-F]+)", text):
+    if (match := re.fullmatch(r"0[fFdD]([0-9a-fA-F]+)", text)) and kind[0] in "bf":
         bits, size = int(match[1], 16), len(match[1]) // 2
         number = np.array([bits], f"u{size}")
         value = number.view(f"f{size}").astype(dtype) if dtype.kind == "f" else number.astype(dtype)
@@ -65,7 +66,7 @@ def _constant(text: str, dtype: np.dtype[Any]) -> Read:
     elif text == SHARED:
         value = np.zeros(1, dtype)
     else:
-        raise Unsupported(f"{text} as {dtype}")
+        raise Unsupported(f"{text} as {kind}")
     value.flags.writeable = False
     return lambda s: value
 

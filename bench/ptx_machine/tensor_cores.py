@@ -29,16 +29,17 @@ class TensorMemory:
 
     Attributes:
         columns: allocated.
-        wrote_at: when a warp stored in one of its quarters of the lanes, on the clock of shared memory; 0: never.
-        storing, loading: what a quarter's warp has not waited for: columns that it stores, and instructions that load.
-        read_at: when a column of a quarter was loaded last.
+        wrote_at: [programs, quarters, halves, columns], when a warp stored in its quarter of the lanes or a product did
+            (1), on the clock of shared memory; 0: never. Quarters have a lower and an upper half.
+        storing, loading: what a quarter's warp has not waited for.
+        read_at: when it was loaded last.
     """
 
     def __init__(self, s: Threads) -> None:
         self.columns = np.zeros(s.programs, np.int64)
         self.data = np.zeros((s.programs, LANES, COLUMNS), np.uint32)
-        self.wrote_at, self.read_at = np.zeros((2, s.programs, 4, COLUMNS), np.int32)
-        self.storing, self.loading = np.zeros((2, s.programs, 4, COLUMNS), bool)
+        self.wrote_at, self.read_at = np.zeros((2, s.programs, 4, 2, COLUMNS), np.int32)
+        self.storing, self.loading = np.zeros((2, s.programs, 4, 2, COLUMNS), bool)
 
     def check(self, s: Threads, program: Array, first: int, last: int) -> None:
         """That columns are allocated."""
@@ -84,18 +85,20 @@ def free(operands: tuple[Operand, ...]) -> Execute:
         unit, program = s.unit(TensorMemory), one_each(s.program[s.numbers()[::WARP]])
         if (s.spread(count(s))[::WARP] != unit.columns[program]).any() or s.spread(start(s)).any():
             raise Fault("tensor memory: given back is not what was allocated")
-        met = s.shared.met[program][:, None, None]
+        met = s.shared.met[program][:, None, None, None]
         if unit.storing[program].any() or unit.loading[program].any() or (unit.read_at[program] >= met).any():
             raise Fault("tensor memory: given back while it is in use")
-        _check_products(s, s.numbers(), np.tile(np.arange(COLUMNS), (len(program), 1)))
+        _check_products(s, s.numbers(), np.tile(np.arange(COLUMNS), (len(program), 1)), (0, 1))
         unit.columns[program] = 0
 
     return execute
 
 
-def _check_products(s: Threads, lanes: Array, columns: Array) -> None:
-    """That no product is writing [warps, columns], as far as some threads know."""
+def _check_products(s: Threads, lanes: Array, columns: Array, halves: tuple[int, ...]) -> None:
+    """That no product is writing [warps, columns] of halves, as far as some threads know."""
     for work in s.unit(MemoryBarriers).works:
+        if not {*halves} & {*work.halves}:
+            continue
         first, last = work.columns
         warps = ((columns >= first) & (columns < last)).any(1)
         at = np.full(s.programs, -1)
@@ -113,7 +116,7 @@ def _check_products(s: Threads, lanes: Array, columns: Array) -> None:
 def _cells(s: Threads, address: Array, count: int, split: int | None) -> tuple[Array, Array, tuple[Array, ...]]:
     """Of each thread the lane, [warps, 32], and the columns, [warps, 32, count], that it reaches.
 
-    Also what each warp does: program, quarter and columns, [warps, 1 or columns].
+    Also what each warp reaches, as `TensorMemory` knows it: [warps, halves, columns].
 
     Args:
         split: of 16x32bx2: the upper half of a warp is at the lanes of the lower one, so many columns further.
@@ -124,7 +127,8 @@ def _cells(s: Threads, address: Array, count: int, split: int | None) -> tuple[A
     if (taddr != taddr[:, :1]).any():
         raise Fault("tensor memory: threads of a warp give several addresses")
     first, base = taddr[:, :1] & 0xFFFF, taddr[:, :1] >> 16
-    if (base - quarter * 32 != 0).any() and (split is None or (base - quarter * 32 != 16).any()):
+    half = base - quarter * 32
+    if (half != half[:1]).any() or int(half[0, 0]) not in ((0,) if split is None else (0, 16)):
         raise Fault("tensor memory: a warp reaches the 32 lanes of its number modulo 4 only")
     halves = np.zeros(WARP, np.int64) if split is None else LANE // 16 * split
     columns = first[:, :, None] + halves[:, None] + np.arange(count)
@@ -132,8 +136,10 @@ def _cells(s: Threads, address: Array, count: int, split: int | None) -> tuple[A
     unit: TensorMemory = s.unit(TensorMemory)
     if (touched >= unit.columns[program]).any():
         raise Fault(f"tensor memory: column {int(touched.max())} of {int(unit.columns[program].min())}")
-    _check_products(s, s.numbers(), touched)
-    return base + (LANE if split is None else LANE % 16), columns, (program, quarter, touched)
+    halves = (0, 1) if split is None else (int(half[0, 0]) // 16,)
+    _check_products(s, s.numbers(), touched, halves)
+    here = program[:, :, None], quarter[:, :, None], np.array(halves)[None, :, None], touched[:, None]
+    return base + (LANE if split is None else LANE % 16), columns, here
 
 
 def _store(operands: tuple[Operand, ...], count: int, split: int | None, values: Operand) -> Execute:
@@ -145,7 +151,7 @@ def _store(operands: tuple[Operand, ...], count: int, split: int | None, values:
             raise Fault("tensor memory: written while it is loaded")
         unit.storing[here] = True
         data = np.stack([s.by_warp(get(s)) for get in gets], 2)
-        unit.data[here[0][:, :, None], lane[:, :, None], columns] = data
+        unit.data[here[0], lane[:, :, None], columns] = data
 
     return execute
 
@@ -162,7 +168,7 @@ def _load(operands: tuple[Operand, ...], count: int, split: int | None) -> Execu
         if not unit.wrote_at[here].all():
             raise Fault("tensor memory: loaded before it is written")
         unit.loading[here], unit.read_at[here] = True, s.shared.now[here[0]]
-        data = unit.data[here[0][:, :, None], lane[:, :, None], columns]
+        data = unit.data[here[0], lane[:, :, None], columns]
         for i, put in enumerate(puts):
             put(s, np.ascontiguousarray(data[:, :, i]).reshape(-1))
         use.load(use.numbers(own), s.numbers())
@@ -197,7 +203,8 @@ def wait(operands: tuple[Operand, ...], which: str) -> Execute:
         unit, lanes = s.unit(TensorMemory), s.numbers()
         program, quarter = s.program[lanes[::WARP]], s.warp[lanes[::WARP]] % 4
         if which == "st":
-            now = np.where(unit.storing[program, quarter], s.shared.now[program][:, None], unit.wrote_at[program, quarter])
+            now = s.shared.now[program][:, None, None]
+            now = np.where(unit.storing[program, quarter], now, unit.wrote_at[program, quarter])
             unit.wrote_at[program, quarter] = now
             unit.storing[program, quarter] = False
             return
@@ -236,18 +243,18 @@ def _multiply(operands: tuple[Operand, ...], kind: str, in_shared: bool) -> Exec
             read = [places, more]
         else:
             left, read = _left(s, unit, program, a(s), rows, element), [places]
-        lane, first = _place(to(s), rows)
+        lane, first, halves = _place(to(s), rows)
         unit.check(s, program, first, first + columns)
-        _ready(s, unit, program, first, first + columns, written=False)
+        _ready(s, unit, program, halves, first, first + columns, written=False)
         old = unit.data[program[:, None], lane, first : first + columns].view(np.float32)
         keep = s.spread(keeps(s))
         if keep.any():
-            _ready(s, unit, program[keep], first, first + columns, written=True)
+            _ready(s, unit, program[keep], halves, first, first + columns, written=True)
         total = left @ right.swapaxes(1, 2) + np.where(keep[:, None, None], old, np.float32(0))
         unit.data[program[:, None], lane, first : first + columns] = total.astype(np.float32).view(np.uint32)
-        unit.wrote_at[program, :, first : first + columns] = np.maximum(unit.wrote_at[program, :, first : first + columns], 1)
+        unit.wrote_at[np.ix_(program, range(4), halves, range(first, first + columns))] = 1
         works = s.unit(MemoryBarriers).works
-        works.add(Work(program, read, (first, first + columns), np.zeros((len(program), s.threads), bool)))
+        works.add(Work(program, read, (first, first + columns), halves, np.zeros((len(program), s.threads), bool)))
 
     return execute
 
@@ -269,9 +276,11 @@ def _shape(descriptor: Array, kind: str) -> tuple[int, int, int, str, tuple[bool
     return rows, columns, 8 if kind == "tf32" else 16, KINDS[kind, a], (bool(bits >> 15 & 1), bool(bits >> 16 & 1))
 
 
-def _ready(s: Threads, unit: TensorMemory, program: Array, first: int, last: int, written: bool) -> None:
+def _ready(
+    s: Threads, unit: TensorMemory, program: Array, halves: tuple[int, ...], first: int, last: int, written: bool
+) -> None:
     """That threads are done with columns before a product uses them, and, where it reads, have written them."""
-    here, met = (program, slice(None), slice(first, last)), s.shared.met[program][:, None, None]
+    here, met = np.ix_(program, range(4), halves, range(first, last)), s.shared.met[program][:, None, None, None]
     if unit.storing[here].any() or unit.loading[here].any():
         raise Fault("tensor memory: a product uses what a warp has not waited for")
     if (unit.wrote_at[here] >= met).any() or (unit.read_at[here] >= met).any():
@@ -280,8 +289,8 @@ def _ready(s: Threads, unit: TensorMemory, program: Array, first: int, last: int
         raise Fault("tensor memory: a product adds to what was never written")
 
 
-def _place(address: Array, rows: int) -> tuple[Array, int]:
-    """The lane of every row of a matrix in tensor memory, and its first column.
+def _place(address: Array, rows: int) -> tuple[Array, int, tuple[int, ...]]:
+    """The lane of every row of a matrix in tensor memory, its first column, and the halves of the lanes that it has.
 
     Of 64 rows each warp has 16 lanes, its lower or its upper ones.
     """
@@ -289,14 +298,16 @@ def _place(address: Array, rows: int) -> tuple[Array, int]:
     base, first, row = where >> 16, where & 0xFFFF, np.arange(rows)
     if base not in ((0,) if rows == LANES else (0, 16)):
         raise Unsupported(f"a matrix of {rows} rows from lane {base} on")
-    return row if rows == LANES else base + row // 16 * 32 + row % 16, first
+    if rows == LANES:
+        return row, first, (0, 1)
+    return base + row // 16 * 32 + row % 16, first, (base // 16,)
 
 
 def _left(s: Threads, unit: TensorMemory, program: Array, address: Array, rows: int, kind: str) -> Array:
     """[programs, rows, depth] from tensor memory, 32 bytes a row."""
-    lane, first = _place(address, rows)
+    lane, first, halves = _place(address, rows)
     unit.check(s, program, first, first + 8)
-    _ready(s, unit, program, first, first + 8, written=True)
+    _ready(s, unit, program, halves, first, first + 8, written=True)
     return numbers(np.ascontiguousarray(unit.data[program[:, None], lane, first : first + 8]), kind).astype(np.float64)
 
 
