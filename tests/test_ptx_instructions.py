@@ -386,11 +386,12 @@ def test_registers_are_packed_and_unpacked() -> None:
     assert (out == np.stack([swapped, given, given, swapped], 1)).all()
 
 
-@pytest.mark.parametrize(("count", "bits"), [(1, 8), (1, 16), (1, 32), (1, 64), (2, 16), (4, 16), (2, 32), (4, 32), (2, 64), (8, 32), (4, 64)])
-@pytest.mark.parametrize("space", ["global", "shared"])
-def test_memory(space: str, count: int, bits: int) -> None:
-    if space == "shared" and count * bits > 128:
-        pytest.skip("shared memory has accesses of at most 16 bytes")
+VECTORS = [(1, 8), (1, 16), (1, 32), (1, 64), (2, 16), (4, 16), (2, 32), (4, 32), (2, 64), (8, 32), (4, 64)]
+
+
+@pytest.mark.parametrize(("count", "bits", "space"), [(*each, space) for space in ("global", "shared") for each in VECTORS
+                                                      if space == "global" or each[0] * each[1] <= 128])  # fmt: skip
+def test_memory(count: int, bits: int, space: str) -> None:
     size, file = bits // 8 * count, ptx_kernels.FILES[str(bits)]
     given, out = np.random.default_rng(0).integers(0, 256, 32 * size, np.uint8), np.zeros(32 * size, np.uint8)
     parts = ", ".join(f"{file}{10 + i}" for i in range(count))

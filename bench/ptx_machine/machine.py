@@ -122,7 +122,8 @@ def run(steps: tuple[Step, ...], s: Threads, executed: Counter[str]) -> None:
         ready = s.on & ~s.waiting & ~s.spinning
         if not ready.any():
             if not s.spinning.any() or s.happened == happened:
-                raise Fault(f"{s.module.name}: not all threads of a program reach a barrier")
+                what = "threads wait for ever for a barrier in memory" if s.spinning.any() else "not all threads of a program reach a barrier"
+                raise Fault(f"{s.module.name}: {what}")
             s.spinning[:], happened = False, s.happened
             continue
         pc = int(s.pc[ready].min())

@@ -85,8 +85,8 @@ def left_operand(s: Threads, gets: list[Read], kind: str) -> Array:
 
 
 @form(r"mma\.sync\.aligned\.(m16n8k16)\.row\.col\.f32\.(f16|bf16)\.\2\.f32", "{} {} {} {}", SECTION + "mma")
-@form(r"mma\.sync\.aligned\.(m16n8k8)\.row\.col\.f32\.(f16|bf16)\.\2\.f32", "{} {} {} {}", SECTION + "mma")
-@form(r"mma\.sync\.aligned\.(m16n8k8|m16n8k4)\.row\.col\.f32\.(tf32)\.\2\.f32", "{} {} {} {}", SECTION + "mma")
+@form(r"mma\.sync\.aligned\.(m16n8k8)\.row\.col\.f32\.(f16|bf16)\.\2\.f32", "{} {} {}|a {}", SECTION + "mma")
+@form(r"mma\.sync\.aligned\.(m16n8k8|m16n8k4)\.row\.col\.f32\.(tf32)\.\2\.f32", "{} {} {}|a {}", SECTION + "mma")
 def multiply(operands: tuple[Operand, ...], shape: str, kind: str) -> Execute:
     """d = a b + c, its sums in fp64, rounded once."""
     across = int(shape.rpartition("k")[2]) // (4 if kind == "tf32" else 8)  # registers of a row
