@@ -77,7 +77,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     if command.is_for(args):
-        sys.exit(command.run(args))
+        if command.run(args):
+            sys.exit(1)
+        return
     gpu = torch.device(args.device).type in DEVICES
     if not gpu and os.environ.get("TRITON_INTERPRET") != "1":  # read when kernels are decorated: begin again with it
         sys.stdout.flush()

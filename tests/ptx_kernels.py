@@ -59,7 +59,7 @@ def dtype(kind: str) -> Any:
 
 
 def elementwise(line: str, result: str, *operands: str) -> str:
-    """The body of a kernel: thread t puts `line`, with {d} and {a}, {b}, ... filled in, of elements t into element t."""
+    """The body of a kernel: thread t puts `line`, {d} and {a}, {b}, ... filled in, of elements t into element t."""
     body, names = "", dict[str, str]()
     for i, kind in enumerate(operands, 1):
         size, bits = np.dtype(dtype(kind)).itemsize, 8 * np.dtype(dtype(kind)).itemsize
@@ -118,7 +118,9 @@ def placed(matrix: Array, swizzle: int, turned: bool) -> tuple[Array, int, int]:
 
 def descriptor(start: int, leading: int, stride: int, swizzle: int, tensor_cores: bool = False) -> int:
     """That of a matrix for wgmma, or for tcgen05."""
-    mode = {0: 0, 1: 6, 2: 4, 3: 2}[swizzle] << 61 | 1 << 46 if tensor_cores else {0: 0, 1: 3, 2: 2, 3: 1}[swizzle] << 62
+    mode = (
+        {0: 0, 1: 6, 2: 4, 3: 2}[swizzle] << 61 | 1 << 46 if tensor_cores else {0: 0, 1: 3, 2: 2, 3: 1}[swizzle] << 62
+    )
     return start >> 4 | leading >> 4 << 16 | stride >> 4 << 32 | mode
 
 
@@ -155,6 +157,7 @@ def load_each(count: int, first: int, pointer: str) -> str:
 def wgmma(size: int, columns: int, a: str, b: int, kind: str = "f16", turned: str = ", 0, 0", before: str = "") -> str:
     """A product of `columns` columns by 128 threads, stored as registers; `a` is a descriptor or registers."""
     depth = 8 if kind == "tf32" else 16
+    operands = f"{registers(columns // 2)}, {'%rd10' if a.isdecimal() else a}, %rd11"
     zero = "".join(f"mov.b32 %r{100 + i}, 0f00000000;\n" for i in range(columns // 2))
     return f"""{into_shared(size)}
         {before}
@@ -165,7 +168,7 @@ def wgmma(size: int, columns: int, a: str, b: int, kind: str = "f16", turned: st
         fence.proxy.async;
         bar.sync 0;
         wgmma.fence.sync.aligned;
-        wgmma.mma_async.sync.aligned.m64n{columns}k{depth}.f32.{kind}.{kind} {registers(columns // 2)}, {"%rd10" if a.isdecimal() else a}, %rd11, %p1, 1, 1{turned};
+        wgmma.mma_async.sync.aligned.m64n{columns}k{depth}.f32.{kind}.{kind} {operands}, %p1, 1, 1{turned};
         wgmma.commit_group.sync.aligned;
         wgmma.wait_group.sync.aligned 0;
         {store_each(columns // 2)}

@@ -1,4 +1,4 @@
-"""What a GPU would not notice, or not always, the machine raises: each watch on a kernel that is right but for a line."""
+"""What a GPU would not notice, or not always, the machine raises: each watch on kernels that lack a line."""
 
 from __future__ import annotations
 
@@ -58,20 +58,41 @@ def test_programs_do_not_meet_in_global_memory() -> None:
     own = "mov.u32 %r1, %ctaid.x;\nmad.lo.u32 %r2, %r1, 32, %r0;\nmad.wide.u32 %rd3, %r2, 4, %rd0;\n"
     run(own + "st.global.b32 [%rd3], %r0;\nld.global.b32 %r5, [%rd3];", OUT.copy(), programs=4)
     one = "setp.eq.s32 %p1, %r0, 0;\n"
-    faults(one + "@%p1 st.global.b32 [%rd0], 7;", "writes what another one of the launch reads or writes|write one place", programs=4)
-    faults(own + one + "st.global.b32 [%rd3], %r0;\n@%p1 ld.global.b32 %r5, [%rd0];", "reads what another one of the launch writes", programs=4)
-    faults(own + "ld.global.b32 %r5, [%rd0+128];\nst.global.b32 [%rd3], %r0;", "writes what another one of the launch reads", programs=4)
+    faults(
+        one + "@%p1 st.global.b32 [%rd0], 7;",
+        "writes what another one of the launch reads or writes|write one place",
+        programs=4,
+    )
+    faults(
+        own + one + "st.global.b32 [%rd3], %r0;\n@%p1 ld.global.b32 %r5, [%rd0];",
+        "reads what another one of the launch writes",
+        programs=4,
+    )
+    faults(
+        own + "ld.global.b32 %r5, [%rd0+128];\nst.global.b32 [%rd3], %r0;",
+        "writes what another one of the launch reads",
+        programs=4,
+    )
 
 
 def test_programs_that_do_not_run_together_do_not_meet_either() -> None:
     body = "mov.u32 %r1, %ctaid.x;\nsetp.eq.s32 %p1, %r0, 0;\nshr.u32 %r2, %r1, 9;\nmad.wide.u32 %rd3, %r2, 4, %rd0;\n"
-    run(body.replace("shr.u32 %r2, %r1, 9", "mov.b32 %r2, %r1") + "@%p1 st.global.b32 [%rd3], %r1;", np.zeros(1024, np.uint32), programs=1024)
+    run(
+        body.replace("shr.u32 %r2, %r1, 9", "mov.b32 %r2, %r1") + "@%p1 st.global.b32 [%rd3], %r1;",
+        np.zeros(1024, np.uint32),
+        programs=1024,
+    )
     late = "setp.eq.s32 %p2, %r1, 0;\nsetp.eq.s32 %p3, %r1, 1023;\nor.pred %p2, %p2, %p3;\nand.pred %p1, %p1, %p2;\n"
     faults(body + late + "@%p1 st.global.b32 [%rd0], 7;", "another one of the launch", programs=1024)
 
 
 def test_threads_need_a_barrier_in_global_memory_too() -> None:
-    body = f"mov.b32 %r5, %r0;\n{STORE}bar.sync 0;\nxor.b32 %r6, %r0, 33;\nmad.wide.u32 %rd4, %r6, 4, %rd0;\nld.global.b32 %r7, [%rd4];\n"
+    body = f"""mov.b32 %r5, %r0;
+        {STORE}
+        bar.sync 0;
+        xor.b32 %r6, %r0, 33;
+        mad.wide.u32 %rd4, %r6, 4, %rd0;
+        ld.global.b32 %r7, [%rd4];"""
     run(body, OUT.copy(), threads=64)
     faults(without(body, "bar.sync"), "without a barrier", threads=64)
 
@@ -97,7 +118,9 @@ def test_shared_memory_between_warps() -> None:
     faults(without(EXCHANGE, "bar.sync"), "read what another thread writes", threads=64)
     first, _, rest = EXCHANGE.rpartition("bar.sync 0;")
     faults(first + rest, "overwritten what another thread reads", threads=64)
-    faults(EXCHANGE.replace("st.shared.b32 [%r1], %r0", "st.shared.b32 [%r1+4], %r0"), "before it is written", threads=64)
+    faults(
+        EXCHANGE.replace("st.shared.b32 [%r1], %r0", "st.shared.b32 [%r1+4], %r0"), "before it is written", threads=64
+    )
     faults(EXCHANGE, "out of bounds", threads=64, shared=252)
     faults(EXCHANGE.replace("[%r2]", "[%r2+2]"), "misaligned", threads=64)
 
@@ -122,7 +145,11 @@ def test_two_threads_may_not_write_one_place_at_once() -> None:
 
 
 def test_one_thread_after_another_needs_a_barrier_to_overwrite() -> None:
-    body = "setp.lt.s32 %p1, %r0, 32;\nsetp.eq.s32 %p2, %r0, 63;\n@%p1 st.shared.b32 [global_smem], 7;\nbar.sync 0;\n@%p2 st.shared.b32 [global_smem], 8;"
+    body = """setp.lt.s32 %p1, %r0, 32;
+        setp.eq.s32 %p2, %r0, 63;
+        @%p1 st.shared.b32 [global_smem], 7;
+        bar.sync 0;
+        @%p2 st.shared.b32 [global_smem], 8;"""
     run(body, OUT.copy(), threads=64, shared=64)
     faults(without(body, "bar.sync"), "overwritten what another thread writes", threads=64)
 
@@ -156,14 +183,25 @@ def test_copies() -> None:
     faults(COPY.replace("[%r2]", "[%r2+256]"), "while a copy to it is under way", out, given, **some)
     faults(COPY.replace("[%r1+256]", "[%r1]"), "written while a copy to it is under way", out, given, **some)
     faults(COPY.replace("%rd4, %r0, 4", "%rd4, %r0, 8"), "outside every tensor", out, given, **some)
-    later = COPY.replace("[%r1+256]", "[%r1]").replace("cp.async.commit_group;", "cp.async.commit_group;\ncp.async.wait_group 0;\nld.shared.b32 %r9, [global_smem];", 1)
-    faults(later.replace("ld.shared.b32 %r9, [global_smem];", "xor.b32 %r8, %r1, 4;\nbar.sync 0;\nld.shared.b32 %r9, [%r8];"), "overwritten what another thread reads", out, given, **some)
+    later = COPY.replace("[%r1+256]", "[%r1]").replace(
+        "cp.async.commit_group;", "cp.async.commit_group;\ncp.async.wait_group 0;\nld.shared.b32 %r9, [global_smem];", 1
+    )
+    faults(
+        later.replace(
+            "ld.shared.b32 %r9, [global_smem];", "xor.b32 %r8, %r1, 4;\nbar.sync 0;\nld.shared.b32 %r9, [%r8];"
+        ),
+        "overwritten what another thread reads",
+        out,
+        given,
+        **some,
+    )
 
 
 # -- barriers and whole warps ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("line", ["shfl.sync.bfly.b32 %r2, %r1, 1, 31, -1;", "bar.warp.sync -1;", "elect.sync %r1|%p2, -1;",
+@pytest.mark.parametrize("line", ["shfl.sync.bfly.b32 %r2, %r1, 1, 31, -1;", "bar.warp.sync -1;",
+                                  "elect.sync %r1|%p2, -1;",
                                   "redux.sync.add.s32 %r2, %r1, -1;", "vote.sync.any.pred %p2, %p1, -1;"])  # fmt: skip
 def test_what_is_for_whole_warps_needs_them(line: str) -> None:
     run(f"setp.lt.s32 %p1, %r0, 32;\n@%p1 {line}", OUT.copy(), threads=64)
@@ -173,7 +211,11 @@ def test_what_is_for_whole_warps_needs_them(line: str) -> None:
 def test_all_threads_must_reach_a_barrier() -> None:
     branch = "setp.lt.s32 %p1, %r0, 32;\n@%p1 bra $over;\nbar.sync 0;\n$over:\nmov.b32 %r1, 0;"
     faults(branch, "not all threads of a program reach a barrier", threads=64)
-    run(branch.replace("bar.sync 0;\n$over:", "bar.sync 0;\nbra $end;\n$over:\nbar.sync 0;\n$end:"), OUT.copy(), threads=64)
+    run(
+        branch.replace("bar.sync 0;\n$over:", "bar.sync 0;\nbra $end;\n$over:\nbar.sync 0;\n$end:"),
+        OUT.copy(),
+        threads=64,
+    )
 
 
 def test_a_kernel_that_does_not_end_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,7 +235,9 @@ def a_product(left_in_registers: bool = False) -> tuple[str, Array]:
     left = registers(4, 50) if left_in_registers else str(descriptor(0, *a_steps, 0))
     before = "".join(f"mov.b32 %r{50 + i}, 0;\n" for i in range(4)) if left_in_registers else ""
     turned = ", 0" if left_in_registers else ", 0, 0"
-    return wgmma(a.size + b.size, 8, left, descriptor(a.size, *b_steps, 0), "f16", turned, before), np.concatenate([a, b])
+    return wgmma(a.size + b.size, 8, left, descriptor(a.size, *b_steps, 0), "f16", turned, before), np.concatenate(
+        [a, b]
+    )
 
 
 @pytest.mark.parametrize(("line", "instead", "fault"), [
@@ -205,7 +249,7 @@ def a_product(left_in_registers: bool = False) -> tuple[str, Array]:
     ("commit_group", "", "used before the wait"),
     ("wait_group", "mov.b32 %r100, 0;", "used before the wait"),
     ("wait_group", "st.shared.b32 [global_smem], 0;", "overwritten while a matrix instruction may read it"),
-    ("wait_group", "wgmma.wait_group.sync.aligned 0;\nst.shared.b32 [global_smem], 0;", "overwritten what another thread reads"),
+    ("wait_group", "wgmma.wait_group.sync.aligned 0;\nst.shared.b32 [global_smem], 0;", "what another thread reads"),
     ("wgmma.mma_async", "@%p14 wgmma.mma_async", "not all threads of a warp"),
 ])  # fmt: skip
 def test_products_of_warp_groups(line: str, instead: str, fault: str) -> None:
@@ -224,13 +268,27 @@ def test_registers_of_a_product_are_its_own_until_the_wait() -> None:
     body, memory = a_product(left_in_registers=True)
     out = np.zeros((128, 4), np.float32)
     run(body, out, memory, threads=128, shared=memory.size)
-    faults(without(body, "commit_group", "mov.b32 %r50, 0;"), "used before the wait", out, memory, threads=128, shared=memory.size)
+    faults(
+        without(body, "commit_group", "mov.b32 %r50, 0;"),
+        "used before the wait",
+        out,
+        memory,
+        threads=128,
+        shared=memory.size,
+    )
 
 
 def test_a_kernel_may_not_end_before_its_products() -> None:
     body, memory = a_product()
     body = body[: body.index("wgmma.wait_group")]
-    faults(body, "ends before its matrix instructions do", np.zeros((128, 4), np.float32), memory, threads=128, shared=memory.size)
+    faults(
+        body,
+        "ends before its matrix instructions do",
+        np.zeros((128, 4), np.float32),
+        memory,
+        threads=128,
+        shared=memory.size,
+    )
 
 
 # -- tensor memory -----------------------------------------------------------------------------------------------------
@@ -280,4 +338,11 @@ def test_a_product_needs_a_barrier_behind_what_threads_stored() -> None:
     body, memory = a_tensor_product()
     store = body[body.index("tcgen05.st") : body.index("wait::st")] + "wait::st.sync.aligned;\n"
     late = body.replace(store, "").replace("mov.b32 %r7, 0;", f"mov.b32 %r7, 0;\n{store}")
-    faults(late, "no barrier between threads and a product", np.zeros((128, 16), np.float32), memory, threads=128, shared=memory.size + 32)
+    faults(
+        late,
+        "no barrier between threads and a product",
+        np.zeros((128, 16), np.float32),
+        memory,
+        threads=128,
+        shared=memory.size + 32,
+    )

@@ -150,7 +150,11 @@ def integers(kind: str, seed: int) -> np.ndarray[Any, Any]:
     if kind == "pred":
         return np.random.default_rng(seed).integers(0, 2, 32).astype(np.uint32)
     if kind == "small":
-        return np.random.default_rng(seed).permutation([0, 1, 2, 5, 8, 15, 16, 24, 31, 32, 33, 7, 3, 4, 9, 11] * 2).astype(np.uint32)
+        return (
+            np.random.default_rng(seed)
+            .permutation([0, 1, 2, 5, 8, 15, 16, 24, 31, 32, 33, 7, 3, 4, 9, 11] * 2)
+            .astype(np.uint32)
+        )
     ends = np.iinfo(dtype(kind))
     random = np.random.default_rng(seed)
     some = [ends.min, ends.max, 0, 1, ends.max // 2, 2, 3, 31, 32, 33, 7]
@@ -215,7 +219,8 @@ FLOATS: Rows = [
     ("fma.rn.f16 {d}, {a}, {b}, {c}", "f16 f16 f16 f16", lambda a, b, c: np.float16(F64(a) * F64(b) + F64(c))),
     ("fma.rn.f32 {d}, {a}, {b}, {c}", "f32 f32 f32 f32", lambda a, b, c: F32(F64(a) * F64(b) + F64(c))),
     ("fma.rn.f32.f16 {d}, {a}, {b}, {c}", "f32 f16 f16 f32", lambda a, b, c: F32(F64(a) * F64(b) + F64(c))),
-    ("fma.rn.ftz.f32 {d}, {a}, {b}, {c}", "f32 f32 f32 f32", lambda a, b, c: flushed(F32(F64(flushed(a)) * F64(flushed(b)) + F64(flushed(c))))),
+    ("fma.rn.ftz.f32 {d}, {a}, {b}, {c}", "f32 f32 f32 f32",
+     lambda a, b, c: flushed(F32(F64(flushed(a)) * F64(flushed(b)) + F64(flushed(c))))),
     ("div.full.f32 {d}, {a}, {b}", "f32 f32 f32", lambda a, b: a / b),
     ("div.rn.f32 {d}, {a}, {b}", "f32 f32 f32", lambda a, b: a / b),
     ("min.f32 {d}, {a}, {b}", "f32 f32 f32", quiet(min)),
@@ -260,10 +265,16 @@ def floats(kind: str, seed: int) -> np.ndarray[Any, Any]:
         return integers(kind, seed)
     random = np.random.default_rng(seed)
     with np.errstate(all="ignore"):
-        return random.permutation([*SPECIAL, *(random.standard_normal(18) * 10.0 ** random.integers(-6, 7, 18))]).astype(dtype(kind))
+        return random.permutation(
+            [*SPECIAL, *(random.standard_normal(18) * 10.0 ** random.integers(-6, 7, 18))]
+        ).astype(dtype(kind))
 
 
-@pytest.mark.parametrize(("line", "types", "meaning"), FLOATS, ids=[line.partition(" {")[0] + f"-{len(types.split())}" for line, types, _ in FLOATS])
+@pytest.mark.parametrize(
+    ("line", "types", "meaning"),
+    FLOATS,
+    ids=[line.partition(" {")[0] + f"-{len(types.split())}" for line, types, _ in FLOATS],
+)
 def test_floats(line: str, types: str, meaning: Callable[..., Any]) -> None:
     result, *kinds = types.split()
     given = [floats(kind, seed) for seed, kind in enumerate(kinds, 3)]
@@ -328,7 +339,12 @@ def test_narrow_floats(line: str, types: str, meaning: Callable[..., Any]) -> No
             assert numbers[0] == numbers[1] or numbers[0] != numbers[0], (line, [x[i] for x in given])
 
 
-WHOLE_OF_FLOATS = [(mode, kind, of) for mode in ("rzi", "rni", "rmi", "rpi") for kind in ("s32", "u32", "s64", "s16") for of in ("f32", "f16", "f64")]
+WHOLE_OF_FLOATS = [
+    (mode, kind, of)
+    for mode in ("rzi", "rni", "rmi", "rpi")
+    for kind in ("s32", "u32", "s64", "s16")
+    for of in ("f32", "f16", "f64")
+]
 
 
 @pytest.mark.parametrize(("mode", "kind", "of"), WHOLE_OF_FLOATS)
@@ -336,10 +352,10 @@ def test_floats_as_integers(mode: str, kind: str, of: str) -> None:
     given, out, ends = floats(of, 5), np.zeros(32, dtype(kind)), np.iinfo(dtype(kind))
     given[:4] = [2.5, -2.5, 3.5, -0.5]
     run(elementwise(f"cvt.{mode}.{kind}.{of} {{d}}, {{a}}", kind, of), out, given)
-    whole = {"rzi": math.trunc, "rni": round, "rmi": math.floor, "rpi": math.ceil}[mode]
+    whole: Any = {"rzi": math.trunc, "rni": round, "rmi": math.floor, "rpi": math.ceil}[mode]
     for x, found in zip(given, out, strict=True):
-        x = float(x)
-        wanted = 0 if math.isnan(x) else x if math.isinf(x) else whole(x)
+        number = float(x)
+        wanted = 0 if math.isnan(number) else number if math.isinf(number) else whole(number)
         assert int(found) == int(min(max(wanted, int(ends.min)), int(ends.max)))
 
 
@@ -389,8 +405,10 @@ def test_registers_are_packed_and_unpacked() -> None:
 VECTORS = [(1, 8), (1, 16), (1, 32), (1, 64), (2, 16), (4, 16), (2, 32), (4, 32), (2, 64), (8, 32), (4, 64)]
 
 
-@pytest.mark.parametrize(("count", "bits", "space"), [(*each, space) for space in ("global", "shared") for each in VECTORS
-                                                      if space == "global" or each[0] * each[1] <= 128])  # fmt: skip
+@pytest.mark.parametrize(
+    ("count", "bits", "space"),
+    [*((*each, "global") for each in VECTORS), *((*each, "shared") for each in VECTORS if each[0] * each[1] <= 128)],
+)
 def test_memory(count: int, bits: int, space: str) -> None:
     size, file = bits // 8 * count, ptx_kernels.FILES[str(bits)]
     given, out = np.random.default_rng(0).integers(0, 256, 32 * size, np.uint8), np.zeros(32 * size, np.uint8)
@@ -416,6 +434,8 @@ def test_memory(count: int, bits: int, space: str) -> None:
 def test_copies_are_there_behind_their_wait(size: int, read: str | int | None) -> None:
     given, out = np.random.default_rng(0).integers(1, 256, 32 * size, np.uint8), np.ones(32 * size, np.uint8)
     count = "" if read is None else ", %r5"
+    values = {4: "%r10", 8: "%rd10", 16: "{%r10, %r11, %r12, %r13}"}[size]
+    kind = "v4.b32" if size == 16 else f"b{8 * size}"
     run(f"""
         mul.lo.s32 %r2, %r0, {size};
         mad.wide.u32 %rd3, %r0, {size}, %rd1;
@@ -424,8 +444,8 @@ def test_copies_are_there_behind_their_wait(size: int, read: str | int | None) -
         cp.async.commit_group;
         cp.async.wait_group 0;
         mad.wide.u32 %rd3, %r0, {size}, %rd0;
-        {"ld.shared.v4.b32 {%r10, %r11, %r12, %r13}, [%r2];" if size == 16 else f"ld.shared.b{8 * size} {'%r10' if size == 4 else '%rd10'}, [%r2];"}
-        {"st.global.v4.b32 [%rd3], {%r10, %r11, %r12, %r13};" if size == 16 else f"st.global.b{8 * size} [%rd3], {'%r10' if size == 4 else '%rd10'};"}
+        ld.shared.{kind} {values}, [%r2];
+        st.global.{kind} [%rd3], {values};
         """, out, given, shared=32 * size)  # fmt: skip
     assert (out == (0 if read == 0 else given)).all()
 
@@ -562,7 +582,8 @@ def test_one_lane_of_a_warp_is_elected() -> None:
     "add.sat.s32 %r1, %r2, %r3;", "add.s32 %r1, %r2;", "add.s32 %r1, %r2, %r3, %r4;", "add.rz.f32 %r1, %r2, %r3;",
     "max.s32 %r1, %r2, %r3, %r4;", "mul.f32.sat %r1, %r2, %r3;", "shfl.sync.bfly.b32 %r1, %r2, 1, 31;",
     "ld.volatile.global.b32 %r1, [%rd0];", "ld.shared.v2.b32 {%r1, %r2, %r3}, [%r0];", "bar.sync 1;",
-    "bar.sync 0, 64;", "atom.global.add.u32 %r1, [%rd0], 1;", "mov.b64 %rd1, {%rs1, %rs2};", "cvt.rn.satfinite.e4m3x2.f32 %rs1, %r1, %r2;",
+    "bar.sync 0, 64;", "atom.global.add.u32 %r1, [%rd0], 1;", "mov.b64 %rd1, {%rs1, %rs2};",
+    "cvt.rn.satfinite.e4m3x2.f32 %rs1, %r1, %r2;",
     "mma.sync.aligned.m16n8k16.row.col.f16.f16.f16.f16 {%r1, %r2}, {%r3, %r4, %r5, %r6}, {%r7, %r8}, {%r1, %r2};",
     "mov.u32 %r1, %laneid;", "add.s32 %r1, %r2, 0f3F800000;", "add.s64 %rd1, %r1, %rd2;", "add.s32 %rs1, %r1, %r2;",
     "call.uni f;", "bra $nowhere;", ".reg .b128 %q1;", "setp.lt.and.s32 %p1, %r1, %r2, %p2;",

@@ -78,8 +78,7 @@ def test_ldmatrix(count: int, turned: bool) -> None:
 def test_stmatrix(count: int, turned: bool) -> None:
     matrices = RANDOM.integers(0, 1 << 16, (count, 8, 8)).astype(np.uint16)
     order = RANDOM.permutation(8 * count).astype(np.uint32)
-    held = np.array([[fragment(m, lane, turned).view(np.uint32)[0] if not turned else np.ascontiguousarray(fragment(m, lane, True)).view(np.uint32)[0]
-                      for m in matrices] for lane in range(32)])  # fmt: skip
+    held = np.array([[fragment(m, lane, turned) for m in matrices] for lane in range(32)]).view(np.uint32)[:, :, 0]
     out = np.zeros((8 * count, 8), np.uint16)
     run(f"""{load_each(count, 100, "%rd1")}
         setp.lt.u32 %p1, %r0, {8 * count};
@@ -93,7 +92,7 @@ def test_stmatrix(count: int, turned: bool) -> None:
         add.s64 %rd5, %rd5, %rd0;
         @%p1 ld.shared.v4.b32 {{%r60, %r61, %r62, %r63}}, [%r51];
         @%p1 st.global.v4.b32 [%rd5], {{%r60, %r61, %r62, %r63}};
-        """, out, held.astype(np.uint32), order, shared=512)  # fmt: skip
+        """, out, held, order, shared=512)  # fmt: skip
     assert (out[order] == matrices.reshape(-1, 8)).all()
 
 
@@ -121,20 +120,28 @@ def in_registers(matrix: Array, where: list[list[tuple[int, int]]]) -> Array:
 def accumulators(columns: int) -> list[list[tuple[int, int]]]:
     """Of each lane the (row, column) of its numbers of 16 rows of a result."""
     return [
-        [(group + 8 * row, column + 2 * thread + i) for column in range(0, columns, 8) for row in (0, 1) for i in (0, 1)]
+        [
+            (group + 8 * row, column + 2 * thread + i)
+            for column in range(0, columns, 8)
+            for row in (0, 1)
+            for i in (0, 1)
+        ]
         for _, group, thread in LANES
     ]
 
 
-@pytest.mark.parametrize(("depth", "kind"), [(16, "f16"), (16, "bf16"), (8, "f16"), (8, "bf16"), (8, "tf32"), (4, "tf32")])
+@pytest.mark.parametrize(
+    ("depth", "kind"), [(16, "f16"), (16, "bf16"), (8, "f16"), (8, "bf16"), (8, "tf32"), (4, "tf32")]
+)
 def test_mma(depth: int, kind: str) -> None:
     pair = 1 if kind == "tf32" else 2
     left, right, addend = choosing(16, depth), distinct(depth, 8), RANDOM.integers(-9, 9, (16, 8)).astype(np.float32)
     a = in_registers(as_numbers(left, kind), places(16, depth, pair))
     b = in_registers(as_numbers(right.T, kind), places(8, depth, pair))
+    operands = f"{registers(a.shape[1], 10)}, {registers(b.shape[1], 20)}"
     c, out = in_registers(addend, accumulators(8)), np.zeros((32, 4), np.float32)
     run(f"""{load_each(a.shape[1], 10, "%rd1")}{load_each(b.shape[1], 20, "%rd2")}{load_each(4, 30, "%rd3")}
-        mma.sync.aligned.m16n8k{depth}.row.col.f32.{kind}.{kind}.f32 {registers(4)}, {registers(a.shape[1], 10)}, {registers(b.shape[1], 20)}, {registers(4, 30)};
+        mma.sync.aligned.m16n8k{depth}.row.col.f32.{kind}.{kind}.f32 {registers(4)}, {operands}, {registers(4, 30)};
         {store_each(4)}
         """, out, a, b, c)  # fmt: skip
     wanted = in_registers((left @ right + addend).astype(np.float32), accumulators(8)).view(np.float32)
@@ -143,9 +150,10 @@ def test_mma(depth: int, kind: str) -> None:
 
 def test_tf32_has_ten_bits_of_fraction() -> None:
     a = np.full((32, 4), np.float32(1 + 2**-10 + 2**-11).view(np.uint32))
+    operands = f"{registers(4, 10)}, {registers(2, 20)}"
     b, out = np.full((32, 2), np.float32(1).view(np.uint32)), np.zeros((32, 4), np.float32)
     run(f"""{load_each(4, 10, "%rd1")}{load_each(2, 20, "%rd2")}{"".join(f"mov.b32 %r{30 + i}, 0;" for i in range(4))}
-        mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {registers(4)}, {registers(4, 10)}, {registers(2, 20)}, {registers(4, 30)};
+        mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {registers(4)}, {operands}, {registers(4, 30)};
         {store_each(4)}
         """, out, a, b)  # fmt: skip
     assert (out == 8 * (1 + 2**-10)).all()
@@ -157,13 +165,17 @@ def test_tf32_has_ten_bits_of_fraction() -> None:
 def results_of_group(total: Array) -> Array:
     """[128, registers] of a result of 64 rows."""
     columns = total.shape[1]
-    return np.concatenate([in_registers(total[16 * w : 16 * w + 16].astype(np.float32), accumulators(columns)) for w in range(4)]).view(np.float32)
+    return np.concatenate(
+        [in_registers(total[16 * w : 16 * w + 16].astype(np.float32), accumulators(columns)) for w in range(4)]
+    ).view(np.float32)
 
 
 @pytest.mark.parametrize("swizzle", [0, 1, 2, 3])
 @pytest.mark.parametrize("turned", [(False, False), (True, False), (False, True), (True, True)])
 @pytest.mark.parametrize(("columns", "kind"), [(64, "f16"), (8, "bf16"), (32, "bf16"), (16, "f16")])
-def test_wgmma_with_both_matrices_in_shared_memory(swizzle: int, turned: tuple[bool, bool], columns: int, kind: str) -> None:
+def test_wgmma_with_both_matrices_in_shared_memory(
+    swizzle: int, turned: tuple[bool, bool], columns: int, kind: str
+) -> None:
     left, right = choosing(64, 16), distinct(16, columns)
     a, *a_steps = placed(as_numbers(left, kind), swizzle, turned[0])
     b, *b_steps = placed(as_numbers(right.T, kind), swizzle, turned[1])
@@ -171,7 +183,9 @@ def test_wgmma_with_both_matrices_in_shared_memory(swizzle: int, turned: tuple[b
     memory = np.concatenate([a, np.zeros(start - a.size, np.uint8), b])
     out = np.zeros((128, columns // 2), np.float32)
     flags = ", " + ", ".join(str(int(x)) for x in turned)
-    text = wgmma(memory.size, columns, str(descriptor(0, *a_steps, swizzle)), descriptor(start, *b_steps, swizzle), kind, flags)
+    text = wgmma(
+        memory.size, columns, str(descriptor(0, *a_steps, swizzle)), descriptor(start, *b_steps, swizzle), kind, flags
+    )
     run(text, out, memory, threads=128, shared=memory.size)
     assert (out == results_of_group(left @ right)).all()
 
@@ -183,7 +197,9 @@ def test_wgmma_of_tf32(swizzle: int) -> None:
     b, *b_steps = placed(as_numbers(right.T, "tf32"), swizzle, False)
     start = -(-a.size // 1024) * 1024
     memory, out = np.concatenate([a, np.zeros(start - a.size, np.uint8), b]), np.zeros((128, 12), np.float32)
-    text = wgmma(memory.size, 24, str(descriptor(0, *a_steps, swizzle)), descriptor(start, *b_steps, swizzle), "tf32", "")
+    text = wgmma(
+        memory.size, 24, str(descriptor(0, *a_steps, swizzle)), descriptor(start, *b_steps, swizzle), "tf32", ""
+    )
     run(text, out, memory, threads=128, shared=memory.size)
     assert (out == results_of_group(left @ right)).all()
 
@@ -192,11 +208,21 @@ def test_wgmma_of_tf32(swizzle: int) -> None:
 def test_wgmma_with_its_left_matrix_in_registers_and_a_step_inside_of_a_line(kind: str, depth: int) -> None:
     pair, whole = 1 if kind == "tf32" else 2, distinct(2 * depth, 16)
     left = choosing(64, depth)
-    a = np.concatenate([in_registers(as_numbers(left[16 * w : 16 * w + 16], kind), places(16, depth, pair)) for w in range(4)])
+    a = np.concatenate(
+        [in_registers(as_numbers(left[16 * w : 16 * w + 16], kind), places(16, depth, pair)) for w in range(4)]
+    )
     b, *steps = placed(as_numbers(whole.T, kind), 3 if pair == 1 else 2, False)
     b_start, out = 32, np.zeros((128, 8), np.float32)  # the second half of the depth
     turned = "" if kind == "tf32" else ", 0"
-    text = wgmma(b.size, 16, registers(4, 50), descriptor(b_start, *steps, 3 if pair == 1 else 2), kind, turned, load_each(4, 50, "%rd2"))
+    text = wgmma(
+        b.size,
+        16,
+        registers(4, 50),
+        descriptor(b_start, *steps, 3 if pair == 1 else 2),
+        kind,
+        turned,
+        load_each(4, 50, "%rd2"),
+    )
     run(text, out, b, a, threads=128, shared=b.size)
     assert (out == results_of_group(left @ whole[depth:])).all()
 
@@ -206,7 +232,9 @@ def test_wgmma_adds_to_what_is_there_where_it_is_told_to() -> None:
     a, *a_steps = placed(as_numbers(left, "f16"), 0, False)
     b, *b_steps = placed(as_numbers(right.T, "f16"), 0, False)
     memory = np.concatenate([a, b])
-    text = wgmma(memory.size, 8, str(descriptor(0, *a_steps, 0)), descriptor(a.size, *b_steps, 0)).replace("0f00000000", "0f40A00000")
+    text = wgmma(memory.size, 8, str(descriptor(0, *a_steps, 0)), descriptor(a.size, *b_steps, 0)).replace(
+        "0f00000000", "0f40A00000"
+    )
     for keeps, added in (("-1", 5.0), ("0", 0.0)):
         out = np.zeros((128, 4), np.float32)
         run(text.replace("mov.pred %p1, -1", f"mov.pred %p1, {keeps}"), out, memory, threads=128, shared=memory.size)
@@ -284,7 +312,9 @@ def test_tcgen05_adds_to_what_threads_stored_in_half_of_the_lanes() -> None:
         add.s32 %r5, %r5, {upper};
         tcgen05.st.sync.aligned.16x32bx2.x16.b32 [%r5+0], 16, {registers(16, 50)};
         tcgen05.wait::st.sync.aligned;"""
-    text = tcgen05(memory.size, 32, str(at[0]), at[1], instruction_descriptor(64, 32, "f16", (False, False)), "f16", 64, before)
+    text = tcgen05(
+        memory.size, 32, str(at[0]), at[1], instruction_descriptor(64, 32, "f16", (False, False)), "f16", 64, before
+    )
     text = text.replace("@%p1 tcgen05.dealloc", f"sub.s32 %r2, %r2, {upper};\n@%p1 tcgen05.dealloc")
     run(text, out, memory, addend, threads=128, shared=memory.size + 32)
     assert (out == loaded(left @ right) + addend).all()

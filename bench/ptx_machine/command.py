@@ -42,13 +42,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Of `check` with such a device alone."""
     group = parser.add_argument_group("compiled kernels, executed by an emulator (--device ptx:TARGET)")
     group.add_argument("--device", type=device, default="cpu",
-                       help=f"of the tensors; cpu interprets the kernels, ptx:TARGET ({' '.join(TARGETS)}) compiles them "
-                       "and executes their PTX (default: cpu)")  # fmt: skip
+                       help=f"of the tensors; cpu interprets the kernels, ptx:TARGET ({' '.join(TARGETS)}) "
+                       "compiles them and executes their PTX (default: cpu)")  # fmt: skip
     group.add_argument("--shipped", action="store_true", help="every shipped tile, on one group of its size")
-    group.add_argument("--tiles", type=positive, metavar="N", help="of --shipped the first N checks alone")
+    group.add_argument("--first", type=positive, metavar="N", help="the first N checks alone (default: all)")
     group.add_argument("--mutants", type=from_zero, default=0, metavar="N",
                        help="also N kernels with a line changed: which are noticed (default: 0)")  # fmt: skip
-    group.add_argument("--jobs", type=positive, default=os.cpu_count(), metavar="N", help="processes (default: one a core)")
+    group.add_argument(
+        "--jobs", type=positive, default=os.cpu_count(), metavar="N", help="processes (default: one a core)"
+    )
 
 
 def is_for(args: argparse.Namespace) -> bool:
@@ -57,16 +59,18 @@ def is_for(args: argparse.Namespace) -> bool:
         if args.cases is not None or args.backends != ["triton", "eager"]:
             raise argparse.ArgumentError(None, f"--cases and --backends are not for --device {args.device}")
         return True
-    if args.shipped or args.mutants or args.tiles:
-        raise argparse.ArgumentError(None, f"--shipped, --tiles and --mutants need --device ptx:TARGET, got {args.device}")
+    if args.shipped or args.mutants or args.first:
+        raise argparse.ArgumentError(
+            None, f"--shipped, --first and --mutants need --device ptx:TARGET, got {args.device}"
+        )
     return False
 
 
-def run(args: argparse.Namespace) -> int:
-    """The exit status."""
+def run(args: argparse.Namespace) -> bool:
+    """Whether something is wrong."""
     said, target = Terminal(args), args.device.removeprefix(PREFIX)
     path = args.out / f"ptx_{target}{'_shipped' * args.shipped}.csv"
-    works = shipped(target)[: args.tiles] if args.shipped else cases(target)
+    works = (shipped(target) if args.shipped else cases(target))[: args.first]
     said.say(f"Compiled PTX executed and race-checked in an emulator; no GPU runs it. Every check is a row of {path}")
     known = {_key(row): row for row in records.read(path, Row) if row.made_by == made_by() and row.is_right}
     rows = {_key(work): known[_key(work)] for work in works if _key(work) in known}
@@ -84,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
     for row in wrong:
         said.say(f"{row.case}, {row.arithmetic}: {row.fault or f'{row.worst:.3g} of the budget'}", style="red")
     mutants = _mutants(args, said, works, path) if args.mutants and not wrong else []
-    said.end(" ".join([_sentence(found, works), *mutants[:1]]), path, *mutants[1:])  # type: ignore[arg-type]
+    said.end(" ".join([_sentence(found, works), *mutants[:1]]), path, *mutants[1:])
     return bool(wrong)
 
 
@@ -96,7 +100,7 @@ def _each(name: str, given: list[tuple[Any, ...]], jobs: int) -> Iterator[Any]:
     """Results of a function of `work`, as they come, from processes in which kernels are compiled."""
     with patch.dict(os.environ):
         os.environ.pop("TRITON_INTERPRET", None)  # read when kernels are decorated
-        os.environ |= {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+        os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
         with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
             for future in as_completed([pool.submit(_call, name, *each) for each in given]):
                 yield future.result()
@@ -130,7 +134,8 @@ def _sentence(rows: list[Row], works: list[Work]) -> str:
     tiles = {entry for work in works for entry in work.entries}
     kernels = {kernel for row in rows for kernel in row.kernels.split()}
     of = f"{len(tiles)} shipped tiles in {len(rows)} checks" if tiles else f"{len(rows)} cases"
-    counted = f"{sum(row.launches for row in rows)} launches of {len(kernels)} kernels, {sum(row.instructions for row in rows)} instructions"
+    launches, instructions = sum(row.launches for row in rows), sum(row.instructions for row in rows)
+    counted = f"{launches} launches of {len(kernels)} kernels, {instructions} instructions"
     return f"{of}, {beyond} beyond the error budget. {counted}, {f'{faults} faults' if faults else 'no fault'}."
 
 
@@ -146,8 +151,17 @@ def _mutants(args: argparse.Namespace, said: Terminal, works: list[Work], path: 
     rows.sort(key=lambda row: (row.change, row.case, row.arithmetic, row.line))
     records.write(file, MutantRow, rows)
     caught, all_ = Counter(row.change for row in rows if not row.survived), Counter(row.change for row in rows)
-    said.show(Table(f"Mutants, seed {args.seed}", ("change", "mutants", "noticed"), [[name, n, caught[name]] for name, n in all_.items()]))
+    said.show(
+        Table(
+            f"Mutants, seed {args.seed}",
+            ("change", "mutants", "noticed"),
+            [[name, n, caught[name]] for name, n in all_.items()],
+        )
+    )
     for row in rows:
         if row.survived:
-            said.say(f"Not noticed: {row.change}: {row.kernel}, {row.arithmetic}, {row.case}: {row.before} -> {row.after or 'nothing'}")
+            said.say(
+                f"Not noticed: {row.change}: {row.kernel}, {row.arithmetic}, {row.case}: {row.before} -> "
+                f"{row.after or 'nothing'}"
+            )
     return [f"{len(rows)} mutants, {sum(caught.values())} noticed.", file]

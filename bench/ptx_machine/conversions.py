@@ -23,7 +23,11 @@ def to_whole(*groups: Any) -> Callable[[Array], Array]:
         wide = np.where(np.isnan(a), 0, a).astype(np.float64)
         whole = {"rzi": np.trunc, "rni": np.rint, "rmi": np.floor, "rpi": np.ceil}[mode](wide)
         inside = np.where((whole > least) & (whole < most), whole, 0).astype(kind)
-        return np.where(whole <= least, kind.type(np.iinfo(kind).min), np.where(whole >= most, kind.type(np.iinfo(kind).max), inside))
+        return np.where(
+            whole <= least,
+            kind.type(np.iinfo(kind).min),
+            np.where(whole >= most, kind.type(np.iinfo(kind).max), inside),
+        )
 
     return apply
 

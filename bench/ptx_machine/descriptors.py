@@ -20,7 +20,7 @@ PIECE = 16  # bytes
 
 
 class Fields(NamedTuple):
-    """Where a descriptor says how lines lie: the lowest bit, the bytes of a line by its number, and bits that must hold."""
+    """Where a descriptor says how lines lie: the lowest bit, bytes of a line by its number, and bits that must hold."""
 
     swizzle: int
     lines: dict[int, int]

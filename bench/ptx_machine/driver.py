@@ -120,7 +120,7 @@ def regions(arguments: list[tuple[str, Any]]) -> list[Region]:
             storage = x.untyped_storage()
             start, size = storage.data_ptr(), storage.nbytes()
             if size and start not in found:
-                data = np.frombuffer((ctypes.c_uint8 * size).from_address(start), np.uint8)
+                data = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(start))
                 found[start] = Region(start, data, np.zeros(size, bool), start)
             if x.numel():
                 of_elements = torch.from_numpy(found[start].exists[: size - size % x.itemsize].reshape(-1, x.itemsize))

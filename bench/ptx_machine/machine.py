@@ -13,7 +13,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bench.ptx_machine import arithmetic, barriers, conversions, copies, matrices, moves, tensor_cores, warp_groups, warps
+from bench.ptx_machine import (
+    arithmetic,
+    barriers,
+    conversions,
+    copies,
+    matrices,
+    moves,
+    tensor_cores,
+    warp_groups,
+    warps,
+)
 from bench.ptx_machine.faults import Fault, Unsupported
 from bench.ptx_machine.forms import Execute, build, form
 from bench.ptx_machine.global_memory import GlobalMemory, Region
@@ -80,8 +90,7 @@ def compiled(text: str) -> tuple[Module, tuple[Step, ...]]:
     module = parse(text)
     module.in_use = warp_groups.in_use(module)
     steps = [
-        Step(each, warp_groups.watched(module, each, build(each)), each.opcode in JUMPS)
-        for each in module.instructions
+        Step(each, warp_groups.watched(module, each, build(each)), each.opcode in JUMPS) for each in module.instructions
     ]
     if not steps or not steps[-1].jumps or steps[-1].instruction.guard:
         raise Unsupported(f"{module.name} does not end")
@@ -122,7 +131,11 @@ def run(steps: tuple[Step, ...], s: Threads, executed: Counter[str]) -> None:
         ready = s.on & ~s.waiting & ~s.spinning
         if not ready.any():
             if not s.spinning.any() or s.happened == happened:
-                what = "threads wait for ever for a barrier in memory" if s.spinning.any() else "not all threads of a program reach a barrier"
+                what = (
+                    "threads wait for ever for a barrier in memory"
+                    if s.spinning.any()
+                    else "not all threads of a program reach a barrier"
+                )
                 raise Fault(f"{s.module.name}: {what}")
             s.spinning[:], happened = False, s.happened
             continue

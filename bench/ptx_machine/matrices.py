@@ -81,7 +81,7 @@ def fragments(s: Threads, gets: list[Read]) -> Array:
 def left_operand(s: Threads, gets: list[Read], kind: str) -> Array:
     """[warps, 16, columns] of four registers: first down, then across."""
     found = numbers(fragments(s, gets), kind).astype(np.float64)
-    return np.concatenate([np.concatenate(found[i : i + 2], 1) for i in range(0, len(gets), 2)], 2)  # type: ignore[arg-type]
+    return np.concatenate([np.concatenate(found[i : i + 2], 1) for i in range(0, len(gets), 2)], 2)
 
 
 @form(r"mma\.sync\.aligned\.(m16n8k16)\.row\.col\.f32\.(f16|bf16)\.\2\.f32", "{} {} {} {}", SECTION + "mma")

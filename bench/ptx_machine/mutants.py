@@ -1,11 +1,10 @@
-"""Kernels with one line of their PTX changed: what a miscompiled or a wrong kernel would be, and whether it is noticed."""
+"""Kernels with one line of their PTX changed: what a wrong kernel would be, and whether it is noticed."""
 
 from __future__ import annotations
 
 import random
 import re
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any, NamedTuple
 
 from bench.ptx_machine import machine
@@ -48,7 +47,7 @@ CHANGES = (
     Change("guard of a load or store dropped", r"@!?%p\d+ (?=(?:ld|st)\.global)", ""),
     Change("copy of all its bytes", r"(cp\.async\.c[ag]\.shared\.global [^;]*), %r\d+(?=\s*;)", r"\1"),
     Change("shared address 16 bytes further",
-           r"((?:ld\.shared|st\.shared|ldmatrix|stmatrix|cp\.async\.c[ag])[^\[]*)\[\s*(%r\d+)(?:\s*\+\s*(\d+))?\s*\]", _moved),
+           r"((?:(?:ld|st)\.shared|(?:ld|st)matrix|cp\.async\.c)[^\[]*)\[\s*(%r\d+)(?:\s*\+\s*(\d+))?\s*\]", _moved),
     Change("registers of a fragment exchanged", r"(mma\.sync\S*\s+\{[^}]*\}, \{ )(%r\d+), (%r\d+)", r"\1\3, \2"),
     Change("less than for at most", r"(?<=setp\.)le(?=\.s)", "lt"),
     Change("at most for less than", r"(?<=setp\.)lt(?=\.s)", "le"),
@@ -136,5 +135,6 @@ def _outcome(work: Work, device: Any, mutant: Mutant) -> str:
 
 def _row(work: Work, mutant: Mutant, outcome: str) -> MutantRow:
     kernel = machine.parse(mutant.text).name
-    lines = (" ".join(line.split()) for line in (mutant.before, mutant.after))
-    return MutantRow(work.target, work.name, work.arithmetic, kernel, mutant.change, mutant.line, *lines, outcome)
+    before, after = (" ".join(line.split()) for line in (mutant.before, mutant.after))
+    said = mutant.change, mutant.line, before, after, outcome
+    return MutantRow(work.target, work.name, work.arithmetic, kernel, *said)

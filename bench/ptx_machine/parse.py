@@ -124,7 +124,9 @@ def parse(text: str) -> Module:
         raise Unsupported(f"a module must have one kernel of a known number of threads, got {entries} of {threads}")
     text = re.sub(r"//[^\n]*|(?m:^\s*\.(?:loc|pragma|file)[^\n]*)", "", text)
     head, _, body = text.partition("\n{")
-    if unknown := re.findall(r"\.func\b.*|\.\w+ctapercluster.*|\.(?:shared|const)\b.*(?<!global_smem\[\];)$", head, re.M):
+    if unknown := re.findall(
+        r"\.func\b.*|\.\w+ctapercluster.*|\.(?:shared|const)\b.*(?<!global_smem\[\];)$", head, re.M
+    ):
         raise Unsupported(f"{entries[0]} has {unknown[0].strip()}")
     module, end = Module(entries[0], int(threads[0])), 0
     for bits, name in re.findall(r"\.param \.[a-z](\d+)[^,\n)]*? (\w+_param_\d+)", head):
@@ -140,7 +142,7 @@ def _read(module: Module, body: str) -> None:
     while True:
         match = STATEMENT.match(body, position)
         if match is None:
-            raise Unsupported(f"a statement that is none: {body[position:position + 60].strip()!r}")
+            raise Unsupported(f"a statement that is none: {body[position : position + 60].strip()!r}")
         position, (brace, label, statement) = match.end(), match.groups()
         if brace == "{":
             scope, scopes = _Scope(scopes, scope), scopes + 1

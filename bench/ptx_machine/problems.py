@@ -55,11 +55,16 @@ def cases(target: str) -> list[Work]:
     one = BackwardTiles(small, small, small, None, small)
     many = BackwardTiles(None, small, Tile(16, 16, 32, 64, 4, 3), None, small)
     whole = BackwardTiles(None, across, down, down, across)
-    chosen = (
+    chosen = (  # large scores are those that a wrong maximum makes infinite
         (Case("interlaced", (7, 5), (3, 2), (24, 40), heads=2, bias=True, maps=1), small, one, True),
-        (Case("local", (7, 6), (7, 4), (24, 40), maps=1, shift=(1, 2)), small._replace(num_stages=3), many, False),
-        (Case("local", (14, 6), (7, 6), (24, 40), bias=True, maps=1), across, whole, True),
-        (Case("grid", (16, 8), (8, 8), (64, 64), maps=1), wide, BackwardTiles(wide, wide, wide, None, wide), True),
+        (
+            Case("local", (7, 6), (7, 4), (24, 40), heads=2, logits=60.0, shift=(1, 2)),
+            small._replace(num_stages=3),
+            many,
+            False,
+        ),
+        (Case("local", (14, 6), (7, 6), (24, 40), bias=True, maps=1, logits=60.0), across, whole, True),
+        (Case("grid", (16, 8), (8, 8), (64, 64), heads=2), wide, BackwardTiles(wide, wide, wide, None, wide), True),
     )
     return [
         Work(target, replace(case, dtype=dtype), arithmetic, forward, backward, dlse)
@@ -82,13 +87,18 @@ def shipped(target: str) -> list[Work]:
             continue
         if (found.key_width, found.value_width, found.tokens) != limits or list(found.tile) != entry["tile"]:
             continue  # an entry for another target or Triton, or one that another hides
-        forward, backward = tiles.lookup(target, "forward", key, value, arithmetic, tokens), tiles.backward(target, key, value, arithmetic, tokens)
+        forward, backward = (
+            tiles.lookup(target, "forward", key, value, arithmetic, tokens),
+            tiles.backward(target, key, value, arithmetic, tokens),
+        )
         in_passes = step not in ("forward", "group") and backward.group is not None
         if in_passes:
             backward = backward._replace(group=None)
         bias = tokens <= 256
         place = key, value, arithmetic, tokens, in_passes
-        work = works.get(place) or Work(target, _group(tokens, key, value, arithmetic, bias), arithmetic, forward, backward)
+        work = works.get(place) or Work(
+            target, _group(tokens, key, value, arithmetic, bias), arithmetic, forward, backward
+        )
         works[place] = replace(work, entries=(*work.entries, (step, number)))
     return list(works.values())
 

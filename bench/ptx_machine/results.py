@@ -69,6 +69,8 @@ class MutantRow:
 @cache
 def made_by() -> str:
     """What the result of a check depends on beside the check: the sources, and Triton's version."""
-    files = [path for room in ("bench/ptx_machine", "isa_triton/backend/kernels") for path in (ROOT / room).glob("*.py")]
+    files = [
+        path for room in ("bench/ptx_machine", "isa_triton/backend/kernels") for path in (ROOT / room).glob("*.py")
+    ]
     sources = b"".join(path.read_bytes() for path in sorted(files))
     return f"{hashlib.sha256(sources).hexdigest()[:12]} with triton {version('triton')}"

@@ -210,9 +210,8 @@ class SharedMemory:
 
     def fence(self, s: Threads) -> None:
         """Matrix units see what the current threads wrote, and what others wrote before all threads last met."""
-        on = np.zeros(s.n, bool)
-        on[s.lanes] = True
-        on = on.reshape(s.programs, s.threads)
+        on = np.zeros((s.programs, s.threads), bool)
+        on.reshape(-1)[s.lanes] = True
         for program in np.flatnonzero(on.any(1)):
             here = slice(program * self.pitch // self.cell, (program + 1) * self.pitch // self.cell)
             seen = on[program][self.writer[here]] | (self.wrote_at[here] < self.met[program])

@@ -1,7 +1,7 @@
 """tcgen05: tensor memory, and matrix products beside the threads (PTX ISA: TensorCore 5th Generation Family).
 
 Tensor memory has 128 lanes of 512 columns of 32 bits for each program; a warp reaches the 32 lanes of its number modulo
-4. A product is computed when it is issued, and watched until threads have seen, by a barrier in memory, that it is done.
+4. A product is computed when it is issued, and watched until threads know, by a barrier in memory, that it is done.
 """
 
 from __future__ import annotations
@@ -52,7 +52,11 @@ class TensorMemory:
             raise Fault(f"{s.module.name} does not give its tensor memory back")
 
 
-@form(r"tcgen05\.alloc\.cta_group::1\.sync\.aligned\.shared::cta\.b32", "[a] a", SECTION + "tcgen05.alloc, dealloc, relinquish_alloc_permit")
+@form(
+    r"tcgen05\.alloc\.cta_group::1\.sync\.aligned\.shared::cta\.b32",
+    "[a] a",
+    SECTION + "tcgen05.alloc, dealloc, relinquish_alloc_permit",
+)
 def allocate(operands: tuple[Operand, ...]) -> Execute:
     at, count = addresses(operands[0], "u32"), reader(operands[1], "u32")  # type: ignore[arg-type]
 
@@ -60,7 +64,9 @@ def allocate(operands: tuple[Operand, ...]) -> Execute:
         s.whole()
         unit, lanes = s.unit(TensorMemory), s.numbers()[::WARP]
         program, columns = one_each(s.program[lanes]), s.spread(count(s))[::WARP].astype(np.int64)
-        if (unit.columns[program] != 0).any() or ((columns < 32) | (columns > COLUMNS) | (columns & (columns - 1) != 0)).any():
+        if (unit.columns[program] != 0).any() or (
+            (columns < 32) | (columns > COLUMNS) | (columns & (columns - 1) != 0)
+        ).any():
             raise Fault("tensor memory: columns must be a power of two from 32 to 512, asked for once")
         unit.columns[program] = columns
         s.shared.store(s, lanes, at(s)[::WARP], np.zeros((len(lanes), 4), np.uint8))  # where they begin
@@ -68,7 +74,11 @@ def allocate(operands: tuple[Operand, ...]) -> Execute:
     return execute
 
 
-@form(r"tcgen05\.relinquish_alloc_permit\.cta_group::1\.sync\.aligned", "", SECTION + "tcgen05.alloc, dealloc, relinquish_alloc_permit")
+@form(
+    r"tcgen05\.relinquish_alloc_permit\.cta_group::1\.sync\.aligned",
+    "",
+    SECTION + "tcgen05.alloc, dealloc, relinquish_alloc_permit",
+)
 def relinquish(operands: tuple[Operand, ...]) -> Execute:
     def execute(s: Threads) -> None:
         s.whole()
@@ -76,7 +86,11 @@ def relinquish(operands: tuple[Operand, ...]) -> Execute:
     return execute
 
 
-@form(r"tcgen05\.dealloc\.cta_group::1\.sync\.aligned\.b32", "a a", SECTION + "tcgen05.alloc, dealloc, relinquish_alloc_permit")
+@form(
+    r"tcgen05\.dealloc\.cta_group::1\.sync\.aligned\.b32",
+    "a a",
+    SECTION + "tcgen05.alloc, dealloc, relinquish_alloc_permit",
+)
 def free(operands: tuple[Operand, ...]) -> Execute:
     start, count = (reader(x, "u32") for x in operands)
 
@@ -112,7 +126,6 @@ def _check_products(s: Threads, lanes: Array, columns: Array, halves: tuple[int,
 # -- threads and tensor memory -----------------------------------------------------------------------------------------
 
 
-
 def _cells(s: Threads, address: Array, count: int, split: int | None) -> tuple[Array, Array, tuple[Array, ...]]:
     """Of each thread the lane, [warps, 32], and the columns, [warps, 32, count], that it reaches.
 
@@ -130,8 +143,8 @@ def _cells(s: Threads, address: Array, count: int, split: int | None) -> tuple[A
     half = base - quarter * 32
     if (half != half[:1]).any() or int(half[0, 0]) not in ((0,) if split is None else (0, 16)):
         raise Fault("tensor memory: a warp reaches the 32 lanes of its number modulo 4 only")
-    halves = np.zeros(WARP, np.int64) if split is None else LANE // 16 * split
-    columns = first[:, :, None] + halves[:, None] + np.arange(count)
+    further = np.zeros(WARP, np.int64) if split is None else LANE // 16 * split
+    columns = first[:, :, None] + further[:, None] + np.arange(count)
     touched = columns[:, ::16].reshape(len(lanes), -1)
     unit: TensorMemory = s.unit(TensorMemory)
     if (touched >= unit.columns[program]).any():
@@ -176,22 +189,22 @@ def _load(operands: tuple[Operand, ...], count: int, split: int | None) -> Execu
     return execute
 
 
-@form(rf"tcgen05\.st\.sync\.aligned\.32x32b\.x(\d+)\.b32", "[a] {}|a", SECTION + "tcgen05.st")
+@form(r"tcgen05\.st\.sync\.aligned\.32x32b\.x(\d+)\.b32", "[a] {}|a", SECTION + "tcgen05.st")
 def store(operands: tuple[Operand, ...], count: str) -> Execute:
     return _store(operands, int(count), None, operands[1])
 
 
-@form(rf"tcgen05\.st\.sync\.aligned\.16x32bx2\.x(\d+)\.b32", "[a] # {}|a", SECTION + "tcgen05.st")
+@form(r"tcgen05\.st\.sync\.aligned\.16x32bx2\.x(\d+)\.b32", "[a] # {}|a", SECTION + "tcgen05.st")
 def store_halves(operands: tuple[Operand, ...], count: str) -> Execute:
     return _store(operands, int(count), int(operands[1].text, 0), operands[2])  # type: ignore[union-attr]
 
 
-@form(rf"tcgen05\.ld\.sync\.aligned\.32x32b\.x(\d+)\.b32", "{}|a [a]", SECTION + "tcgen05.ld")
+@form(r"tcgen05\.ld\.sync\.aligned\.32x32b\.x(\d+)\.b32", "{}|a [a]", SECTION + "tcgen05.ld")
 def load(operands: tuple[Operand, ...], count: str) -> Execute:
     return _load(operands, int(count), None)
 
 
-@form(rf"tcgen05\.ld\.sync\.aligned\.16x32bx2\.x(\d+)\.b32", "{}|a [a] #", SECTION + "tcgen05.ld")
+@form(r"tcgen05\.ld\.sync\.aligned\.16x32bx2\.x(\d+)\.b32", "{}|a [a] #", SECTION + "tcgen05.ld")
 def load_halves(operands: tuple[Operand, ...], count: str) -> Execute:
     return _load(operands, int(count), int(operands[2].text, 0))  # type: ignore[union-attr]
 
@@ -252,7 +265,7 @@ def _multiply(operands: tuple[Operand, ...], kind: str, in_shared: bool) -> Exec
             _ready(s, unit, program[keep], halves, first, first + columns, written=True)
         total = left @ right.swapaxes(1, 2) + np.where(keep[:, None, None], old, np.float32(0))
         unit.data[program[:, None], lane, first : first + columns] = total.astype(np.float32).view(np.uint32)
-        unit.wrote_at[np.ix_(program, range(4), halves, range(first, first + columns))] = 1
+        unit.wrote_at[_part(program, halves, first, first + columns)] = 1
         works = s.unit(MemoryBarriers).works
         works.add(Work(program, read, (first, first + columns), halves, np.zeros((len(program), s.threads), bool)))
 
@@ -276,11 +289,16 @@ def _shape(descriptor: Array, kind: str) -> tuple[int, int, int, str, tuple[bool
     return rows, columns, 8 if kind == "tf32" else 16, KINDS[kind, a], (bool(bits >> 15 & 1), bool(bits >> 16 & 1))
 
 
+def _part(program: Array, halves: tuple[int, ...], first: int, last: int) -> tuple[Array, ...]:
+    """Columns of all quarters, as `TensorMemory` knows them."""
+    return np.ix_(program, np.arange(4), np.array(halves), np.arange(first, last))
+
+
 def _ready(
     s: Threads, unit: TensorMemory, program: Array, halves: tuple[int, ...], first: int, last: int, written: bool
 ) -> None:
     """That threads are done with columns before a product uses them, and, where it reads, have written them."""
-    here, met = np.ix_(program, range(4), halves, range(first, last)), s.shared.met[program][:, None, None, None]
+    here, met = _part(program, halves, first, last), s.shared.met[program][:, None, None, None]
     if unit.storing[here].any() or unit.loading[here].any():
         raise Fault("tensor memory: a product uses what a warp has not waited for")
     if (unit.wrote_at[here] >= met).any() or (unit.read_at[here] >= met).any():
@@ -311,7 +329,11 @@ def _left(s: Threads, unit: TensorMemory, program: Array, address: Array, rows: 
     return numbers(np.ascontiguousarray(unit.data[program[:, None], lane, first : first + 8]), kind).astype(np.float64)
 
 
-@form(r"tcgen05\.commit\.cta_group::1\.mbarrier::arrive::one(?:\.shared::cluster)?\.b64", "[a]", SECTION + "tcgen05.commit")
+@form(
+    r"tcgen05\.commit\.cta_group::1\.mbarrier::arrive::one(?:\.shared::cluster)?\.b64",
+    "[a]",
+    SECTION + "tcgen05.commit",
+)
 def commit(operands: tuple[Operand, ...]) -> Execute:
     at = addresses(operands[0], "u32")  # type: ignore[arg-type]
 

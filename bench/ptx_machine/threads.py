@@ -99,7 +99,11 @@ class Threads:
             return self.n // together
         lanes = self.numbers()
         first = lanes[::together]
-        if len(lanes) % together or (first % together).any() or (lanes != np.repeat(first, together) + np.arange(len(lanes)) % together).any():
+        if (
+            len(lanes) % together
+            or (first % together).any()
+            or (lanes != np.repeat(first, together) + np.arange(len(lanes)) % together).any()
+        ):
             what = "warp" if together == WARP else "warp group"
             raise Fault(f"not all threads of a {what} reach an instruction that is for all of them")
         return len(first)

@@ -202,7 +202,9 @@ def multiply_shared(operands: tuple[Operand, ...], columns: str, depth: str, kin
     turned, a = _turned(operands[4:], 2), reader(operands[1], "b64")
 
     def left(s: Threads, first: Array) -> tuple[Array, list[Array]]:
-        found, rows = matrix(s, s.program[first], s.spread(a(s))[::WARP_GROUP], WARP_GROUPS, kind, (64, int(depth)), turned[0])
+        found, rows = matrix(
+            s, s.program[first], s.spread(a(s))[::WARP_GROUP], WARP_GROUPS, kind, (64, int(depth)), turned[0]
+        )
         return found, [rows]
 
     return _product(operands, int(columns), int(depth), kind, turned[1], left)
@@ -234,7 +236,9 @@ def _product(operands: tuple[Operand, ...], columns: int, depth: int, kind: str,
     sums = parts_of(operands[0], columns // 2)
     puts, gets = [writer(x, "f32") for x in sums], [reader(x, "f32") for x in sums]
     b, keeps = reader(operands[2], "b64"), reader(operands[3], "pred")
-    own = [x for operand in operands[:2] if isinstance(operand, Vector) for x in operand.parts if isinstance(x, Register)]
+    own = [
+        x for operand in operands[:2] if isinstance(operand, Vector) for x in operand.parts if isinstance(x, Register)
+    ]
 
     def execute(s: Threads) -> None:
         groups = s.whole(WARP_GROUP)
@@ -243,7 +247,9 @@ def _product(operands: tuple[Operand, ...], columns: int, depth: int, kind: str,
         if use.unfenced[registers][:, s.lanes].any():
             raise Fault("no wgmma.fence between a write of a register and the matrix instruction that uses it")
         a, rows = left(s, first)
-        right, more = matrix(s, s.program[first], s.spread(b(s))[::WARP_GROUP], WARP_GROUPS, kind, (columns, depth), turned)
+        right, more = matrix(
+            s, s.program[first], s.spread(b(s))[::WARP_GROUP], WARP_GROUPS, kind, (columns, depth), turned
+        )
         total = (a @ right.swapaxes(1, 2)).reshape(4 * groups, 16, columns)
         keep = s.by_warp(keeps(s))
         for i, (put, get) in enumerate(zip(puts, gets, strict=True)):

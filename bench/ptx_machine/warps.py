@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 import numpy as np
 
 from bench.ptx_machine.barriers import whole_warps
@@ -55,12 +53,20 @@ def _shuffle(to: Operand, inside: Operand | None, operands: tuple[Operand, ...],
     return execute
 
 
-@form(r"redux\.sync\.(max|min|add|and|or|xor)\.(u32|s32|b32)", "d a a", "Parallel Synchronization and Communication Instructions: redux.sync")
+@form(
+    r"redux\.sync\.(max|min|add|and|or|xor)\.(u32|s32|b32)",
+    "d a a",
+    "Parallel Synchronization and Communication Instructions: redux.sync",
+)
 def reduce(operands: tuple[Operand, ...], name: str, kind: str) -> Execute:
     return _reduce(operands, name, kind, nan=False)
 
 
-@form(r"redux\.sync\.(max|min)(\.NaN)?\.f32", "d a a", "Parallel Synchronization and Communication Instructions: redux.sync")
+@form(
+    r"redux\.sync\.(max|min)(\.NaN)?\.f32",
+    "d a a",
+    "Parallel Synchronization and Communication Instructions: redux.sync",
+)
 def reduce_floats(operands: tuple[Operand, ...], name: str, nan: str | None) -> Execute:
     return _reduce(operands, name, "f32", nan=bool(nan))
 
@@ -68,7 +74,14 @@ def reduce_floats(operands: tuple[Operand, ...], name: str, nan: str | None) -> 
 def _reduce(operands: tuple[Operand, ...], name: str, kind: str, nan: bool) -> Execute:
     whole = whole_warps(operands[2])
     put, value = writer(operands[0], kind), reader(operands[1], kind)
-    functions = {"max": np.maximum, "min": np.minimum, "add": np.add, "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}
+    functions = {
+        "max": np.maximum,
+        "min": np.minimum,
+        "add": np.add,
+        "and": np.bitwise_and,
+        "or": np.bitwise_or,
+        "xor": np.bitwise_xor,
+    }
     function = {"max": np.fmax, "min": np.fmin}[name] if kind == "f32" and not nan else functions[name]
 
     def execute(s: Threads) -> None:
@@ -94,7 +107,11 @@ def elect(operands: tuple[Operand, ...]) -> Execute:
     return execute
 
 
-@form(r"vote\.sync\.(any|all|ballot)\.(pred|b32)", "d a a", "Parallel Synchronization and Communication Instructions: vote.sync")
+@form(
+    r"vote\.sync\.(any|all|ballot)\.(pred|b32)",
+    "d a a",
+    "Parallel Synchronization and Communication Instructions: vote.sync",
+)
 def vote(operands: tuple[Operand, ...], mode: str, kind: str) -> Execute:
     whole = whole_warps(operands[2])
     if (mode == "ballot") != (kind == "b32"):
