@@ -346,3 +346,21 @@ def test_a_product_needs_a_barrier_behind_what_threads_stored() -> None:
         threads=128,
         shared=memory.size + 32,
     )
+
+
+def test_copies_that_no_proxy_fence_follows_are_noted() -> None:
+    """By the PTX ISA it has to; Triton leaves it out at times, and nobody has seen a GPU go wrong."""
+    body, memory = a_product()
+    lines = [line for line in body.splitlines() if "301" not in line]
+    at = next(i for i, line in enumerate(lines) if "fence.proxy" in line)
+    copies = [
+        "cp.async.cg.shared.global [%r300], [%rd60], 16;" if "add.s64 %rd60" in line else "" for line in lines[:at]
+    ]
+    both = [part for pair in zip(lines[:at], copies, strict=True) for part in pair]
+    both = [f"@%p15 {part}" if part.startswith("cp.async") else part for part in both]
+    wait = ["cp.async.commit_group;", "cp.async.wait_group 0;"]
+    for order, notes in ((["fence.proxy.async;", *wait], 2), ([*wait, "fence.proxy.async;"], 0)):
+        out = np.zeros((128, 4), np.float32)
+        done = run("\n".join([*both, *order, *lines[at + 1 :]]), out, memory, threads=128, shared=memory.size)
+        assert (out == 16).all()
+        assert sum(done.notes.values()) == notes

@@ -234,6 +234,10 @@ rows(r"fma\.rn\.f32\.(f16)", "f32 1 1 f32", FLOAT + "fma, mixed precision",
      lambda a, b, c: multiply_add(a.astype(np.float32), b, c))  # fmt: skip
 rows(r"fma\.rn\.f32\.(bf16)", "f32 1 1 f32", FLOAT + "fma, mixed precision",
      lambda a, b, c: multiply_add(_from_bf16(a), _from_bf16(b), c))  # fmt: skip
+for name, function in (("add", np.add), ("sub", np.subtract)):
+    mixed = FLOAT + f"{name}, mixed precision"
+    rows(rf"{name}(?:\.rn)?\.f32\.(f16)", "f32 1 f32", mixed, lambda a, c, f=function: f(a.astype(np.float32), c))
+    rows(rf"{name}(?:\.rn)?\.f32\.(bf16)", "f32 1 f32", mixed, lambda a, c, f=function: f(_from_bf16(a), c))
 rows(r"fma\.rn\.f32x2", "b64 b64 b64 b64", FLOAT + "fma", of_pairs(multiply_add))
 rows(r"fma\.rn\.f16", "f16 f16 f16 f16", HALF + "fma", multiply_add)
 rows(r"fma\.rn\.bf16", "bf16 bf16 bf16 bf16", HALF + "fma", of_bf16(multiply_add))

@@ -37,8 +37,10 @@ def row(work: Work, device: Device, parts: dict[str, float], fault: str, seconds
     done, errors_ = device.executions, [round(parts[name], 4) if name in parts else None for name in NAMES]
     kernels = " ".join(dict.fromkeys(each.kernel for each in done))
     count = sum(sum(each.instructions.values()) for each in done)
-    return given(work.target, work.name, work.arithmetic, work.tiles, len(work.entries), *errors_, kernels, len(done),
-               count, round(seconds, 1), fault, made_by())  # fmt: skip
+    notes = "; ".join(sorted({f"{each.kernel}: {note}" for each in done for note in each.notes}))
+    counted = len(done), count, round(seconds, 1)
+    return given(work.target, work.name, work.arithmetic, work.tiles, len(work.entries), *errors_, kernels, *counted,
+                 fault, notes, made_by())  # fmt: skip
 
 
 def errors(work: Work) -> dict[str, float]:

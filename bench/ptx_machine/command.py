@@ -136,7 +136,9 @@ def _sentence(rows: list[Row], works: list[Work]) -> str:
     of = f"{len(tiles)} shipped tiles in {len(rows)} checks" if tiles else f"{len(rows)} cases"
     launches, instructions = sum(row.launches for row in rows), sum(row.instructions for row in rows)
     counted = f"{launches} launches of {len(kernels)} kernels, {instructions} instructions"
-    return f"{of}, {beyond} beyond the error budget. {counted}, {f'{faults} faults' if faults else 'no fault'}."
+    noted = [row for row in rows if row.notes]
+    said = f" In {len(noted)} of them a matrix unit reads copies that no proxy fence follows." if noted else ""
+    return f"{of}, {beyond} beyond the error budget. {counted}, {f'{faults} faults' if faults else 'no fault'}.{said}"
 
 
 def _mutants(args: argparse.Namespace, said: Terminal, works: list[Work], path: Path) -> list[Any]:

@@ -15,6 +15,7 @@ from bench.ptx_machine.forms import Execute, form
 from bench.ptx_machine.moves import addresses
 from bench.ptx_machine.parse import Operand
 from bench.ptx_machine.registers import Array, Read, reader
+from bench.ptx_machine.shared_memory import BY_COPIES
 from bench.ptx_machine.threads import Threads
 
 SECTION = "Data Movement and Conversion Instructions: Asynchronous copy: "
@@ -108,7 +109,7 @@ def _wait(newest: int) -> Execute:
             if done.any():
                 rows, data = copy.rows[done], copy.data[done]
                 s.shared.flying.reshape(-1, data.shape[1] // s.shared.cell)[rows] -= 1
-                s.shared.put(s, copy.lanes[done], rows, data)
+                s.shared.put(s, copy.lanes[done], rows, data, BY_COPIES)
             if not done.all():
                 left.append(Copy(*(x[~done] for x in (copy.lanes, copy.group, copy.rows, copy.data))))
         unit.flying = left

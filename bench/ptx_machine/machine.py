@@ -53,6 +53,7 @@ class Execution:
         programs: of its grid.
         instructions: how many warps executed each opcode, and some of whose threads.
         loaded, stored: bytes of global memory, with repetition, by the name of a region.
+        notes: what is not as the PTX ISA has it, and how often, though nobody has seen a GPU go wrong by it.
     """
 
     kernel: str
@@ -60,6 +61,7 @@ class Execution:
     instructions: Counter[str] = field(default_factory=Counter)
     loaded: Counter[Any] = field(default_factory=Counter)
     stored: Counter[Any] = field(default_factory=Counter)
+    notes: Counter[str] = field(default_factory=Counter)
 
 
 @form(r"bra(?:\.uni)?", "a", "Control Flow Instructions: bra")
@@ -118,7 +120,9 @@ def execute(text: str, grid: tuple[int, int, int], shared: int, parameters: byte
     with np.errstate(all="ignore"):
         for first in range(0, len(programs), together):
             some = programs[first : first + together]
-            run(steps, Threads(module, some, grid, shared, parameters, memory), done.instructions)
+            threads = Threads(module, some, grid, shared, parameters, memory)
+            run(steps, threads, done.instructions)
+            done.notes += threads.shared.notes
     memory.write_back()
     done.loaded, done.stored = memory.loaded, memory.stored
     return done

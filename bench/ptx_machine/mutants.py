@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import random
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from bench.ptx_machine import machine
 from bench.ptx_machine.check import errors
-from bench.ptx_machine.driver import installed
+from bench.ptx_machine.driver import Device, installed
 from bench.ptx_machine.faults import Fault
 from bench.ptx_machine.problems import Work
 from bench.ptx_machine.results import SURVIVED, MutantRow
@@ -116,19 +117,30 @@ def run(work: Work, count: int, seed: int) -> list[MutantRow]:
         device.change = lambda text: texts.setdefault(text) or text
         if max(errors(work).values()) > 1:
             raise Fault("the kernels are wrong as they are")
+        right = _notes(device)
         return [
-            _row(work, mutant, _outcome(work, device, mutant))
+            _row(work, mutant, _outcome(work, device, mutant, right))
             for mutant in drawn(list(texts), count, f"{seed} {work.name} {work.arithmetic}")
         ]
 
 
-def _outcome(work: Work, device: Any, mutant: Mutant) -> str:
+def _notes(device: Device) -> dict[str, int]:
+    """What was noted of all executions, which are forgotten."""
+    found = sum((each.notes for each in device.executions), Counter[str]())
+    device.executions.clear()
+    return found
+
+
+def _outcome(work: Work, device: Device, mutant: Mutant, right: dict[str, int]) -> str:
     device.change = mutant.apply
     try:
         parts = errors(work)
     except Exception as error:  # whatever the change leads to
+        device.executions.clear()
         said = f"{type(error).__name__}: {error}".partition("\n")[0]
         return re.sub(r"(?<=: )\w+_kernel: ", "", said)[:120]
+    if (notes := _notes(device)) != right:
+        return f"noted: {', '.join(notes) or 'less'}"
     wrong = [name for name, part in parts.items() if not part <= 1]
     return f"wrong {', '.join(wrong)}" if wrong else SURVIVED
 

@@ -34,6 +34,7 @@ class Row:
     instructions: int
     seconds: float
     fault: str
+    notes: str
     made_by: str
 
     @property

@@ -8,6 +8,7 @@ covers all orders at once, and needs no luck.
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 LARGEST = 16  # bytes of an access
 WARP = 32
 MOST = 1 << 14  # more threads than a program has
+BY_THREADS, BY_COPIES = 1, 2
+NO_FENCE = "copied without a proxy fence before a matrix unit's read"
 BEGIN = 2  # of time: what was never is at 0, and at 1 is what no thread did
 
 
@@ -48,9 +51,10 @@ class SharedMemory:
         met: when all threads of each last met.
         warp_met: when those of each warp last did.
         reserved: cells that belong to a barrier in memory.
-        unfenced: cells written by threads that matrix units do not see yet.
+        unfenced: cells that matrix units do not see yet: written by threads, `BY_THREADS`, or copied, `BY_COPIES`.
         flying: copies under way to a cell.
         busy: matrix instructions under way that read a cell.
+        notes: what is not as the PTX ISA has it, and nobody has seen GPUs go wrong by.
     """
 
     def __init__(self, programs: int, threads: int, size: int, module: Module) -> None:
@@ -61,7 +65,8 @@ class SharedMemory:
         self.wrote_at, self.read_at = np.zeros((2, cells), np.int32)
         self.writer, self.first_reader, self.last_reader = np.zeros((3, cells), np.int16)
         self.flying, self.busy = np.zeros((2, cells), np.int16)
-        self.unfenced, self.reserved = np.zeros((2, cells), bool)
+        self.unfenced, self.reserved = np.zeros(cells, np.int8), np.zeros(cells, bool)
+        self.notes = Counter[str]()
         self.now, self.met = np.full((2, programs), BEGIN, np.int32)
         self.warp_met = np.full((programs, -(-threads // WARP)), BEGIN, np.int32)
 
@@ -160,7 +165,7 @@ class SharedMemory:
             if others.any() and (data is None or (self.bytes(rows, size) != data)[others].any()):
                 raise Fault("shared memory: overwritten what another thread writes, without a barrier")
 
-    def put(self, s: Threads, lanes: Array, rows: Array, data: Array) -> None:
+    def put(self, s: Threads, lanes: Array, rows: Array, data: Array, how: int = BY_THREADS) -> None:
         """Bytes at places that were found free."""
         size = data.shape[1]
         held, count = self.data.reshape(-1, size), size // self.cell
@@ -169,14 +174,15 @@ class SharedMemory:
             raise Fault("shared memory: two threads write different numbers to one place")
         self.wrote_at.reshape(-1, count)[rows] = self.now[s.program[lanes]][:, None]
         self.writer.reshape(-1, count)[rows] = s.thread[lanes][:, None]
-        self.unfenced.reshape(-1, count)[rows] = True
+        self.unfenced.reshape(-1, count)[rows] = how
 
     # -- accesses of matrix units --------------------------------------------------------------------------------------
 
     def load_by_unit(self, program: Array, address: Array) -> tuple[Array, Array]:
         """[..., 16] bytes that a matrix unit reads for programs, and their places: busy until `release`.
 
-        What threads wrote must lie behind a barrier and a proxy fence.
+        What threads wrote must lie behind a barrier and a proxy fence. So must what they copied, by the PTX ISA; but
+        Triton leaves that fence out at times, or has it before the wait, which is noted.
         """
         rows = self.rows(program, address, LARGEST)
         then, met = self.cells(self.wrote_at, rows, LARGEST), self.met
@@ -186,8 +192,10 @@ class SharedMemory:
             raise Fault("shared memory: read by a matrix unit while a copy to it is under way")
         if not then.all():
             raise Fault("shared memory: read by a matrix unit before it is written")
-        if self.cells(self.unfenced, rows, LARGEST).any():
-            raise Fault("shared memory: no proxy fence between a write and a matrix unit's read")
+        if (unfenced := self.cells(self.unfenced, rows, LARGEST)).any():
+            if (unfenced == BY_THREADS).any():
+                raise Fault("shared memory: no proxy fence between a write and a matrix unit's read")
+            self.notes[NO_FENCE] += 1
         if (then >= np.broadcast_to(met[program], rows.shape)[..., None]).any():
             raise Fault("shared memory: no barrier between a write and a matrix unit's read")
         np.add.at(self.busy.reshape(-1, LARGEST // self.cell), rows.reshape(-1), 1)
@@ -215,4 +223,4 @@ class SharedMemory:
         for program in np.flatnonzero(on.any(1)):
             here = slice(program * self.pitch // self.cell, (program + 1) * self.pitch // self.cell)
             seen = on[program][self.writer[here]] | (self.wrote_at[here] < self.met[program])
-            self.unfenced[here] &= ~seen
+            self.unfenced[here][seen] = 0

@@ -102,19 +102,19 @@ def free(operands: tuple[Operand, ...]) -> Execute:
         met = s.shared.met[program][:, None, None, None]
         if unit.storing[program].any() or unit.loading[program].any() or (unit.read_at[program] >= met).any():
             raise Fault("tensor memory: given back while it is in use")
-        _check_products(s, s.numbers(), np.tile(np.arange(COLUMNS), (len(program), 1)), (0, 1))
+        _check_products(
+            s, s.numbers(), np.tile(np.arange(COLUMNS), (len(program), 1)), np.tile([0, 1], (len(program), 1))
+        )
         unit.columns[program] = 0
 
     return execute
 
 
-def _check_products(s: Threads, lanes: Array, columns: Array, halves: tuple[int, ...]) -> None:
-    """That no product is writing [warps, columns] of halves, as far as some threads know."""
+def _check_products(s: Threads, lanes: Array, columns: Array, halves: Array) -> None:
+    """That no product is writing [warps, columns] of [warps, halves], as far as some threads know."""
     for work in s.unit(MemoryBarriers).works:
-        if not {*halves} & {*work.halves}:
-            continue
         first, last = work.columns
-        warps = ((columns >= first) & (columns < last)).any(1)
+        warps = ((columns >= first) & (columns < last)).any(1) & np.isin(halves, work.halves).any(1)
         at = np.full(s.programs, -1)
         at[work.program] = np.arange(len(work.program))
         some = lanes.reshape(len(columns), -1)[warps].reshape(-1)
@@ -141,7 +141,7 @@ def _cells(s: Threads, address: Array, count: int, split: int | None) -> tuple[A
         raise Fault("tensor memory: threads of a warp give several addresses")
     first, base = taddr[:, :1] & 0xFFFF, taddr[:, :1] >> 16
     half = base - quarter * 32
-    if (half != half[:1]).any() or int(half[0, 0]) not in ((0,) if split is None else (0, 16)):
+    if not np.isin(half, 0 if split is None else (0, 16)).all():
         raise Fault("tensor memory: a warp reaches the 32 lanes of its number modulo 4 only")
     further = np.zeros(WARP, np.int64) if split is None else LANE // 16 * split
     columns = first[:, :, None] + further[:, None] + np.arange(count)
@@ -149,9 +149,9 @@ def _cells(s: Threads, address: Array, count: int, split: int | None) -> tuple[A
     unit: TensorMemory = s.unit(TensorMemory)
     if (touched >= unit.columns[program]).any():
         raise Fault(f"tensor memory: column {int(touched.max())} of {int(unit.columns[program].min())}")
-    halves = (0, 1) if split is None else (int(half[0, 0]) // 16,)
+    halves = np.tile([0, 1], (len(lanes), 1)) if split is None else half // 16
     _check_products(s, s.numbers(), touched, halves)
-    here = program[:, :, None], quarter[:, :, None], np.array(halves)[None, :, None], touched[:, None]
+    here = program[:, :, None], quarter[:, :, None], halves[:, :, None], touched[:, None]
     return base + (LANE if split is None else LANE % 16), columns, here
 
 
