@@ -72,7 +72,11 @@ def run(args: argparse.Namespace) -> bool:
     path = args.out / f"ptx_{target}{'_shipped' * args.shipped}.csv"
     works = (shipped(target) if args.shipped else cases(target))[: args.first]
     said.say(f"Compiled PTX executed and race-checked in an emulator; no GPU runs it. Every check is a row of {path}")
-    known = {_key(row): row for row in records.read(path, Row) if row.made_by == made_by() and row.is_right}
+    try:
+        before = records.read(path, Row)
+    except ValueError as error:
+        raise argparse.ArgumentError(None, str(error)) from error
+    known = {_key(row): row for row in before if row.made_by == made_by() and row.is_right}
     rows = {_key(work): known[_key(work)] for work in works if _key(work) in known}
     if rows:
         said.say(f"{len(rows)} of {len(works)} checks were made before.")

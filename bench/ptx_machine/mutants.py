@@ -56,7 +56,7 @@ CHANGES = (
     Change("shift one further", r"(sh[lr]\.b32\s+%r\d+, %r\d+, )(\d+)", _further),
     Change("minimum for maximum", r"(?<=\s)max(?=\.f32|\.NaN\.f32)", "min"),
     Change("difference for sum", r"(?<=\s)add(?=\.(?:s32|s64|f32)\s)", "sub"),
-    Change("wrong lane of a shuffle", r"(shfl\.sync\.bfly\.b32[^;]*, )(\d+)(?=, 31)", _further),
+    Change("lanes of a shuffle twice as far", r"(shfl\.sync\.bfly\.b32[^;]*, )(\d+)(?=, 31)", _doubled),
     Change("product begins anew", r"(wgmma\.mma_async[^;]*, )%p\d+(?=, 1, 1)", r"\g<1>0"),
     Change("shared matrix one piece further", r"(add\.s64\s+%rd\d+, %rd\d+, )(4611\d+)", _further),
 )  # fmt: skip

@@ -52,18 +52,14 @@ def cases(target: str) -> list[Work]:
     """Every kernel in every dtype: groups of one block, of many, and whole ones; dividing, ragged and shifted."""
     small, wide = Tile(16, 16, 16, 16, 4, 2), Tile(64, 64, 32, 32, 4, 3)
     across, down = Tile(32, 64, 16, 32, 4, 2), Tile(64, 32, 32, 16, 4, 2)
+    longer = small._replace(num_stages=3)
     one = BackwardTiles(small, small, small, None, small)
     many = BackwardTiles(None, small, Tile(16, 16, 32, 64, 4, 3), None, small)
     whole = BackwardTiles(None, across, down, down, across)
     chosen = (  # large scores are those that a wrong maximum makes infinite
-        (Case("interlaced", (7, 5), (3, 2), (24, 40), heads=2, bias=True, maps=1), small, one, True),
-        (
-            Case("local", (7, 6), (7, 4), (24, 40), heads=2, logits=60.0, shift=(1, 2)),
-            small._replace(num_stages=3),
-            many,
-            False,
-        ),
-        (Case("local", (14, 6), (7, 6), (24, 40), bias=True, maps=1, logits=60.0), across, whole, True),
+        (Case("interlaced", (7, 5), (3, 2), (24, 40), heads=2, bias=True, logits=60.0), small, one, True),
+        (Case("local", (7, 6), (7, 4), (24, 40), heads=2, logits=60.0, shift=(1, 2)), longer, many, False),
+        (Case("local", (14, 6), (7, 6), (24, 40), heads=2, bias=True), across, whole, True),
         (Case("grid", (16, 8), (8, 8), (64, 64), heads=2), wide, BackwardTiles(wide, wide, wide, None, wide), True),
     )
     return [
