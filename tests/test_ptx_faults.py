@@ -311,7 +311,7 @@ def a_tensor_product() -> tuple[str, Array]:
     ("fence.proxy", "", "no proxy fence"),
     ("wait::st", "", "has not waited for"),
     ("tcgen05.st", "", "adds to what was never written"),
-    ("wait::ld", "", "used before the wait"),
+    ("wait::ld", "", "given back while it is in use"),
     ("tcgen05.commit", "", "wait for ever"),
     ("mbarrier.init", "", "there is no barrier at"),
     ("mbarrier.try_wait", "mov.pred complete, -1;", "used before the wait for the product"),
@@ -332,6 +332,17 @@ def test_tensor_memory(line: str, instead: str, fault: str) -> None:
     run(body, out, memory, threads=128, shared=more)
     assert (out == 21).all()
     faults(without(body, line, instead), fault, out, memory, threads=128, shared=more)
+
+
+def test_registers_that_are_used_before_tensor_memory_brings_them_are_noted() -> None:
+    """By the PTX ISA they must not be; Triton does it."""
+    body, memory = a_tensor_product()
+    early = body.replace("tcgen05.wait::ld", "add.f32 %r100, %r100, %r100;\ntcgen05.wait::ld")
+    for text_, notes in ((body, 0), (early, 1)):
+        out = np.zeros((128, 16), np.float32)
+        done = run(text_, out, memory, threads=128, shared=memory.size + 32)
+        assert out[0].tolist() == [21 * (1 + notes), *[21] * 15]
+        assert sum(done.notes.values()) == notes
 
 
 def test_a_product_needs_a_barrier_behind_what_threads_stored() -> None:

@@ -19,7 +19,7 @@ ALL = np.uint32(0xFFFFFFFF)
 SECTION = "Parallel Synchronization and Communication Instructions: "
 
 
-@form(r"(?:bar\.sync|barrier\.sync\.aligned)", "#", SECTION + "bar, barrier")
+@form(r"(?:bar\.sync|barrier\.sync(?:\.aligned)?)", "#", SECTION + "bar, barrier")
 def barrier(operands: tuple[Operand, ...]) -> Execute:
     if operands[0] != Word("0"):
         raise Unsupported(f"barrier {operands[0]}")

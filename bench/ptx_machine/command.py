@@ -25,7 +25,6 @@ from bench.ptx_machine.results import MutantRow, Row, made_by
 from bench.terminal import Table, Terminal
 
 PREFIX = "ptx:"
-EVERY = 4  # mutants of a check at a time
 
 
 def device(text: str) -> str:
@@ -140,8 +139,10 @@ def _sentence(rows: list[Row], works: list[Work]) -> str:
     of = f"{len(tiles)} shipped tiles in {len(rows)} checks" if tiles else f"{len(rows)} cases"
     launches, instructions = sum(row.launches for row in rows), sum(row.instructions for row in rows)
     counted = f"{launches} launches of {len(kernels)} kernels, {instructions} instructions"
-    noted = [row for row in rows if row.notes]
-    said = f" In {len(noted)} of them a matrix unit reads copies that no proxy fence follows." if noted else ""
+    notes = Counter(
+        note for row in rows for note in {part.partition(": ")[2] for part in row.notes.split("; ")} if note
+    )
+    said = "".join(f" {count} have {note}." for note, count in notes.items())
     return f"{of}, {beyond} beyond the error budget. {counted}, {f'{faults} faults' if faults else 'no fault'}.{said}"
 
 

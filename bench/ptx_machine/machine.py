@@ -33,7 +33,7 @@ from bench.ptx_machine.threads import EVERY, WARP, Threads
 INSTRUCTIONS = arithmetic, barriers, conversions, copies, matrices, moves, tensor_cores, warp_groups, warps
 TOGETHER = 1 << 14  # threads that run together
 SHARED = 1 << 23  # bytes of shared memory that they have at most
-JUMPS = ("bra", "bra.uni", "ret", "exit", "bar.sync", "barrier.sync.aligned")  # where threads may part
+JUMPS = ("bra", "bra.uni", "ret", "exit", "bar.sync", "barrier.sync", "barrier.sync.aligned")  # where threads may part
 PATIENCE = 1 << 20  # jumps of a program, of which none takes as many
 
 

@@ -24,7 +24,7 @@ LARGEST = 16  # bytes of an access
 WARP = 32
 MOST = 1 << 14  # more threads than a program has
 BY_THREADS, BY_COPIES = 1, 2
-NO_FENCE = "copied without a proxy fence before a matrix unit's read"
+NO_FENCE = "copies that a matrix unit reads without a proxy fence between"
 BEGIN = 2  # of time: what was never is at 0, and at 1 is what no thread did
 
 

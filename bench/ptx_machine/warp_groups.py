@@ -19,7 +19,7 @@ from bench.ptx_machine.parse import Address, Instruction, Module, Operand, Regis
 from bench.ptx_machine.registers import Array, reader, writer
 from bench.ptx_machine.threads import WARP_GROUP, Threads
 
-COPIES = ("mov.b32", "mov.b64")
+LOADED = "registers used before the wait for tensor memory to bring them"
 SECTION = "Asynchronous Warpgroup Level Matrix Instructions: "
 
 
@@ -34,15 +34,8 @@ def used_beside(instruction: Instruction) -> Iterator[Register]:
 
 
 def in_use(module: Module) -> dict[str, int]:
-    """The registers of a kernel that matrix units use, and those that hold copies of them, each with a number."""
+    """The registers of a kernel that matrix units use, each with a number."""
     names = dict.fromkeys(r.name for each in module.instructions for r in used_beside(each))
-    moves = [each for each in module.instructions if names and each.opcode in COPIES]
-    before = -1
-    while before < len(names):  # copies of copies
-        before = len(names)
-        for each in moves:
-            if any(r.name in names for r in _of(each.operands[1])):
-                names |= dict.fromkeys(r.name for r in _of(each.operands[0]))
     return {name: i for i, name in enumerate(names)}
 
 
@@ -96,26 +89,21 @@ class InUse:
 def watched(module: Module, instruction: Instruction, execute: Execute) -> Execute:
     """An instruction that may not touch registers which another one uses.
 
-    But it may copy what tensor memory will bring, which Triton does: the copy comes as late.
+    By the PTX ISA not what tensor memory will bring either, before the wait; Triton does it, and that is noted.
     """
     names = module.in_use
-    if not names:
-        return execute
     touched = [r for operand in instruction.operands for r in _of(operand) if r.name in names]
     if not touched or next(used_beside(instruction), None):
         return execute
     first, stores = instruction.operands[0], instruction.opcode.startswith(("st.", "stmatrix", "tcgen05.st"))
     written = [r for r in ([] if stores or isinstance(first, Address) else _of(first)) if r.name in names]
-    read = [r for r in touched if r not in written]
 
     def check(s: Threads) -> None:
         unit: InUse = s.unit(InUse)
-        if unit.any:
-            of = unit.numbers(read if instruction.opcode in COPIES and unit.loads else touched)
-            if unit.users[of][:, s.lanes].any():
-                if instruction.opcode not in COPIES or not unit.loads:
-                    raise Fault("a register is used before the wait for the matrix instruction that uses it")
-                unit.load(unit.numbers(written), s.numbers())
+        if unit.any and unit.users[unit.numbers(touched)][:, s.lanes].any():
+            if not unit.loads:
+                raise Fault("a register is used before the wait for the matrix instruction that uses it")
+            s.shared.notes[LOADED] += 1
         for number in unit.numbers(written):
             unit.unfenced[number, s.lanes] = True
         execute(s)
