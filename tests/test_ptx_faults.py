@@ -243,7 +243,6 @@ def a_product(left_in_registers: bool = False) -> tuple[str, Array]:
 @pytest.mark.parametrize(("line", "instead", "fault"), [
     ("fence.proxy", "", "no proxy fence"),
     ("bar.sync", "", "no barrier between a write and a matrix unit"),
-    ("wgmma.fence", "", "no wgmma.fence"),
     ("wait_group", "", "used before the wait"),
     ("wait_group", "wgmma.wait_group.sync.aligned 1;", "used before the wait"),
     ("commit_group", "", "used before the wait"),
@@ -262,6 +261,16 @@ def test_products_of_warp_groups(line: str, instead: str, fault: str) -> None:
     else:
         body = without(body, line, instead)
     faults(body, fault, out, memory, threads=128, shared=memory.size)
+
+
+def test_registers_that_are_written_behind_the_fence_are_noted() -> None:
+    """By the PTX ISA a fence is between; Triton sets accumulators to zero behind it."""
+    body, memory = a_product()
+    for text_, notes in ((body, 0), (without(body, "wgmma.fence"), 1)):
+        out = np.zeros((128, 4), np.float32)
+        done = run(text_, out, memory, threads=128, shared=memory.size)
+        assert (out == 16).all()
+        assert sum(done.notes.values()) == notes
 
 
 def test_registers_of_a_product_are_its_own_until_the_wait() -> None:

@@ -12,6 +12,7 @@ from bench.cases import NAMES
 
 ROOT = Path(__file__).parents[2]
 SURVIVED = "survived"
+BESIDE = "command.py", "mutants.py", "results.py"  # what no result depends on
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,7 @@ class MutantRow:
 @cache
 def made_by() -> str:
     """What the result of a check depends on beside the check: the sources, and Triton's version."""
-    files = [
-        path for room in ("bench/ptx_machine", "isa_triton/backend/kernels") for path in (ROOT / room).glob("*.py")
-    ]
-    sources = b"".join(path.read_bytes() for path in sorted(files))
+    rooms = "bench/ptx_machine", "isa_triton/backend/kernels"
+    files = sorted(path for room in rooms for path in (ROOT / room).glob("*.py") if path.name not in BESIDE)
+    sources = b"".join(path.read_bytes() for path in files)
     return f"{hashlib.sha256(sources).hexdigest()[:12]} with triton {version('triton')}"
