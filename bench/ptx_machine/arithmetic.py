@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.ptx_machine.forms import Execute, form
-from bench.ptx_machine.parse import Operand
+from bench.ptx_machine.forms import Execute, Operands, form
 from bench.ptx_machine.registers import Array, bf16, numbers, reader, writer
 
 INTEGERS = "u16|s16|u32|s32|u64|s64"
@@ -31,7 +30,7 @@ def rows(
     words = types.split()
 
     @form(pattern, " ".join(["d", *["a"] * (len(words) - 1)]), section)
-    def build(operands: tuple[Operand, ...], *groups: Any) -> Execute:
+    def build(operands: Operands, *groups: Any) -> Execute:
         kinds = [groups[int(word) - 1] if word.isdigit() else word for word in words]
         function = compute(*groups) if made else compute
         put, gets = writer(operands[0], kinds[0]), [reader(x, k) for x, k in zip(operands[1:], kinds[1:], strict=True)]

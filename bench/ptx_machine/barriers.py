@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from bench.ptx_machine.faults import Fault, Unsupported
-from bench.ptx_machine.forms import Execute, form
+from bench.ptx_machine.forms import Execute, Operands, form
 from bench.ptx_machine.moves import addresses
 from bench.ptx_machine.parse import Operand, Word
 from bench.ptx_machine.registers import Array, reader, writer
@@ -20,7 +20,7 @@ SECTION = "Parallel Synchronization and Communication Instructions: "
 
 
 @form(r"(?:bar\.sync|barrier\.sync(?:\.aligned)?)", "#", SECTION + "bar, barrier")
-def barrier(operands: tuple[Operand, ...]) -> Execute:
+def barrier(operands: Operands) -> Execute:
     if operands[0] != Word("0"):
         raise Unsupported(f"barrier {operands[0]}")
 
@@ -34,7 +34,7 @@ def barrier(operands: tuple[Operand, ...]) -> Execute:
 
 
 @form(r"bar\.warp\.sync", "a", SECTION + "bar.warp.sync")
-def warp_barrier(operands: tuple[Operand, ...]) -> Execute:
+def warp_barrier(operands: Operands) -> Execute:
     whole = whole_warps(operands[0])
 
     def execute(s: Threads) -> None:
@@ -57,7 +57,7 @@ def whole_warps(mask: Operand) -> Execute:
 
 
 @form(r"fence\.proxy\.async(?:\.shared::cta)?", "", SECTION + "membar, fence")
-def proxy_fence(operands: tuple[Operand, ...]) -> Execute:
+def proxy_fence(operands: Operands) -> Execute:
     return lambda s: s.shared.fence(s)
 
 
@@ -163,8 +163,8 @@ def one_each(program: Array) -> Array:
 
 
 @form(r"mbarrier\.init(?:\.shared(?:::cta)?)?\.b64", "[a] a", SECTION + "mbarrier.init")
-def make_barrier(operands: tuple[Operand, ...]) -> Execute:
-    at, count = addresses(operands[0], "u32"), reader(operands[1], "u32")  # type: ignore[arg-type]
+def make_barrier(operands: Operands) -> Execute:
+    at, count = addresses(operands[0], "u32"), reader(operands[1], "u32")
 
     def execute(s: Threads) -> None:
         unit, lanes, counts = s.unit(MemoryBarriers), s.numbers(), s.spread(count(s))
@@ -182,8 +182,8 @@ def make_barrier(operands: tuple[Operand, ...]) -> Execute:
 
 
 @form(r"mbarrier\.inval(?:\.shared(?:::cta)?)?\.b64", "[a]", SECTION + "mbarrier.inval")
-def drop_barrier(operands: tuple[Operand, ...]) -> Execute:
-    at = addresses(operands[0], "u32")  # type: ignore[arg-type]
+def drop_barrier(operands: Operands) -> Execute:
+    at = addresses(operands[0], "u32")
 
     def execute(s: Threads) -> None:
         unit, lanes = s.unit(MemoryBarriers), s.numbers()
@@ -198,9 +198,9 @@ def drop_barrier(operands: tuple[Operand, ...]) -> Execute:
 
 
 @form(r"mbarrier\.try_wait\.parity(?:\.shared(?:::cta)?)?\.b64", "d [a] a", SECTION + "mbarrier.test_wait, try_wait")
-def try_wait(operands: tuple[Operand, ...]) -> Execute:
+def try_wait(operands: Operands) -> Execute:
     """Whether the phase of a parity is over; whoever sees that it is sees what its arrivals stand for."""
-    put, at, parity = writer(operands[0], "pred"), addresses(operands[1], "u32"), reader(operands[2], "u32")  # type: ignore[arg-type]
+    put, at, parity = writer(operands[0], "pred"), addresses(operands[1], "u32"), reader(operands[2], "u32")
 
     def execute(s: Threads) -> None:
         unit, lanes, parities = s.unit(MemoryBarriers), s.numbers(), s.spread(parity(s))

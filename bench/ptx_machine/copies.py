@@ -11,9 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from bench.ptx_machine.faults import Fault
-from bench.ptx_machine.forms import Execute, form
+from bench.ptx_machine.forms import Execute, Operands, form
 from bench.ptx_machine.moves import addresses
-from bench.ptx_machine.parse import Operand
 from bench.ptx_machine.registers import Array, Read, reader
 from bench.ptx_machine.shared_memory import BY_COPIES
 from bench.ptx_machine.threads import Threads
@@ -43,20 +42,20 @@ class Copies:
 
 
 @form(COPY, "[a] [a] #", SECTION + "cp.async")
-def copy_all(operands: tuple[Operand, ...]) -> Execute:
-    size = int(operands[2].text, 0)  # type: ignore[union-attr]
+def copy_all(operands: Operands) -> Execute:
+    size = int(operands[2].text, 0)
     return _copy(operands, size, None)
 
 
 @form(COPY, "[a] [a] # a", SECTION + "cp.async")
-def copy_or_zero(operands: tuple[Operand, ...]) -> Execute:
-    size = int(operands[2].text, 0)  # type: ignore[union-attr]
+def copy_or_zero(operands: Operands) -> Execute:
+    size = int(operands[2].text, 0)
     return _copy(operands, size, reader(operands[3], "u32"))
 
 
-def _copy(operands: tuple[Operand, ...], size: int, read: Read | None) -> Execute:
+def _copy(operands: Operands, size: int, read: Read | None) -> Execute:
     """`size` bytes, of which `read` are read and the others are zero."""
-    to, source = addresses(operands[0], "u32"), addresses(operands[1], "u64")  # type: ignore[arg-type]
+    to, source = addresses(operands[0], "u32"), addresses(operands[1], "u64")
 
     def execute(s: Threads) -> None:
         unit, lanes = s.unit(Copies), s.numbers()
@@ -80,7 +79,7 @@ def _copy(operands: tuple[Operand, ...], size: int, read: Read | None) -> Execut
 
 
 @form(r"cp\.async\.commit_group", "", SECTION + "cp.async.commit_group")
-def commit(operands: tuple[Operand, ...]) -> Execute:
+def commit(operands: Operands) -> Execute:
     def execute(s: Threads) -> None:
         s.unit(Copies).committed[s.lanes] += 1
 
@@ -88,12 +87,12 @@ def commit(operands: tuple[Operand, ...]) -> Execute:
 
 
 @form(r"cp\.async\.wait_group", "#", SECTION + "cp.async.wait_group")
-def wait(operands: tuple[Operand, ...]) -> Execute:
-    return _wait(int(operands[0].text, 0))  # type: ignore[union-attr]
+def wait(operands: Operands) -> Execute:
+    return _wait(int(operands[0].text, 0))
 
 
 @form(r"cp\.async\.wait_all", "", SECTION + "cp.async.wait_all")
-def wait_all(operands: tuple[Operand, ...]) -> Execute:
+def wait_all(operands: Operands) -> Execute:
     return _wait(-1)
 
 

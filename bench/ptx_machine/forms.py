@@ -19,6 +19,7 @@ from bench.ptx_machine.parse import Address, Instruction, Operand, Pair, Registe
 from bench.ptx_machine.threads import Threads
 
 Execute = Callable[[Threads], None]
+Operands = tuple[Any, ...]  # of a row: `Operand`s of the kinds that it says
 KINDS: dict[str, Callable[[Operand], bool]] = {
     "d": lambda x: isinstance(x, Register) or x == Word("_"),  # written
     "a": lambda x: isinstance(x, (Register, Word)) and x != Word("_"),  # read

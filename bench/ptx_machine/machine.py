@@ -25,9 +25,9 @@ from bench.ptx_machine import (
     warps,
 )
 from bench.ptx_machine.faults import Fault, Unsupported
-from bench.ptx_machine.forms import Execute, build, form
+from bench.ptx_machine.forms import Execute, Operands, build, form
 from bench.ptx_machine.global_memory import GlobalMemory, Region
-from bench.ptx_machine.parse import Instruction, Module, Operand, parse
+from bench.ptx_machine.parse import Instruction, Module, parse
 from bench.ptx_machine.threads import EVERY, WARP, Threads
 
 INSTRUCTIONS = arithmetic, barriers, conversions, copies, matrices, moves, tensor_cores, warp_groups, warps
@@ -65,8 +65,8 @@ class Execution:
 
 
 @form(r"bra(?:\.uni)?", "a", "Control Flow Instructions: bra")
-def branch(operands: tuple[Operand, ...]) -> Execute:
-    label = operands[0].text  # type: ignore[union-attr]
+def branch(operands: Operands) -> Execute:
+    label = operands[0].text
 
     def execute(s: Threads) -> None:
         s.pc[s.lanes] = s.module.labels[label]
@@ -75,7 +75,7 @@ def branch(operands: tuple[Operand, ...]) -> Execute:
 
 
 @form(r"ret|exit", "", "Control Flow Instructions: ret; exit")
-def end(operands: tuple[Operand, ...]) -> Execute:
+def end(operands: Operands) -> Execute:
     def execute(s: Threads) -> None:
         s.on[s.lanes] = False
 

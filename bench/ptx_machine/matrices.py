@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from bench.ptx_machine.faults import Unsupported
-from bench.ptx_machine.forms import Execute, form
+from bench.ptx_machine.forms import Execute, Operands, form
 from bench.ptx_machine.moves import addresses
 from bench.ptx_machine.parse import Operand, Register, Vector, Word
 from bench.ptx_machine.registers import Array, Read, numbers, reader, writer
@@ -35,8 +35,8 @@ def _rows_of(s: Threads, address: Array, count: int) -> tuple[Array, Array]:
 
 
 @form(r"ldmatrix\.sync\.aligned\.m8n8\.x(1|2|4)(\.trans)?\.shared(?:::cta)?\.b16", "{}|a [a]", SECTION + "ldmatrix")
-def load_matrices(operands: tuple[Operand, ...], count: str, turned: str | None) -> Execute:
-    puts, at = [writer(x, "b32") for x in parts_of(operands[0], int(count))], addresses(operands[1], "u32")  # type: ignore[arg-type]
+def load_matrices(operands: Operands, count: str, turned: str | None) -> Execute:
+    puts, at = [writer(x, "b32") for x in parts_of(operands[0], int(count))], addresses(operands[1], "u32")
 
     def execute(s: Threads) -> None:
         lanes, address = _rows_of(s, at(s), len(puts))
@@ -51,8 +51,8 @@ def load_matrices(operands: tuple[Operand, ...], count: str, turned: str | None)
 
 
 @form(r"stmatrix\.sync\.aligned\.m8n8\.x(1|2|4)(\.trans)?\.shared(?:::cta)?\.b16", "[a] {}|a", SECTION + "stmatrix")
-def store_matrices(operands: tuple[Operand, ...], count: str, turned: str | None) -> Execute:
-    gets, at = [reader(x, "b32") for x in parts_of(operands[1], int(count))], addresses(operands[0], "u32")  # type: ignore[arg-type]
+def store_matrices(operands: Operands, count: str, turned: str | None) -> Execute:
+    gets, at = [reader(x, "b32") for x in parts_of(operands[1], int(count))], addresses(operands[0], "u32")
 
     def execute(s: Threads) -> None:
         lanes, address = _rows_of(s, at(s), len(gets))
@@ -87,7 +87,7 @@ def left_operand(s: Threads, gets: list[Read], kind: str) -> Array:
 @form(r"mma\.sync\.aligned\.(m16n8k16)\.row\.col\.f32\.(f16|bf16)\.\2\.f32", "{} {} {} {}", SECTION + "mma")
 @form(r"mma\.sync\.aligned\.(m16n8k8)\.row\.col\.f32\.(f16|bf16)\.\2\.f32", "{} {} {}|a {}", SECTION + "mma")
 @form(r"mma\.sync\.aligned\.(m16n8k8|m16n8k4)\.row\.col\.f32\.(tf32)\.\2\.f32", "{} {} {}|a {}", SECTION + "mma")
-def multiply(operands: tuple[Operand, ...], shape: str, kind: str) -> Execute:
+def multiply(operands: Operands, shape: str, kind: str) -> Execute:
     """d = a b + c, its sums in fp64, rounded once."""
     across = int(shape.rpartition("k")[2]) // (4 if kind == "tf32" else 8)  # registers of a row
     a, b = ([reader(x, "b32") for x in parts_of(operands[i], n * across)] for i, n in ((1, 2), (2, 1)))

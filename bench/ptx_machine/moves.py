@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from bench.ptx_machine.faults import Unsupported
-from bench.ptx_machine.forms import Execute, form
+from bench.ptx_machine.forms import Execute, Operands, form
 from bench.ptx_machine.parse import Address, Operand, Register, Vector, Word
 from bench.ptx_machine.registers import NUMBERS, Array, Read, reader, writer
 from bench.ptx_machine.threads import Threads
@@ -17,13 +17,13 @@ TYPES = r"[bus](?:8|16|32|64)|f(?:32|64)"
 
 
 @form(rf"mov\.(pred|{TYPES})", "d a", SECTION + "mov")
-def move(operands: tuple[Operand, ...], kind: str) -> Execute:
+def move(operands: Operands, kind: str) -> Execute:
     put, a = writer(operands[0], kind), reader(operands[1], kind)
     return lambda s: put(s, a(s))
 
 
 @form(r"mov\.b(32|64)", "d {}", SECTION + "mov")
-def pack(operands: tuple[Operand, ...], bits: str) -> Execute:
+def pack(operands: Operands, bits: str) -> Execute:
     kind, parts = _parts(operands[1], bits)
     put, gets = writer(operands[0], f"b{bits}"), [reader(part, kind) for part in parts]
     whole = NUMBERS[f"b{bits}"]
@@ -35,7 +35,7 @@ def pack(operands: tuple[Operand, ...], bits: str) -> Execute:
 
 
 @form(r"mov\.b(32|64)", "{} a", SECTION + "mov")
-def unpack(operands: tuple[Operand, ...], bits: str) -> Execute:
+def unpack(operands: Operands, bits: str) -> Execute:
     kind, parts = _parts(operands[0], bits)
     puts, get = [writer(part, kind) for part in parts], reader(operands[1], f"b{bits}")
 
@@ -47,16 +47,16 @@ def unpack(operands: tuple[Operand, ...], bits: str) -> Execute:
     return execute
 
 
-def _parts(vector: Operand, bits: str) -> tuple[str, tuple[Register | Word, ...]]:
+def _parts(vector: Any, bits: str) -> tuple[str, tuple[Register | Word, ...]]:
     """The type of a vector's parts, which make up so many bits, and the parts."""
-    parts = vector.parts  # type: ignore[union-attr]
+    parts = vector.parts
     if len(parts) not in (2, 4) or int(bits) // len(parts) < 16:
         raise Unsupported(f"{vector} of {bits} bits")
     return f"b{int(bits) // len(parts)}", parts
 
 
 @form(r"cvta\.(?:to\.)?(?:global|shared)\.u(32|64)", "d a", SECTION + "cvta")
-def convert_address(operands: tuple[Operand, ...], bits: str) -> Execute:
+def convert_address(operands: Operands, bits: str) -> Execute:
     put, a = writer(operands[0], f"u{bits}"), reader(operands[1], f"u{bits}")
     return lambda s: put(s, a(s))
 
@@ -74,9 +74,9 @@ def addresses(operand: Address, kind: str) -> Read:
 
 
 @form(rf"ld\.param\.({TYPES})", "d [a]", SECTION + "ld")
-def load_parameter(operands: tuple[Operand, ...], kind: str) -> Execute:
+def load_parameter(operands: Operands, kind: str) -> Execute:
     put, place, size = writer(operands[0], kind), operands[1], np.dtype(NUMBERS[kind]).itemsize
-    name, offset = place.base.text, place.offset  # type: ignore[union-attr]
+    name, offset = place.base.text, place.offset
 
     def execute(s: Threads) -> None:
         start = s.module.parameters[name] + offset
@@ -97,9 +97,9 @@ CACHED = r"(?:\.(?:ca|cg|cs))?(?:\.L1::evict_(?:last|first|normal)|\.L1::no_allo
 for vector, values in (("()", "d"), (r"\.v(2|4|8)", "{}")):
 
     @form(rf"ld\.global{CACHED}(?:\.nc)?{vector}\.({TYPES})", f"{values} [a]", SECTION + "ld")
-    def load_global(operands: tuple[Operand, ...], count: str, kind: str) -> Execute:
+    def load_global(operands: Operands, count: str, kind: str) -> Execute:
         size, parts = _access(kind, count, operands[0])
-        at, puts = addresses(operands[1], "u64"), [writer(part, kind) for part in parts]  # type: ignore[arg-type]
+        at, puts = addresses(operands[1], "u64"), [writer(part, kind) for part in parts]
 
         def execute(s: Threads) -> None:
             _spread_out(s, s.global_memory.load(s, s.numbers(), at(s), size * len(puts)), puts, kind)
@@ -107,9 +107,9 @@ for vector, values in (("()", "d"), (r"\.v(2|4|8)", "{}")):
         return execute
 
     @form(rf"ld\.shared(?:::cta)?{vector}\.({TYPES})", f"{values} [a]", SECTION + "ld")
-    def load_shared(operands: tuple[Operand, ...], count: str, kind: str) -> Execute:
+    def load_shared(operands: Operands, count: str, kind: str) -> Execute:
         size, parts = _access(kind, count, operands[0])
-        at, puts = addresses(operands[1], "u32"), [writer(part, kind) for part in parts]  # type: ignore[arg-type]
+        at, puts = addresses(operands[1], "u32"), [writer(part, kind) for part in parts]
 
         def execute(s: Threads) -> None:
             _spread_out(s, s.shared.load(s, s.numbers(), at(s), size * len(puts)), puts, kind)
@@ -119,15 +119,15 @@ for vector, values in (("()", "d"), (r"\.v(2|4|8)", "{}")):
     stored = values.replace("d", "a")
 
     @form(rf"st\.global{CACHED}{vector}\.({TYPES})", f"[a] {stored}", SECTION + "st")
-    def store_global(operands: tuple[Operand, ...], count: str, kind: str) -> Execute:
+    def store_global(operands: Operands, count: str, kind: str) -> Execute:
         _, parts = _access(kind, count, operands[1])
-        at, gets = addresses(operands[0], "u64"), [reader(part, kind) for part in parts]  # type: ignore[arg-type]
+        at, gets = addresses(operands[0], "u64"), [reader(part, kind) for part in parts]
         return lambda s: s.global_memory.store(s, s.numbers(), at(s), _together(s, gets))
 
     @form(rf"st\.shared(?:::cta)?{vector}\.({TYPES})", f"[a] {stored}", SECTION + "st")
-    def store_shared(operands: tuple[Operand, ...], count: str, kind: str) -> Execute:
+    def store_shared(operands: Operands, count: str, kind: str) -> Execute:
         _, parts = _access(kind, count, operands[1])
-        at, gets = addresses(operands[0], "u32"), [reader(part, kind) for part in parts]  # type: ignore[arg-type]
+        at, gets = addresses(operands[0], "u32"), [reader(part, kind) for part in parts]
         return lambda s: s.shared.store(s, s.numbers(), at(s), _together(s, gets))
 
 

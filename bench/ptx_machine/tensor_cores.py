@@ -11,7 +11,7 @@ import numpy as np
 from bench.ptx_machine.barriers import MemoryBarriers, Work, by_address, one_each
 from bench.ptx_machine.descriptors import TENSOR_CORES, matrix
 from bench.ptx_machine.faults import Fault, Unsupported
-from bench.ptx_machine.forms import Execute, form
+from bench.ptx_machine.forms import Execute, Operands, form
 from bench.ptx_machine.matrices import parts_of
 from bench.ptx_machine.moves import addresses
 from bench.ptx_machine.parse import Operand, Register
@@ -57,8 +57,8 @@ class TensorMemory:
     "[a] a",
     SECTION + "tcgen05.alloc, dealloc, relinquish_alloc_permit",
 )
-def allocate(operands: tuple[Operand, ...]) -> Execute:
-    at, count = addresses(operands[0], "u32"), reader(operands[1], "u32")  # type: ignore[arg-type]
+def allocate(operands: Operands) -> Execute:
+    at, count = addresses(operands[0], "u32"), reader(operands[1], "u32")
 
     def execute(s: Threads) -> None:
         s.whole()
@@ -79,7 +79,7 @@ def allocate(operands: tuple[Operand, ...]) -> Execute:
     "",
     SECTION + "tcgen05.alloc, dealloc, relinquish_alloc_permit",
 )
-def relinquish(operands: tuple[Operand, ...]) -> Execute:
+def relinquish(operands: Operands) -> Execute:
     def execute(s: Threads) -> None:
         s.whole()
 
@@ -91,7 +91,7 @@ def relinquish(operands: tuple[Operand, ...]) -> Execute:
     "a a",
     SECTION + "tcgen05.alloc, dealloc, relinquish_alloc_permit",
 )
-def free(operands: tuple[Operand, ...]) -> Execute:
+def free(operands: Operands) -> Execute:
     start, count = (reader(x, "u32") for x in operands)
 
     def execute(s: Threads) -> None:
@@ -155,8 +155,8 @@ def _cells(s: Threads, address: Array, count: int, split: int | None) -> tuple[A
     return base + (LANE if split is None else LANE % 16), columns, here
 
 
-def _store(operands: tuple[Operand, ...], count: int, split: int | None, values: Operand) -> Execute:
-    at, gets = addresses(operands[0], "u32"), [reader(x, "b32") for x in parts_of(values, count)]  # type: ignore[arg-type]
+def _store(operands: Operands, count: int, split: int | None, values: Operand) -> Execute:
+    at, gets = addresses(operands[0], "u32"), [reader(x, "b32") for x in parts_of(values, count)]
 
     def execute(s: Threads) -> None:
         unit, (lane, columns, here) = s.unit(TensorMemory), _cells(s, at(s), count, split)
@@ -169,9 +169,9 @@ def _store(operands: tuple[Operand, ...], count: int, split: int | None, values:
     return execute
 
 
-def _load(operands: tuple[Operand, ...], count: int, split: int | None) -> Execute:
+def _load(operands: Operands, count: int, split: int | None) -> Execute:
     parts = parts_of(operands[0], count)
-    at, puts = addresses(operands[1], "u32"), [writer(x, "b32") for x in parts]  # type: ignore[arg-type]
+    at, puts = addresses(operands[1], "u32"), [writer(x, "b32") for x in parts]
     own = [x for x in parts if isinstance(x, Register)]
 
     def execute(s: Threads) -> None:
@@ -190,27 +190,27 @@ def _load(operands: tuple[Operand, ...], count: int, split: int | None) -> Execu
 
 
 @form(r"tcgen05\.st\.sync\.aligned\.32x32b\.x(\d+)\.b32", "[a] {}|a", SECTION + "tcgen05.st")
-def store(operands: tuple[Operand, ...], count: str) -> Execute:
+def store(operands: Operands, count: str) -> Execute:
     return _store(operands, int(count), None, operands[1])
 
 
 @form(r"tcgen05\.st\.sync\.aligned\.16x32bx2\.x(\d+)\.b32", "[a] # {}|a", SECTION + "tcgen05.st")
-def store_halves(operands: tuple[Operand, ...], count: str) -> Execute:
-    return _store(operands, int(count), int(operands[1].text, 0), operands[2])  # type: ignore[union-attr]
+def store_halves(operands: Operands, count: str) -> Execute:
+    return _store(operands, int(count), int(operands[1].text, 0), operands[2])
 
 
 @form(r"tcgen05\.ld\.sync\.aligned\.32x32b\.x(\d+)\.b32", "{}|a [a]", SECTION + "tcgen05.ld")
-def load(operands: tuple[Operand, ...], count: str) -> Execute:
+def load(operands: Operands, count: str) -> Execute:
     return _load(operands, int(count), None)
 
 
 @form(r"tcgen05\.ld\.sync\.aligned\.16x32bx2\.x(\d+)\.b32", "{}|a [a] #", SECTION + "tcgen05.ld")
-def load_halves(operands: tuple[Operand, ...], count: str) -> Execute:
-    return _load(operands, int(count), int(operands[2].text, 0))  # type: ignore[union-attr]
+def load_halves(operands: Operands, count: str) -> Execute:
+    return _load(operands, int(count), int(operands[2].text, 0))
 
 
 @form(r"tcgen05\.wait::(ld|st)\.sync\.aligned", "", SECTION + "tcgen05.wait")
-def wait(operands: tuple[Operand, ...], which: str) -> Execute:
+def wait(operands: Operands, which: str) -> Execute:
     def execute(s: Threads) -> None:
         s.whole()
         unit, lanes = s.unit(TensorMemory), s.numbers()
@@ -231,20 +231,20 @@ def wait(operands: tuple[Operand, ...], which: str) -> Execute:
 
 
 @form(r"tcgen05\.mma\.cta_group::1\.kind::(f16|tf32)", "[a] a a a a", SECTION + "tcgen05.mma")
-def multiply_shared(operands: tuple[Operand, ...], kind: str) -> Execute:
+def multiply_shared(operands: Operands, kind: str) -> Execute:
     """d (+)= a b, both in shared memory."""
     return _multiply(operands, kind, in_shared=True)
 
 
 @form(r"tcgen05\.mma\.cta_group::1\.kind::(f16|tf32)", "[a] [a] a a a", SECTION + "tcgen05.mma")
-def multiply_tensor(operands: tuple[Operand, ...], kind: str) -> Execute:
+def multiply_tensor(operands: Operands, kind: str) -> Execute:
     """The same, a in tensor memory."""
     return _multiply(operands, kind, in_shared=False)
 
 
-def _multiply(operands: tuple[Operand, ...], kind: str, in_shared: bool) -> Execute:
-    to = addresses(operands[0], "u32")  # type: ignore[arg-type]
-    a = reader(operands[1], "b64") if in_shared else addresses(operands[1], "u32")  # type: ignore[arg-type]
+def _multiply(operands: Operands, kind: str, in_shared: bool) -> Execute:
+    to = addresses(operands[0], "u32")
+    a = reader(operands[1], "b64") if in_shared else addresses(operands[1], "u32")
     b, shape, keeps = reader(operands[2], "b64"), reader(operands[3], "u32"), reader(operands[4], "pred")
 
     def execute(s: Threads) -> None:
@@ -334,8 +334,8 @@ def _left(s: Threads, unit: TensorMemory, program: Array, address: Array, rows: 
     "[a]",
     SECTION + "tcgen05.commit",
 )
-def commit(operands: tuple[Operand, ...]) -> Execute:
-    at = addresses(operands[0], "u32")  # type: ignore[arg-type]
+def commit(operands: Operands) -> Execute:
+    at = addresses(operands[0], "u32")
 
     def execute(s: Threads) -> None:
         unit, lanes = s.unit(MemoryBarriers), s.numbers()

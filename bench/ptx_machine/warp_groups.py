@@ -13,7 +13,7 @@ import numpy as np
 
 from bench.ptx_machine.descriptors import WARP_GROUPS, matrix
 from bench.ptx_machine.faults import Fault, Unsupported
-from bench.ptx_machine.forms import Execute, form
+from bench.ptx_machine.forms import Execute, Operands, form
 from bench.ptx_machine.matrices import COLUMN, ROW, left_operand, parts_of
 from bench.ptx_machine.parse import Address, Instruction, Module, Operand, Register, Vector
 from bench.ptx_machine.registers import Array, reader, writer
@@ -136,7 +136,7 @@ class Products:
 
 
 @form(r"wgmma\.fence\.sync\.aligned", "", SECTION + "wgmma.fence")
-def fence(operands: tuple[Operand, ...]) -> Execute:
+def fence(operands: Operands) -> Execute:
     def execute(s: Threads) -> None:
         s.whole()
         s.unit(InUse).unfenced[:, s.lanes] = False
@@ -145,7 +145,7 @@ def fence(operands: tuple[Operand, ...]) -> Execute:
 
 
 @form(r"wgmma\.commit_group\.sync\.aligned", "", SECTION + "wgmma.commit_group")
-def commit(operands: tuple[Operand, ...]) -> Execute:
+def commit(operands: Operands) -> Execute:
     def execute(s: Threads) -> None:
         s.whole()
         s.unit(Products).committed[s.lanes] += 1
@@ -154,8 +154,8 @@ def commit(operands: tuple[Operand, ...]) -> Execute:
 
 
 @form(r"wgmma\.wait_group\.sync\.aligned", "#", SECTION + "wgmma.wait_group")
-def wait(operands: tuple[Operand, ...]) -> Execute:
-    newest = int(operands[0].text, 0)  # type: ignore[union-attr]
+def wait(operands: Operands) -> Execute:
+    newest = int(operands[0].text, 0)
 
     def execute(s: Threads) -> None:
         s.whole(WARP_GROUP)
@@ -186,7 +186,7 @@ Left = Callable[[Threads, Array], tuple[Array, list[Array]]]  # matrices and the
 
 @form(SHAPE + HALF, "{} a a a # # # #", SECTION + "wgmma.mma_async")
 @form(SHAPE + WHOLE, "{} a a a # #", SECTION + "wgmma.mma_async")
-def multiply_shared(operands: tuple[Operand, ...], columns: str, depth: str, kind: str) -> Execute:
+def multiply_shared(operands: Operands, columns: str, depth: str, kind: str) -> Execute:
     """d (+)= a b, both in shared memory."""
     turned, a = _turned(operands[4:], 2), reader(operands[1], "b64")
 
@@ -201,7 +201,7 @@ def multiply_shared(operands: tuple[Operand, ...], columns: str, depth: str, kin
 
 @form(SHAPE + HALF, "{} {} a a # # #", SECTION + "wgmma.mma_async")
 @form(SHAPE + WHOLE, "{} {} a a # #", SECTION + "wgmma.mma_async")
-def multiply_registers(operands: tuple[Operand, ...], columns: str, depth: str, kind: str) -> Execute:
+def multiply_registers(operands: Operands, columns: str, depth: str, kind: str) -> Execute:
     """The same, a in registers."""
     turned, gets = _turned(operands[4:], 1), [reader(x, "b32") for x in parts_of(operands[1], 4)]
 
@@ -211,15 +211,15 @@ def multiply_registers(operands: tuple[Operand, ...], columns: str, depth: str, 
     return _product(operands, int(columns), int(depth), kind, turned[0], left)
 
 
-def _turned(numbers: tuple[Operand, ...], count: int) -> list[bool]:
+def _turned(numbers: Operands, count: int) -> list[bool]:
     """Which operands lie with their rows along memory; both factors must be 1."""
-    factors, turned = [x.text for x in numbers[:2]], [x.text for x in numbers[2:]]  # type: ignore[union-attr]
+    factors, turned = [x.text for x in numbers[:2]], [x.text for x in numbers[2:]]
     if factors != ["1", "1"] or set(turned) - {"0", "1"}:
         raise Unsupported(f"wgmma with the numbers {factors} and {turned}")
     return [x == "1" for x in turned] or [False] * count
 
 
-def _product(operands: tuple[Operand, ...], columns: int, depth: int, kind: str, turned: bool, left: Left) -> Execute:
+def _product(operands: Operands, columns: int, depth: int, kind: str, turned: bool, left: Left) -> Execute:
     if depth * (4 if kind == "tf32" else 2) != 32:
         raise Unsupported(f"wgmma of {depth} columns of {kind}")
     sums = parts_of(operands[0], columns // 2)

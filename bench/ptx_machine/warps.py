@@ -6,7 +6,7 @@ import numpy as np
 
 from bench.ptx_machine.barriers import whole_warps
 from bench.ptx_machine.faults import Unsupported
-from bench.ptx_machine.forms import Execute, form
+from bench.ptx_machine.forms import Execute, Operands, form
 from bench.ptx_machine.parse import Operand, Pair, Word
 from bench.ptx_machine.registers import NUMBERS, reader, writer
 from bench.ptx_machine.threads import LANE, WARP, Threads
@@ -15,17 +15,17 @@ SECTION = "Data Movement and Conversion Instructions: shfl.sync"
 
 
 @form(r"shfl\.sync\.(bfly|idx|up|down)\.b32", "d a a a a", SECTION)
-def shuffle(operands: tuple[Operand, ...], mode: str) -> Execute:
+def shuffle(operands: Operands, mode: str) -> Execute:
     return _shuffle(operands[0], None, operands[1:], mode)
 
 
 @form(r"shfl\.sync\.(bfly|idx|up|down)\.b32", "d|p a a a a", SECTION)
-def shuffle_and_say(operands: tuple[Operand, ...], mode: str) -> Execute:
-    pair: Pair = operands[0]  # type: ignore[assignment]
+def shuffle_and_say(operands: Operands, mode: str) -> Execute:
+    pair: Pair = operands[0]
     return _shuffle(pair.first, pair.second, operands[1:], mode)
 
 
-def _shuffle(to: Operand, inside: Operand | None, operands: tuple[Operand, ...], mode: str) -> Execute:
+def _shuffle(to: Operand, inside: Operand | None, operands: Operands, mode: str) -> Execute:
     """The number of another lane; a lane that is out of range keeps its own."""
     whole = whole_warps(operands[3])
     put, say = writer(to, "b32"), writer(inside or Word("_"), "pred")
@@ -58,7 +58,7 @@ def _shuffle(to: Operand, inside: Operand | None, operands: tuple[Operand, ...],
     "d a a",
     "Parallel Synchronization and Communication Instructions: redux.sync",
 )
-def reduce(operands: tuple[Operand, ...], name: str, kind: str) -> Execute:
+def reduce(operands: Operands, name: str, kind: str) -> Execute:
     return _reduce(operands, name, kind, nan=False)
 
 
@@ -67,11 +67,11 @@ def reduce(operands: tuple[Operand, ...], name: str, kind: str) -> Execute:
     "d a a",
     "Parallel Synchronization and Communication Instructions: redux.sync",
 )
-def reduce_floats(operands: tuple[Operand, ...], name: str, nan: str | None) -> Execute:
+def reduce_floats(operands: Operands, name: str, nan: str | None) -> Execute:
     return _reduce(operands, name, "f32", nan=bool(nan))
 
 
-def _reduce(operands: tuple[Operand, ...], name: str, kind: str, nan: bool) -> Execute:
+def _reduce(operands: Operands, name: str, kind: str, nan: bool) -> Execute:
     whole = whole_warps(operands[2])
     put, value = writer(operands[0], kind), reader(operands[1], kind)
     functions = {
@@ -92,10 +92,10 @@ def _reduce(operands: tuple[Operand, ...], name: str, kind: str, nan: bool) -> E
 
 
 @form(r"elect\.sync", "d|p a", "Parallel Synchronization and Communication Instructions: elect.sync")
-def elect(operands: tuple[Operand, ...]) -> Execute:
+def elect(operands: Operands) -> Execute:
     """The lowest lane is elected, as GPUs do."""
     whole = whole_warps(operands[1])
-    pair: Pair = operands[0]  # type: ignore[assignment]
+    pair: Pair = operands[0]
     put, say = writer(pair.first, "u32"), writer(pair.second, "pred")
 
     def execute(s: Threads) -> None:
@@ -112,7 +112,7 @@ def elect(operands: tuple[Operand, ...]) -> Execute:
     "d a a",
     "Parallel Synchronization and Communication Instructions: vote.sync",
 )
-def vote(operands: tuple[Operand, ...], mode: str, kind: str) -> Execute:
+def vote(operands: Operands, mode: str, kind: str) -> Execute:
     whole = whole_warps(operands[2])
     if (mode == "ballot") != (kind == "b32"):
         raise Unsupported(f"vote.sync.{mode}.{kind}")
