@@ -49,14 +49,17 @@ class Work:
 
 
 def cases(target: str) -> list[Work]:
-    """Every kernel in every dtype: groups of one block, of many, and whole ones; dividing, ragged and shifted."""
+    """Every kernel in every dtype: groups of one block, of many, and whole ones; dividing, ragged and shifted.
+
+    Scores of the first head may be large, which a wrong maximum makes infinite.
+    """
     small, wide = Tile(16, 16, 16, 16, 4, 2), Tile(64, 64, 32, 32, 4, 3)
     across, down = Tile(32, 64, 16, 32, 4, 2), Tile(64, 32, 32, 16, 4, 2)
     longer = small._replace(num_stages=3)
     one = BackwardTiles(small, small, small, None, small)
     many = BackwardTiles(None, small, Tile(16, 16, 32, 64, 4, 3), None, small)
     whole = BackwardTiles(None, across, down, down, across)
-    chosen = (  # large scores are those that a wrong maximum makes infinite
+    chosen = (
         (Case("interlaced", (7, 5), (3, 2), (24, 40), heads=2, bias=True, logits=60.0), small, one, True),
         (Case("local", (7, 6), (7, 4), (24, 40), heads=2, logits=60.0, shift=(1, 2)), longer, many, False),
         (Case("local", (14, 6), (7, 6), (24, 40), heads=2, bias=True), across, whole, True),
@@ -71,8 +74,10 @@ def cases(target: str) -> list[Work]:
 def shipped(target: str) -> list[Work]:
     """Every tile that is shipped for a target and this Triton, each on one group of the size that it is made for."""
     works: dict[Any, Work] = {}
-    entries = [entry for entry in json.loads(tiles.file_for(target).read_text()) if entry["tile"] is not None]
+    entries = json.loads(tiles.file_for(target).read_text())
     for number, entry in enumerate(entries):
+        if entry["tile"] is None:
+            continue
         step, limits = entry["step"], (entry["key_width"], entry["value_width"], entry["tokens"])
         arithmetic = {"16-bit": "bfloat16", "ieee": "float32"}.get(entry["arithmetic"], entry["arithmetic"])
         key, value = (limit or WIDEST for limit in limits[:2])
