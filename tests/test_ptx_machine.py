@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
 
 import pytest
@@ -137,7 +138,13 @@ def test_every_tile_that_a_look_up_can_find_is_executed(target: str) -> None:
                 assert tile == work.forward
             elif work.backward.group is None or step == "group":
                 assert tile == getattr(work.backward, step)
-    assert {step for step, _ in found} == {*tiles.STEPS}
+    best = dict[tuple[object, ...], tuple[int, str, int, bool]]()  # of what two entries say, the one for this alone
+    for number, entry in enumerate(json.loads(tiles.file_for(target).read_text())):
+        if tiles._is_for(entry, target):
+            says = tuple(entry[name] for name in ("step", "arithmetic", "key_width", "value_width", "tokens"))
+            found_here = len(tiles.ONLY & entry.keys()), entry["step"], number, entry["tile"] is not None
+            best[says] = max(best.get(says, found_here), found_here)
+    assert found == {(step, number) for _, step, number, has_tile in best.values() if has_tile}
 
 
 @pytest.mark.parametrize("target", TARGETS)
