@@ -25,6 +25,7 @@ class Work:
     """One check: a case, how it is multiplied, and with which tiles.
 
     Attributes:
+        partial_sums: as `plan.PARTIAL_SUMS`: of fewer than there are groups and heads each program takes several.
         entries: the lines of the target's file that it runs, as (step, number).
     """
 
@@ -34,6 +35,7 @@ class Work:
     forward: Tile
     backward: BackwardTiles
     dlse: bool = True
+    partial_sums: int = 1024
     entries: tuple[tuple[str, int], ...] = ()
 
     @property
@@ -66,7 +68,7 @@ def cases(target: str) -> list[Work]:
         (Case("grid", (16, 8), (8, 8), (64, 64), heads=2), wide, BackwardTiles(wide, wide, wide, None, wide), True),
     )
     return [
-        Work(target, replace(case, dtype=dtype), arithmetic, forward, backward, dlse)
+        Work(target, replace(case, dtype=dtype), arithmetic, forward, backward, dlse, partial_sums=4)
         for (arithmetic, dtype), (case, forward, backward, dlse) in product(DTYPES.items(), chosen)
     ]
 
