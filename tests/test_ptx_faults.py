@@ -369,7 +369,7 @@ def test_a_product_needs_a_barrier_behind_what_threads_stored() -> None:
 
 
 def test_copies_that_no_proxy_fence_follows_are_noted() -> None:
-    """By the PTX ISA it has to; Triton leaves it out at times, and nobody has seen a GPU go wrong."""
+    """By the PTX ISA one has to; Triton leaves it out at times."""
     body, memory = a_product()
     lines = [line for line in body.splitlines() if "301" not in line]
     at = next(i for i, line in enumerate(lines) if "fence.proxy" in line)

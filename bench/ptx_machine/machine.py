@@ -53,7 +53,7 @@ class Execution:
         programs: of its grid.
         instructions: how many warps executed each opcode, and some of whose threads.
         loaded, stored: bytes of global memory, with repetition, by the name of a region.
-        notes: what is not as the PTX ISA has it, and how often, though nobody has seen a GPU go wrong by it.
+        notes: what is not as the PTX ISA has it, in what Triton writes, and how often.
     """
 
     kernel: str

@@ -54,7 +54,7 @@ class SharedMemory:
         unfenced: cells that matrix units do not see yet: written by threads, `BY_THREADS`, or copied, `BY_COPIES`.
         flying: copies under way to a cell.
         busy: matrix instructions under way that read a cell.
-        notes: what is not as the PTX ISA has it, and nobody has seen GPUs go wrong by.
+        notes: what is not as the PTX ISA has it, in what Triton writes, and how often.
     """
 
     def __init__(self, programs: int, threads: int, size: int, module: Module) -> None:
