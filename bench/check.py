@@ -4,6 +4,8 @@ Without --cases a few named cases are checked, and on a GPU every problem that `
 with it hypothesis draws that many for each backend, and shrinks a wrong one; check.png shows how much of the budget was
 used. --verbose shows every case. On the CPU the kernels are interpreted, on small maps and without bf16, which Triton's
 interpreter gets wrong. On a GPU fp32 is multiplied as tf32 too, and a case that it has no memory for is not checked.
+With --device ptx:TARGET kernels are compiled for an NVIDIA GPU that is not there, and their PTX is executed by an
+emulator, which watches over memory.
 """
 
 from __future__ import annotations
@@ -22,8 +24,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from bench import devices, figures, measure, records, terminal
-from bench.arguments import add_device, add_out, positive
+from bench.arguments import add_out, positive
 from bench.cases import NAMES, Case, errors, has_tf32, multiplied_as_tf32, strategy
+from bench.ptx_machine import command
 from bench.terminal import Bar, Table, Terminal
 from isa_triton import partitioned_attention
 from isa_triton.backend.triton import DEVICES
@@ -100,12 +103,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--cases", type=positive, metavar="N", help="draw so many for each backend (default: the named ones)")
     add("--seed", type=positive, default=1, metavar="N", help="of what is drawn")
     add("--backends", nargs="+", choices=("triton", "eager"), default=["triton", "eager"], help="which are checked")
-    add_device(parser, "of the tensors; cpu interprets the kernels")
+    command.add_arguments(parser)  # --device
     add_out(parser, "check.csv")
     terminal.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> None:
+    if command.is_for(args):
+        if command.run(args):
+            sys.exit(1)
+        return
     gpu = torch.device(args.device).type in DEVICES
     if not gpu and os.environ.get("TRITON_INTERPRET") != "1":  # read when kernels are decorated: begin again with it
         sys.stdout.flush()

@@ -34,6 +34,9 @@ SMALL = {
     "photograph": "--sizes 33x49 --rounds 1",
     "sharding": "--size 16 --channels 16 --partition-size 2 --rounds 1 --devices 1 2 --simulated-sizes 64",
     "check": "--backends eager --cases 5",
+    "check --device ptx:sm_90": "--first 1 --jobs 1",
+    "check --device ptx:sm_100 --shipped": "--first 1 --jobs 1",
+    "check --device ptx:sm_80 --mutants 60": "--first 1 --mutants 2 --jobs 1",
 }
 # Whom others run as they stand: they take no options, or binaries that need no compiler.
 ELSEWHERE = {

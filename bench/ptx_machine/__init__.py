@@ -1,0 +1,1 @@
+"""Compiled kernels, their PTX, executed on a CPU and watched."""
