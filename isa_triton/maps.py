@@ -7,7 +7,6 @@ channels_last, so that the attention's [B, H, W, heads, width] tensors are views
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import nullcontext
 from functools import partial
 from reprlib import repr as short
 from typing import Any, TypeVar
@@ -248,28 +247,32 @@ def unpad(x: Tensor, padding: Sequence[int]) -> Tensor:
 
 
 def recomputed(layers: nn.Module, x: Tensor) -> Tensor:
-    """layers(x), of which backward keeps x alone and computes the rest again."""
-    return checkpoint(layers, x, use_reentrant=False, context_fn=lambda: (nullcontext(), _BuffersCopied(layers)))
+    """layers(x), of which backward keeps x alone and computes the rest again, as often as it is asked for."""
+    return checkpoint(_Recomputed(layers), x, use_reentrant=False)
 
 
-class _BuffersCopied:
-    """Within, layers work on copies of their buffers: running statistics do not count a batch a second time.
-
-    It is entered as often as somebody asks for derivatives.
-    """
+class _Recomputed:
+    """Layers, the first time; later their twins, whose running statistics count the batch that theirs have counted."""
 
     def __init__(self, layers: nn.Module) -> None:
-        self.layers = layers
-        self.buffers: list[tuple[nn.Module, dict[str, Tensor | None]]] = []
+        self.layers, self.again = layers, False
 
-    def __enter__(self) -> None:
-        self.buffers = [(layer, dict(layer._buffers)) for layer in self.layers.modules()]
-        for layer, buffers in self.buffers:
-            layer._buffers.update({name: None if x is None else x.clone() for name, x in buffers.items()})
+    def __call__(self, x: Tensor) -> Tensor:
+        layers, self.again = _twin(self.layers) if self.again else self.layers, True
+        return layers(x)
 
-    def __exit__(self, *_: object) -> None:
-        for layer, buffers in self.buffers:
-            layer._buffers.update(buffers)
+
+def _twin(layers: nn.Module) -> nn.Module:
+    """Layers with the parameters of others and copies of their buffers; other threads may be running the others."""
+    if "forward" in vars(layers):
+        raise TypeError(
+            f"recompute must be False for a {type(layers).__name__} whose forward was replaced in the object"
+        )
+    twin = type(layers).__new__(type(layers))
+    twin.__dict__ = vars(layers).copy()
+    twin._buffers = {name: None if x is None else x.clone() for name, x in layers._buffers.items()}
+    twin._modules = {name: None if part is None else _twin(part) for name, part in layers._modules.items()}
+    return twin
 
 
 def one_of(name: str, value: str, valid: Collection[str]) -> str:

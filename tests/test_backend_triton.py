@@ -6,6 +6,7 @@ import argparse
 import logging
 import re
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -260,3 +261,14 @@ def test_missing_triton_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = qkv(ONE_KERNEL, dtype=torch.float32)
     with pytest.raises(ValueError, match=r"cannot be had: triton is not installed \(pip install triton\)"):
         partitioned_attention(q, k, v, ONE_KERNEL, backend="triton")
+
+
+@pytest.mark.usefixtures("interpreter")
+def test_threads_share_the_interpreter() -> None:
+    """Triton's puts its own functions in the place of its language's while a kernel runs, for all threads."""
+    tensors = [[x.detach() for x in inputs(partition)] for partition in (ONE_KERNEL, TINY, TWO_PASSES, ONE_KERNEL)]
+    partitions = ONE_KERNEL, TINY, TWO_PASSES, ONE_KERNEL
+    alone = [call(each, partition, "triton")[0] for each, partition in zip(tensors, partitions, strict=True)]
+    with ThreadPoolExecutor(4) as threads:
+        together = list(threads.map(lambda i: call(tensors[i], partitions[i], "triton")[0], [*range(4)] * 3))
+    assert all(map(torch.equal, together, alone * 3))

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -47,6 +50,31 @@ def test_statistics_count_a_batch_once_however_often_backward_runs() -> None:
             y.sum().backward(retain_graph=True)
     for ours, theirs in zip(recomputing.buffers(), plain.buffers(), strict=True):
         assert relative_error(ours.double(), theirs.double()) < 1e-12
+
+
+def test_threads_that_share_a_layer_count_every_batch_once() -> None:
+    _, recomputing, _ = modules()
+    counts = [x for name, x in recomputing.named_buffers() if name.endswith("num_batches_tracked")]
+
+    def train(seed: int) -> Tensor:
+        x = torch.randn(2, 5, 7, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        for _ in range(4):
+            recomputing(x).sum().backward()
+        return x
+
+    with ThreadPoolExecutor(8) as threads:
+        assert len(list(threads.map(train, range(16)))) == 16
+    assert [int(count) for count in counts] == [64] * len(counts)
+    assert len(counts) > 8
+
+
+def test_a_layer_whose_forward_was_replaced_is_not_recomputed() -> None:
+    stage = SelfAttention2d(5, 4, 6, pattern="dense", recompute=True).train()
+    norm: Any = stage.query[0].norm
+    norm.forward = norm.forward
+    y = stage(torch.randn(2, 5, 3, 4))
+    with pytest.raises(TypeError, match=r"recompute must be False for a BatchNorm2d whose forward was replaced"):
+        y.sum().backward()
 
 
 def test_second_derivatives_are_those_without_recomputing() -> None:

@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from functools import lru_cache
+from threading import Lock
 from typing import Any, NamedTuple
 
 import triton
@@ -38,6 +39,7 @@ Tensors = tuple[Any | None, ...]
 Planned = Callable[..., Iterator[Launch]]
 _NAMES: dict[Planned, tuple[str, ...]] = {plan.forward: plan.FORWARD, plan.backward: plan.BACKWARD}
 _BINARIES: dict[Any, Any] = {}
+_INTERPRETER = Lock()
 
 
 def forward(
@@ -138,8 +140,9 @@ def bind(launch: Launch, tensors: dict[str, Any]) -> Callable[[], None]:
 
 
 def interpret(launch: Launch, tensors: dict[str, Any]) -> None:
-    """Run a launch in Triton's interpreter."""
-    launch.kernel[(launch.programs,)](**filled(launch, tensors))
+    """Run a launch in Triton's interpreter, which puts functions in the place of its language's, for all threads."""
+    with _INTERPRETER:
+        launch.kernel[(launch.programs,)](**filled(launch, tensors))
 
 
 def filled(launch: Launch, tensors: dict[str, Any]) -> dict[str, Any]:
