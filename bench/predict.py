@@ -66,8 +66,8 @@ class Work:
 def run(args: argparse.Namespace) -> None:
     check_extra()
     from bench.train.prediction import Predictor, as_bytes, large_images, opened  # which need it
+    from bench.train.saved import read_checkpoint
     from bench.train.sheets import MOST, OVERLAY, ContactSheet, overlay, shrunk, spread
-    from bench.train.trainer import read_checkpoint
 
     said, device = Terminal(args), torch.device(args.device)
     checkpoint = read_checkpoint(args.checkpoint, device)

@@ -6,6 +6,7 @@ A column is a field's name less a last "_"; None is an empty cell.
 from __future__ import annotations
 
 import csv
+import glob
 import io
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -71,12 +72,25 @@ def read(path: Path, kind: type[Record]) -> list[Record]:
 def replacing(path: Path) -> Iterator[Path]:
     """A file to write in place of another, in folders made on the way: it becomes the other when it is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*"):  # by a process that was killed while it wrote
+        if left.suffix[1:].isdecimal() and not _is_running(int(left.suffix[1:])):
+            left.unlink(missing_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         yield temporary
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True
 
 
 def write_text(path: Path, text: str) -> None:

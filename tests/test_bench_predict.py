@@ -24,8 +24,8 @@ from bench.train import trainer
 from bench.train.data import normalised_image
 from bench.train.evaluation import slide, strips, window_starts
 from bench.train.prediction import Predictor, opened, tiles
+from bench.train.saved import read_checkpoint
 from bench.train.sheets import LINE, MARGIN, MOST, OVERLAY, THUMB, legend, spread
-from bench.train.trainer import read_checkpoint
 from tests import segmentation_data
 from tests.house import ROOT
 from tests.segmentation_data import COLOURS, SIZE

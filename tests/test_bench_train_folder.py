@@ -20,7 +20,7 @@ from bench.train import trainer
 from bench.train.classes import Classes, read_classes
 from bench.train.data import OWN, DataSet, Samples, own
 from bench.train.recipe import IGNORED, InputError
-from bench.train.trainer import read_checkpoint
+from bench.train.saved import read_checkpoint
 from tests import segmentation_data
 from tests.segmentation_data import SIZE, mask, save
 from tests.small_network import small

@@ -39,7 +39,17 @@ from pathlib import Path
 import torch
 
 from bench import terminal
-from bench.arguments import add_device, add_dtype, add_out, add_partition_size, from_zero, number, positive, size
+from bench.arguments import (
+    add_device,
+    add_dtype,
+    add_out,
+    add_partition_size,
+    amount,
+    from_zero,
+    number,
+    positive,
+    size,
+)
 from bench.compared.heads import CONTEXTS
 from bench.terminal import Terminal
 from bench.train.recipe import RECIPES, InputError, Recipe
@@ -67,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--crop", type=size, metavar="SIZE", help="what is seen at once (default: the recipe's)")
     add("--batch", type=positive, metavar="B", help="crops in an iteration, of all processes (default: the recipe's)")
     add("--lr", type=number, metavar="R", help="learning rate at first (default: the recipe's)")
-    add("--weight-decay", type=number, metavar="W", help="of every parameter (default: the recipe's)")
+    add("--weight-decay", type=amount, metavar="W", help="of every parameter (default: the recipe's)")
     add("--iterations", type=positive, metavar="N", help="until it is done (default: the recipe's)")
     add_dtype(parser, ("float32", "bfloat16", "float16"), "of autocast")
     add("--seed", type=from_zero, default=0, metavar="N", help="of first weights, order, augmentation and dropout")
@@ -88,7 +98,8 @@ def run(args: argparse.Namespace) -> None:
     check_extra()
     from bench.train.checking import check  # which need it
     from bench.train.data import data_set
-    from bench.train.trainer import build, evaluate, join, read_checkpoint, train
+    from bench.train.saved import read_checkpoint, restore
+    from bench.train.trainer import build, evaluate, join, train
 
     if args.check and args.evaluate:
         raise InputError("--check must come with --data-set, whose files are checked, and not with --evaluate")
@@ -99,7 +110,7 @@ def run(args: argparse.Namespace) -> None:
             checkpoint = read_checkpoint(args.evaluate, process.device)
             check_classes(args.data, checkpoint["recipe"])
             network = build(checkpoint["recipe"]).to(process.device)
-            network.load_state_dict(checkpoint["network"])
+            restore(network, checkpoint, "network")
             evaluate(network, checkpoint["recipe"], args, process, said)
         else:
             recipe = recipe_of(args, process.world_size)

@@ -18,6 +18,7 @@ from bench.records import format_size
 from bench.train.data import coloured, normalised_image, read, upright
 from bench.train.evaluation import strips, window_starts
 from bench.train.recipe import InputError, Recipe
+from bench.train.saved import restore
 from bench.train.trainer import build
 
 SMALLEST = 64  # pixels: a tile's side is not halved below
@@ -40,7 +41,7 @@ class Predictor:
         self.recipe: Recipe = checkpoint["recipe"]
         self.device, self.largest, self.limit = device, tile or self.recipe.crop, limit
         self.network: nn.Module = build(self.recipe).to(device).eval()
-        self.network.load_state_dict(checkpoint["network"], assign=True)  # weights are there once
+        restore(self.network, checkpoint, "network", assign=True)  # weights are there once
         self._counted: dict[tuple[int, int], int] = {}
 
     def tile(self, path: Path, size: tuple[int, int]) -> tuple[int, int]:

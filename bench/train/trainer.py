@@ -9,14 +9,13 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import pickle
 import signal
 import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,10 +32,10 @@ from bench import records
 from bench.compared import heads
 from bench.terminal import Table, Terminal
 from bench.train.checking import check
-from bench.train.classes import Classes
-from bench.train.data import DATA_SETS, RandomSamples, Samples, batches, data_set
+from bench.train.data import RandomSamples, Samples, batches, data_set
 from bench.train.evaluation import intersection_over_union, probabilities
 from bench.train.recipe import InputError, Recipe, Stream, seed_of
+from bench.train.saved import read_checkpoint, restore, write_checkpoint
 from isa_triton.models.ianet import IANet, ianet
 from isa_triton.sharding import ShardedBatchNorm2d
 
@@ -99,7 +98,16 @@ def build(recipe: Recipe, weights: str | None = None) -> IANet:
         return ianet(num_classes, name=recipe.backbone, head=head, output_stride=recipe.output_stride, weights=weights)
     except (ValueError, KeyError, OSError) as error:
         without = "; --weights none starts from random ones" if weights else ""
-        raise InputError(f"--backbone {recipe.backbone} --weights {weights}: {error}{without}") from error
+        why = f"torchvision has no weights of this name for it: {known(recipe.backbone)}"
+        why = why if isinstance(error, KeyError) else str(error)
+        raise InputError(f"--backbone {recipe.backbone} --weights {weights}: {why}{without}") from error
+
+
+def known(backbone: str) -> str:
+    """The names of torchvision's weights of a backbone."""
+    from torchvision.models import get_model_weights
+
+    return ", ".join(weights.name for weights in get_model_weights(backbone))
 
 
 def synchronise_batch_norm(network: nn.Module, device: torch.device) -> nn.Module:
@@ -136,7 +144,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(process.device.type, enabled=recipe.dtype == "float16")
         if checkpoint:
             for name, part in self._parts().items():
-                part.load_state_dict(checkpoint[name])
+                restore(part, checkpoint, name)
             self.iteration = checkpoint["iteration"]
 
     def _parts(self) -> dict[str, Any]:
@@ -163,23 +171,7 @@ class Trainer:
         """Write parts, by default everything that the next iteration depends on, whole or not at all."""
         parts = self._parts()
         states = {name: parts[name].state_dict() for name in names or parts}
-        with records.replacing(path) as temporary:
-            torch.save({"recipe": asdict(self.recipe), "iteration": self.iteration} | states, temporary)
-
-
-def read_checkpoint(path: Path, device: torch.device) -> dict[str, Any]:
-    """What `Trainer.save` wrote, its recipe as a `Recipe` that says its classes.
-
-    Raises:
-        InputError: the file is missing or something else.
-    """
-    try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
-        recipe = checkpoint["recipe"]
-        classes = Classes(**recipe["classes"]) if "classes" in recipe else DATA_SETS[recipe["data_set"]].classes
-        return checkpoint | {"recipe": Recipe(**recipe | {"classes": classes})}  # older ones name the data set alone
-    except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
-        raise InputError(f"{path} must be a checkpoint that this command wrote") from error
+        write_checkpoint(path, self.recipe, self.iteration, states)
 
 
 # -- a run -------------------------------------------------------------------------------------------------------------
