@@ -64,7 +64,9 @@ def read(path: Path, kind: type[Record]) -> list[Record]:
         try:
             records.append(kind(*(type_(text) for type_, text in zip(types, line, strict=True))))
         except ValueError as error:
-            raise ValueError(f"{path}, line {number}, must hold one {','.join(columns(kind))}, got {line}") from error
+            raise ValueError(
+                f"{path}, line {number}, must hold one {','.join(columns(kind))}, got {line}: {error}"
+            ) from error
     return records
 
 

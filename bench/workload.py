@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, Literal, get_args
@@ -128,6 +130,18 @@ class Cost(OnMap):
     threads: int | None = None
     versions: str = ""
     date: str = ""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError where nothing can have been measured so: rows are read from files that people edit."""
+        sides = ("height", "width", "channels", "key_channels", "value_channels")
+        if wrong := next((name for name in sides if getattr(self, name) < 1), None):
+            raise ValueError(f"{wrong} must be at least 1, got {getattr(self, wrong)}")
+        if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", self.partition_size):
+            raise ValueError(f"partition_size must be HEIGHTxWIDTH, as 8x8, got {self.partition_size!r}")
+        for name in ("flops", "peak_bytes", "seconds", "spread", "samples", "allocated_bytes", "threads"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise ValueError(f"{name} must be a finite number from 0, got {value}")
 
     @classmethod
     def of(cls, provider: str, workload: Workload, device: str) -> Cost:

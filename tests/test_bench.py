@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
@@ -240,6 +241,26 @@ def test_a_csv_with_other_columns_is_refused(tmp_path: Path) -> None:
     (tmp_path / "other.csv").write_text("provider,flops\nisa,1\n")
     with pytest.raises(ValueError, match="must have the columns provider,level,pass"):
         read(tmp_path / "other.csv", Cost)
+
+
+@pytest.mark.parametrize(
+    ("column", "text", "words"),
+    [
+        ("seconds", "nan", "seconds must be a finite number from 0, got nan"),
+        ("seconds", "-1", "seconds must be a finite number from 0, got -1.0"),
+        ("peak_bytes", "-8", "peak_bytes must be a finite number from 0, got -8"),
+        ("height", "-97", "height must be at least 1, got -97"),
+        ("partition_size", "eight", "partition_size must be HEIGHTxWIDTH, as 8x8, got 'eight'"),
+    ],
+)
+def test_a_row_that_nobody_can_have_measured_is_refused(tmp_path: Path, column: str, text: str, words: str) -> None:
+    path = tmp_path / "scaling.csv"
+    write(path, Cost, [ROW])
+    header, line = (each.split(",") for each in path.read_text().splitlines())
+    line[header.index(column)] = text
+    path.write_text(f"{','.join(header)}\n{','.join(line)}\n")
+    with pytest.raises(ValueError, match=rf"scaling\.csv, line 2, must hold one .*: {re.escape(words)}$"):
+        read(path, Cost)
 
 
 TINY = ["--channels=8", "--key-channels=4", "--value-channels=6", "--rounds=1"]
