@@ -224,3 +224,30 @@ def tcgen05(size: int, columns: int, a: str, b: int, shape: int, kind: str, rows
         bar.sync 0;
         @%p1 tcgen05.dealloc.cta_group::1.sync.aligned.b32 %r2, 256;
         """
+
+
+def bits_of(kind: str) -> int:
+    return int(kind[1:])
+
+
+def wrapped(value: int, kind: str) -> int:
+    """An integer as a type holds it."""
+    value %= 1 << bits_of(kind)
+    return value - (1 << bits_of(kind)) if kind[0] == "s" and value >> bits_of(kind) - 1 else value
+
+
+def integers(kind: str, seed: int) -> np.ndarray[Any, Any]:
+    """32 of a type: its ends, small ones, and any."""
+    if kind == "pred":
+        return np.random.default_rng(seed).integers(0, 2, 32).astype(np.uint32)
+    if kind == "small":
+        return (
+            np.random.default_rng(seed)
+            .permutation([0, 1, 2, 5, 8, 15, 16, 24, 31, 32, 33, 7, 3, 4, 9, 11] * 2)
+            .astype(np.uint32)
+        )
+    ends = np.iinfo(dtype(kind))
+    random = np.random.default_rng(seed)
+    some = [ends.min, ends.max, 0, 1, ends.max // 2, 2, 3, 31, 32, 33, 7]
+    every = [int.from_bytes(random.bytes(8), "little") >> int(random.integers(0, 64)) for _ in range(21)]
+    return np.array([wrapped(x, kind) for x in random.permutation(np.array(some + every, object))], dtype(kind))
