@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from bench.tiles import options, search
 from isa_triton import InterlacedSparseSelfAttention, Partition, partitioned_attention, tiles
 from isa_triton import partitioned_attention_with_lse as with_lse
 from isa_triton.backend import triton as triton_backend
-from isa_triton.backend.kernels import plan
+from isa_triton.backend.kernels import launch, plan
 from tests.cases import PARTITIONS, qkv, relative_error
 
 pytestmark = pytest.mark.usefixtures("kernels")
@@ -272,3 +273,19 @@ def test_threads_share_the_interpreter() -> None:
     with ThreadPoolExecutor(4) as threads:
         together = list(threads.map(lambda i: call(tensors[i], partitions[i], "triton")[0], [*range(4)] * 3))
     assert all(map(torch.equal, together, alone * 3))
+
+
+def test_both_passes_multiply_with_the_same_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = dict[str, str]()
+    for name in ("forward", "backward"):
+        run = getattr(launch, name)
+
+        def spied(*arguments: Any, run: Any = run, name: str = name) -> None:
+            seen[name] = arguments[-1]
+            run(*arguments)
+
+        monkeypatch.setattr(launch, name, spied)
+    monkeypatch.setattr(triton_backend, "precision_of", lambda dtype, device: "tf32")
+    q = torch.randn(1, 4, 6, 1, 16, requires_grad=True)
+    partitioned_attention(q, q, q, Partition.rows((4, 6)), backend="triton").sum().backward()
+    assert seen == {"forward": "tf32", "backward": "tf32"}

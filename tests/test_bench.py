@@ -441,3 +441,10 @@ def test_bad_arguments_are_named(arguments: list[str], message: str, capsys: pyt
     with pytest.raises(SystemExit):
         main(arguments)
     assert message in capsys.readouterr().err
+
+
+def test_no_timed_call_adds_to_the_gradients_of_the_one_before() -> None:
+    layer, x = torch.nn.Conv2d(3, 4, 1), torch.randn(2, 3, 5, 7, requires_grad=True)
+    step = measure.training(lambda: layer(x), (x, *layer.parameters()), torch.ones(2, 4, 5, 7))
+    assert all(torch.equal(a, b) for a, b in zip(step(), step(), strict=True))
+    assert all(leaf.grad is None for leaf in (x, *layer.parameters()))

@@ -248,3 +248,11 @@ def test_networks_without_our_layers_and_maps_of_other_widths_are_refused() -> N
         fuse(nn.Linear(2, 2))
     with pytest.raises(ValueError, match=r"x must be \[B, 6, H, W\]"):
         fuse(layer("isa"))(torch.ones(1, 5, 4, 4))
+
+
+def test_folding_takes_the_eps_of_each_normalisation() -> None:
+    norm = partial(nn.BatchNorm2d, eps=0.3, dtype=torch.float64)
+    network = ISAModule(6, 4, 5, 7, partition_size=(2, 3), norm_layer=norm).double().eval()
+    with_random_statistics(network)
+    x = torch.randn(2, 6, 7, 9, dtype=torch.float64)
+    assert relative_error(fuse(network)(x), network(x)) < 1e-12

@@ -138,3 +138,14 @@ def test_an_attention_that_is_not_timms_is_left_alone() -> None:
         block.attn = Other()
     with pytest.raises(ValueError, match="model must hold partition attention of timm's MaxViT or Swin"):
         accelerate(restore(network))
+
+
+def test_timms_dropout_of_projections_stays() -> None:
+    network = timm.create_model("swin_tiny_patch4_window7_224", img_size=56, depths=(2,), embed_dim=16, num_heads=(1,))
+    accelerate(network).train()
+    calls = list[float]()
+    for block in network.layers[0].blocks:
+        block.attn.proj_drop = nn.Dropout(1.0)
+        block.attn.register_forward_hook(lambda module, args, y: calls.append(float(y.detach().abs().max())))
+    network(torch.randn(2, 3, 56, 56))
+    assert calls == [0.0, 0.0]
