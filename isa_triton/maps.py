@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ._tracing import is_known_to_be, is_proxy, leaf_of_fx, wants_torch_operators
+from ._tracing import is_known_to_be, is_proxy, is_transformed, leaf_of_fx, wants_torch_operators
 from .backend import check_backend
 from .functional import partitioned_attention
 from .partition import Axis, Partition, ceil_div, pair
@@ -57,8 +57,17 @@ class Conv1x1(nn.Conv2d):
             return self._convolved(inputs, weights)
         y = self.bias  # then [B, H W, out]
         for x, weight in zip(inputs, weights, strict=True):
-            pixels = x.permute(0, 2, 3, 1).flatten(1, 2)  # [B, H W, C_i], NCHW or channels_last
-            matrix = weight.t().expand(x.shape[0], -1, -1)  # [B, C_i, out]
+            pixels = x.permute(0, 2, 3, 1)  # [B, H, W, C_i], NCHW or channels_last
+            if _are_rows_of_a_cpu(pixels):
+                rows = pixels.flatten(0, 1)[:, None].permute(0, 3, 1, 2)  # [B H, C_i, 1, W]
+                bias = y if y is self.bias else None
+                product = F.conv2d(rows, weight[..., None, None], bias)
+                product = product.permute(0, 2, 3, 1).view(x.shape[0], -1, weight.shape[0])
+                if y is not None and y is not bias:
+                    product = product + y if is_transformed() else product.add_(y)
+                y = product
+                continue
+            pixels, matrix = pixels.flatten(1, 2), weight.t().expand(x.shape[0], -1, -1)  # [B, H W, C_i], [B, C_i, out]
             # a batched GEMM takes NCHW transposed; folding B would copy it
             y = torch.bmm(pixels, matrix) if y is None else torch.baddbmm(y, pixels, matrix)
         assert y is not None
@@ -81,6 +90,16 @@ class Conv1x1(nn.Conv2d):
         for x, weight in zip(others, weights[1:], strict=True):
             y = y + F.conv2d(x, weight[..., None, None])
         return y
+
+
+def _are_rows_of_a_cpu(pixels: Tensor) -> bool:
+    """Whether pixels [B, H, W, C] are multiplied faster as a batch of rows, by oneDNN's 1x1 convolution.
+
+    Of fp32, and 16 of them, from which on PyTorch asks oneDNN on one thread too. It uses AVX-512 wherever it is; MKL's
+    matrix product, else as fast, does so on Intel's CPUs alone, and takes 2.3 times as long on a Zen 5.
+    """
+    on_cpu = pixels.is_cpu and pixels.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+    return on_cpu and pixels.shape[0] * pixels.shape[1] >= 16 and pixels.is_contiguous()
 
 
 class Attends(nn.Module):

@@ -139,16 +139,20 @@ def test_conv1x1_is_a_convolution_of_the_concatenation(bias: bool) -> None:
 def test_projections_copy_no_input(memory_format: torch.memory_format, monkeypatch: pytest.MonkeyPatch) -> None:
     """The GEMM reads x itself, NCHW or channels_last, and q, k, v are views of what GEMM and norm wrote."""
     seen: list[Tensor] = []
-    bmm = torch.bmm
 
-    def spy_bmm(a: Tensor, b: Tensor) -> Tensor:
-        seen.append(a)
-        return bmm(a, b)
+    def spied(product: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def spy(a: Tensor, *others: Any) -> Tensor:
+            seen.append(a)
+            return product(a, *others)
 
-    monkeypatch.setattr(torch, "bmm", spy_bmm)
+        return spy
+
+    monkeypatch.setattr(torch, "bmm", spied(torch.bmm))
+    monkeypatch.setattr(isa_triton.maps.F, "conv2d", spied(isa_triton.maps.F.conv2d))
     x = torch.randn(2, 6, 8, 12).contiguous(memory_format=memory_format)
     Conv1x1(6, 4)(x)
-    assert seen[0].data_ptr() == x.data_ptr()
+    assert [a.data_ptr() for a in seen] == [x.data_ptr()]
+    assert seen[0].shape == ((16, 6, 1, 12) if memory_format == torch.channels_last else (2, 96, 6))
     monkeypatch.undo()
     given: list[Tensor] = []
     attention = isa_triton.maps.partitioned_attention
@@ -255,3 +259,27 @@ def test_one_assignment_sets_the_backend_of_all_stages_inside() -> None:
         set_backend(folded, "gpu")
     with pytest.raises(ValueError, match=r"network must hold a layer of isa_triton that attends, got ReLU"):
         set_backend(nn.ReLU(), "eager")
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("layouts", ["nchw nhwc", "nhwc nhwc", "nhwc nchw", "nhwc", "nchw"])
+def test_projections_are_convolutions_however_their_inputs_lie(layouts: str, bias: bool) -> None:
+    """Rows of 32 pixels by oneDNN's convolution, others by a matrix product; outputs and gradients in fp32."""
+    formats = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
+    widths = (5, 7)[: len(layouts.split())]
+    conv = Conv1x1(sum(widths), 6, bias=bias)
+    inputs = [
+        torch.randn(3, width, 9, 13).contiguous(memory_format=formats[layout]).requires_grad_()
+        for width, layout in zip(widths, layouts.split(), strict=True)
+    ]
+    upstream = torch.randn(3, 6, 9, 13)
+    leaves = [*inputs, *conv.parameters()]
+    y = conv(*inputs)
+    expected = nn.functional.conv2d(torch.cat(inputs, 1), conv.weight, conv.bias)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert relative_error(y, expected) < 1e-5
+    for ours, theirs in zip(*(torch.autograd.grad(out, leaves, upstream) for out in (y, expected)), strict=True):
+        assert relative_error(ours, theirs) < 1e-5
+    copies = torch.stack([inputs[-1], 2 * inputs[-1]])  # over one input alone
+    mapped = torch.func.vmap(lambda x: conv(*inputs[:-1], x))(copies)
+    assert relative_error(mapped, torch.stack([conv(*inputs[:-1], x) for x in copies])) < 1e-5
