@@ -14,7 +14,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor, Future, as_completed
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -116,7 +116,7 @@ def read(kernel: Any, target: str) -> Binary:
         stack = max(stack, 4 * amd_metadata(text, "vgpr_spill_count"))
         instructions = list(assembly.amd_instructions(text))
         stack_accesses = sum(i.opcode.startswith("scratch_") for i in instructions)
-    loops, ops, places = program.read_program(kernel.asm["ttir"])
+    loops, ops, places = program.read_program(kernel.asm["ttir"], list(_variables(kernel.src.signature.items())))
     metadata = kernel.metadata
     warps, shared, columns = metadata.num_warps, metadata.shared, getattr(metadata, "tmem_size", 0) or 0
     return Binary(
@@ -299,6 +299,18 @@ class Binaries:
         """The facts, if an earlier run has left all that is asked for."""
         file = _file(self.cache, launch)
         return Binary(**json.loads(file.read_text())) if self.dump is None and file.exists() else None
+
+
+def _variables(types: Iterable[tuple[str, Any]]) -> Iterator[str]:
+    """Those of a kernel's arguments, and of the parts of its named tuples, that are no constants: "h.size" for the size
+    of `h`.
+    """
+    for name, type_ in types:
+        if isinstance(type_, tuple):
+            fields: tuple[str, ...] = type_._fields  # type: ignore[attr-defined]
+            yield from _variables((f"{name}.{field}", part) for field, part in zip(fields, type_, strict=True))
+        elif type_ != "constexpr":
+            yield name
 
 
 def _verdict(launch: Launch, facts: Binary | str) -> Verdict:

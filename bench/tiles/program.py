@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from math import prod
 from pathlib import Path
@@ -63,10 +63,17 @@ class Work(NamedTuple):
     channel_utilisation: float  # the part of the chunks of these rows that are channels
 
 
-def read_program(ttir: str) -> tuple[list[Loop], list[Op], dict[Frames, Nest]]:
-    """Loops, what is done in them, and the loops around each place in the source where something is done."""
+def read_program(ttir: str, arguments: Sequence[str]) -> tuple[list[Loop], list[Op], dict[Frames, Nest]]:
+    """Loops, what is done in them, and the loops around each place in the source where something is done.
+
+    Args:
+        ttir: the text.
+        arguments: of the kernel those that are no constants, by name, in order. The text may call them otherwise: to
+            Triton 3.6 the numbers of `h` are h, h_16, h_17 and so on.
+    """
     where = _locations(ttir)
-    values: dict[str, Expression] = {}  # of scalars
+    named = dict(zip(_parameters(ttir), arguments, strict=True))
+    values: dict[str, Expression] = dict(named)  # of scalars
     origin: dict[str, str] = {}  # what a value is derived from in the first place: of a pointer, a pointer
     varies: dict[str, set[int]] = {}  # the loops that a value changes with
     loops, ops, written = list[Loop](), list[Op](), set[int]()
@@ -95,7 +102,7 @@ def read_program(ttir: str) -> tuple[list[Loop], list[Op], dict[Frames, Nest]]:
         elif match := _RESULT.match(line):
             origin[match[1]] = match[2]
         if match := _TILE_OP.search(line):
-            ops.append(_op(match[1], line, origin, nest))
+            ops.append(_op(match[1], line, origin, named, nest))
             changing.append(varies[result] if ops[-1].kind == "load" else set(nest))
             written |= set(nest) if ops[-1].kind == "store" else set()
             if at := _PLACE.search(line):
@@ -197,7 +204,13 @@ def _expression(name: str, values: Mapping[str, Expression], origin: Mapping[str
     return values.get(name, name.removeprefix("%"))
 
 
-def _op(kind: str, line: str, origin: Mapping[str, str], nest: Nest) -> Op:
+def _parameters(ttir: str) -> list[str]:
+    """What the text calls the kernel's arguments."""
+    line = next(line for line in ttir.splitlines() if "tt.func public" in line)
+    return re.findall(r"(%[\w.]+): ", line)
+
+
+def _op(kind: str, line: str, origin: Mapping[str, str], named: Mapping[str, str], nest: Nest) -> Op:
     shapes = [tuple(map(int, shape.split("x")[:-1])) for shape, _ in _TENSOR.findall(line)]
     itemsize = max(8, int(_TENSOR.findall(line)[0][1])) // 8
     if kind == "dot":
@@ -206,7 +219,7 @@ def _op(kind: str, line: str, origin: Mapping[str, str], nest: Nest) -> Op:
     name = _NAME.findall(line.partition(kind)[2])[0]
     while name in origin:
         name = origin[name]
-    return Op(kind.removeprefix("descriptor_"), shapes[-1], itemsize, name.removeprefix("%").partition(".")[0], nest)
+    return Op(kind.removeprefix("descriptor_"), shapes[-1], itemsize, named[name].partition(".")[0], nest)
 
 
 def _locations(ttir: str) -> dict[str, Frames]:
