@@ -6,6 +6,7 @@ channels_last, so that the attention's [B, H, W, heads, width] tensors are views
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from reprlib import repr as short
@@ -58,18 +59,15 @@ class Conv1x1(nn.Conv2d):
         y = self.bias  # then [B, H W, out]
         for x, weight in zip(inputs, weights, strict=True):
             pixels = x.permute(0, 2, 3, 1)  # [B, H, W, C_i], NCHW or channels_last
-            if _are_rows_of_a_cpu(pixels):
-                rows = pixels.flatten(0, 1)[:, None].permute(0, 3, 1, 2)  # [B H, C_i, 1, W]
-                bias = y if y is self.bias else None
-                product = F.conv2d(rows, weight[..., None, None], bias)
-                product = product.permute(0, 2, 3, 1).view(x.shape[0], -1, weight.shape[0])
-                if y is not None and y is not bias:
-                    product = product + y if is_transformed() else product.add_(y)
-                y = product
-                continue
-            pixels, matrix = pixels.flatten(1, 2), weight.t().expand(x.shape[0], -1, -1)  # [B, H W, C_i], [B, C_i, out]
-            # a batched GEMM takes NCHW transposed; folding B would copy it
-            y = torch.bmm(pixels, matrix) if y is None else torch.baddbmm(y, pixels, matrix)
+            if _wants_rows(pixels):
+                product = _product_of_rows(pixels, weight, y if y is self.bias else None).flatten(1, 2)
+                if y is None or y is self.bias:
+                    y = product
+                else:
+                    y = product + y if is_transformed() else product.add_(y)
+            else:  # a batched GEMM takes NCHW transposed; folding B would copy it
+                pixels, matrix = pixels.flatten(1, 2), weight.t().expand(x.shape[0], -1, -1)  # [B, C_i, out]
+                y = torch.bmm(pixels, matrix) if y is None else torch.baddbmm(y, pixels, matrix)
         assert y is not None
         return y.unflatten(1, inputs[0].shape[2:]).permute(0, 3, 1, 2)
 
@@ -92,14 +90,28 @@ class Conv1x1(nn.Conv2d):
         return y
 
 
-def _are_rows_of_a_cpu(pixels: Tensor) -> bool:
-    """Whether pixels [B, H, W, C] are multiplied faster as a batch of rows, by oneDNN's 1x1 convolution.
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`F.linear` of x [..., T, C], weight [out, C] and bias [out], by whatever is fastest where x lies."""
+    if x.dim() < 3 or torch.compiler.is_compiling() or wants_torch_operators() or not _wants_rows(x):
+        return F.linear(x, weight, bias)
+    return _product_of_rows(x, weight, bias)
+
+
+def _wants_rows(x: Tensor) -> bool:
+    """Whether x [..., T, C] is multiplied faster as a batch of rows of T, by oneDNN's 1x1 convolution.
 
     Of fp32, and 16 of them, from which on PyTorch asks oneDNN on one thread too. It uses AVX-512 wherever it is; MKL's
     matrix product, else as fast, does so on Intel's CPUs alone, and takes 2.3 times as long on a Zen 5.
     """
-    on_cpu = pixels.is_cpu and pixels.dtype == torch.float32 and torch.backends.mkldnn.is_available()
-    return on_cpu and pixels.shape[0] * pixels.shape[1] >= 16 and pixels.is_contiguous()
+    on_cpu = x.is_cpu and x.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+    return on_cpu and math.prod(x.shape[:-2]) >= 16 and x.is_contiguous()
+
+
+def _product_of_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x [..., T, C] and weight [out, C] -> [..., T, out]."""
+    rows = x.flatten(0, -3)[:, None].permute(0, 3, 1, 2)  # [n, C, 1, T]
+    product = F.conv2d(rows, weight[..., None, None], bias)
+    return product.permute(0, 2, 3, 1).reshape(*x.shape[:-1], weight.shape[0])
 
 
 class Attends(nn.Module):

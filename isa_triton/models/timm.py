@@ -22,7 +22,7 @@ from .._extras import install
 from .._tracing import is_inference, is_known_to_be, is_plain, is_recorded, leaf_of_fx, wants_torch_operators
 from ..backend import check_backend
 from ..functional import partitioned_attention
-from ..maps import at_most, check_module, unpad
+from ..maps import at_most, check_module, linear, unpad
 from ..partition import Axis, Partition, ceil_div
 
 try:
@@ -258,10 +258,10 @@ def _attend_tokens(attn: Any, tokens: Tensor, bias: Tensor | None) -> Tensor:
 def _linear(layer: Any, x: Tensor) -> Tensor:
     """A linear layer, a 1x1 convolution, or what was put in its place, of x [..., C].
 
-    Adapters, hooks and parametrisations are called; a weight is read of a convolution that has none of them.
+    Adapters, hooks and parametrisations are called; a weight is read of a layer that has none of them.
     """
-    if is_plain(layer, nn.Conv2d):
-        return F.linear(x, layer.weight.flatten(1), layer.bias)
+    if is_plain(layer, nn.Conv2d) or is_plain(layer, nn.Linear):
+        return linear(x, layer.weight.flatten(1), layer.bias)
     takes_maps = isinstance(layer, nn.Conv2d) or any(isinstance(part, nn.Conv2d) for part in layer.modules())
     return layer(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1) if takes_maps else layer(x)
 
