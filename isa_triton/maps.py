@@ -60,11 +60,9 @@ class Conv1x1(nn.Conv2d):
         for x, weight in zip(inputs, weights, strict=True):
             pixels = x.permute(0, 2, 3, 1)  # [B, H, W, C_i], NCHW or channels_last
             if _wants_rows(pixels):
-                product = _product_of_rows(pixels, weight, y if y is self.bias else None).flatten(1, 2)
-                if y is None or y is self.bias:
-                    y = product
-                else:
-                    y = product + y if is_transformed() else product.add_(y)
+                first = y is None or y is self.bias
+                product = _product_of_rows(pixels, weight, y if first else None).flatten(1, 2)
+                y = product if y is None or first else _added(product, y)
             else:  # a batched GEMM takes NCHW transposed; folding B would copy it
                 pixels, matrix = pixels.flatten(1, 2), weight.t().expand(x.shape[0], -1, -1)  # [B, C_i, out]
                 y = torch.bmm(pixels, matrix) if y is None else torch.baddbmm(y, pixels, matrix)
@@ -88,6 +86,11 @@ class Conv1x1(nn.Conv2d):
         for x, weight in zip(others, weights[1:], strict=True):
             y = y + F.conv2d(x, weight[..., None, None])
         return y
+
+
+def _added(x: Tensor, y: Tensor) -> Tensor:
+    """x + y, in the place of x, unless a transform has made it anything but a tensor of y's size."""
+    return x + y if is_transformed() else x.add_(y)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
