@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from bench.__main__ import main
 from bench.records import replacing
-from bench.train import saved, trainer
+from bench.train import saved
 from bench.train.recipe import InputError
 from bench.train.saved import read_checkpoint, restore, write_checkpoint
 from tests.small_network import recipe
@@ -144,13 +144,6 @@ def test_what_killed_processes_left_is_removed(path: Path) -> None:
     assert is_whole(path)
     write_checkpoint(path, recipe(), 7, {"network": NETWORK})
     assert sorted(os.listdir(path.parent)) == ["checkpoint.pt", "other"]
-
-
-def test_unknown_weights_are_answered_with_those_there_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(
-        InputError, match=r"--weights NOPE: torchvision has no weights of this name .*: IMAGENET1K_V1, "
-    ):
-        trainer.build(recipe(), "NOPE")
 
 
 def test_no_weight_decay_is_a_choice(capsys: pytest.CaptureFixture[str]) -> None:
