@@ -11,6 +11,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's, read when it is i
 import secrets
 import sys
 from collections.abc import Iterator
+from importlib import import_module
 
 import pytest
 import torch
@@ -85,6 +86,13 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[None]:
         return
     with torch.device(guard.DEVICE):
         yield
+
+
+@pytest.fixture
+def compiling(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The environment of who compiles kernels; those of this process are decorated first, and stay interpreted."""
+    import_module("isa_triton.backend.kernels.launch")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
 
 @pytest.fixture(autouse=True)

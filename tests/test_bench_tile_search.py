@@ -197,9 +197,8 @@ def test_a_sound_way_is_preferred() -> None:
     ],
 )
 def test_wrong_arguments_are_named(
-    arguments: str, named: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    arguments: str, named: str, capsys: pytest.CaptureFixture[str], compiling: None
 ) -> None:
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(SystemExit):
         main(["tiles", *arguments.split()])
     said = capsys.readouterr().err

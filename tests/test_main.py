@@ -23,8 +23,7 @@ def said() -> str:
     return "\n".join(command.report())
 
 
-def test_it_tells_versions_and_why_a_cpu_takes_eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+def test_it_tells_versions_and_why_a_cpu_takes_eager(compiling: None) -> None:
     assert f"isa_triton {__version__}" in said()
     assert f"torch      {torch.__version__}" in said()
     assert 'device cpu: cpu\n  backend="auto" takes eager: the kernels run on cuda and xpu devices' in said()

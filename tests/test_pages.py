@@ -161,8 +161,9 @@ def test_files_named_in_the_text_exist(name: str) -> None:
 
 
 @pytest.mark.parametrize(("page", "words"), COMMANDS, ids=[f"{page}: {' '.join(words)}" for page, words in COMMANDS])
-def test_the_bench_accepts_the_command(page: str, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # the workbench compiles
+def test_the_bench_accepts_the_command(
+    page: str, words: list[str], monkeypatch: pytest.MonkeyPatch, compiling: None
+) -> None:
     module = f"bench.tiles.{words[1]}" if words[0] == "tiles" else f"bench.{words[0]}"
     chosen: list[argparse.Namespace] = []
     monkeypatch.setattr(import_module(module), "run", chosen.append)
