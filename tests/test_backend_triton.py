@@ -156,7 +156,8 @@ def test_what_the_kernels_cannot_take_is_said() -> None:
 
 
 @pytest.mark.usefixtures("interpreter")
-def test_without_the_interpreter_a_cpu_tensor_is_refused(compiling: None) -> None:
+def test_without_the_interpreter_a_cpu_tensor_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     q, k, v = qkv(ONE_KERNEL, dtype=torch.float32)
     with pytest.raises(ValueError, match="run on cuda and xpu devices, or interpreted"):
         partitioned_attention(q, k, v, ONE_KERNEL, backend="triton")
@@ -224,7 +225,7 @@ def small(width: int) -> list[Tensor]:
 @pytest.mark.usefixtures("interpreter")
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_problem_without_an_entry_is_told_the_command_that_makes_one_once_a_pass(
-    compiled: bool, hints: Callable[[], list[str]], compiling: None
+    compiled: bool, hints: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return partitioned_attention(q, k, v, TINY, backend="triton")
@@ -238,6 +239,7 @@ def test_a_problem_without_an_entry_is_told_the_command_that_makes_one_once_a_pa
         in forward
     )
     assert "no tile was made for backward of 4 tokens" in backward
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     for hint, pass_ in ((forward, "forward"), (backward, "backward")):
         (command,) = re.findall("python -m bench (tiles search .*) looks for a better one", hint)
         parser = argparse.ArgumentParser()
