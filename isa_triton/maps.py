@@ -104,8 +104,8 @@ def _wants_rows(x: Tensor) -> bool:
     """Whether x [..., T, C] is multiplied faster as a batch of rows of T, by oneDNN's 1x1 convolution.
 
     Of fp32, and 16 of them, from which on PyTorch asks oneDNN on one thread too. It uses AVX-512 wherever it is; MKL's
-    matrix product, else as fast, does so on Intel's CPUs alone, and takes 2.3 times as long on a Zen 5. Not of
-    subclasses: a tensor that waits for other processes would be copied.
+    matrix product, elsewhere as fast, does so on Intel's CPUs alone. Not of subclasses: a tensor that waits for other
+    processes would be copied.
     """
     on_cpu = type(x) is Tensor and x.is_cpu and x.dtype == torch.float32 and torch.backends.mkldnn.is_available()
     return on_cpu and math.prod(x.shape[:-2]) >= 16 and x.is_contiguous()
