@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from isa_triton import Partition, partitioned_attention_with_lse
-from reference.attention import attention_of_groups, long_range_groups, short_range_groups
+from reference.attention import Group, attention_of_groups, long_range_groups, short_range_groups
 from reference.budget import allowed_error, natural_scales
 
 NAMES = ("out", "lse", "dq", "dk", "dv", "dbias")
@@ -23,18 +23,19 @@ KINDS = ("interlaced", "grid", "local", "rows", "columns", "dense")
 WIDTHS = ((16, 16), (24, 39), (64, 32), (64, 64))  # of what is drawn where each pair is compiled: few, not all even
 LAYOUTS = ("contiguous", "nchw", "heads_first", "sliced", "transposed", "expanded", "scalar")
 Pair = tuple[int, int]
+Size = tuple[int, ...]  # of a map (H, W), or of a line (L,) or a volume (D, H, W)
 
 
 @dataclass(frozen=True)
 class Case:
     """One attention: `p` is the interval, the grid or the window of its kind; `logits` how large its scores are.
 
-    `shift` moves the windows of kind "local".
+    `shift` moves the windows of kind "local", which go on beyond the seams of `cyclic` axes.
     """
 
     kind: str
-    size: Pair
-    p: Pair
+    size: Size
+    p: Size
     widths: Pair  # of keys and values
     heads: int = 1
     bias: bool = False
@@ -43,14 +44,17 @@ class Case:
     layout: str = "contiguous"  # of q, k, v and of the gradient that arrives
     logits: float = 1.0
     seed: int = 0
-    shift: Pair = (0, 0)
+    shift: Size = ()  # nowhere
+    cyclic: tuple[bool, ...] = ()  # none
     tf32: bool = False  # how products of fp32 are multiplied, where a device can
 
     def __str__(self) -> str:
-        (H, W), (P_h, P_w), (K, V) = self.size, self.p, self.widths
-        p = f" {P_h}x{P_w}" if self.kind in ("interlaced", "grid", "local") else ""
-        p += f" moved by {self.shift[0]}x{self.shift[1]}" if any(self.shift) else ""
-        return f"{self.kind}{p} of {self.maps}x{H}x{W}, {self.heads} heads {K}/{V}{', bias' * self.bias}, {self.layout}"
+        K, V = self.widths
+        p = f" {'x'.join(map(str, self.p))}" if self.kind in ("interlaced", "grid", "local") else ""
+        p += f" moved by {'x'.join(map(str, self.shift))}" if any(self.shift) else ""
+        p += f", axes {', '.join(str(i) for i, is_so in enumerate(self.cyclic) if is_so)} cyclic," * any(self.cyclic)
+        maps = "x".join(map(str, (self.maps, *self.size)))
+        return f"{self.kind}{p} of {maps}, {self.heads} heads {K}/{V}{', bias' * self.bias}, {self.layout}"
 
     @property
     def arithmetic(self) -> str:
@@ -69,7 +73,7 @@ class Case:
         if self.kind == "grid":
             return Partition.interlaced(self.size, grid=self.p)
         if self.kind == "local":
-            return Partition.local(self.size, self.p, self.shift)
+            return Partition.local(self.size, self.p, self.shift or None, cyclic=self.cyclic or False)
         return getattr(Partition, self.kind)(self.size)  # rows, columns, dense
 
     @property
@@ -77,15 +81,29 @@ class Case:
         """Makes the scores of standard normal q and k about `logits` large."""
         return self.logits * self.widths[0] ** -0.5
 
-    def groups(self) -> Iterator[tuple[slice, slice]]:
-        """The pixels of every group, said without the library."""
-        (H, W), p = self.size, self.p
+    def attended(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        """out and lse by the formula, and by groups of pixels that are said without the library."""
+        shift = self.shift or (0,) * len(self.size)
+        wraps = [i for i, is_so in enumerate(self.cyclic) if is_so and shift[i]]
+        if wraps:  # windows begin where the second of the shifted ones does, and none is cut
+            by, axes = [self.p[i] - shift[i] for i in wraps], [1 + i for i in wraps]
+            rest = tuple(0 if i in wraps else of_axis for i, of_axis in enumerate(shift))
+            q, k, v = (x.roll(by, axes) for x in (q, k, v))
+            results = replace(self, shift=rest, cyclic=()).attended(q, k, v, bias)
+            out, lse = (x.roll([-n for n in by], axes) for x in results)
+            return out, lse
+        whole = tuple(axis.tokens for axis in self.partition)
+        return attention_of_groups(q, k, v, bias, self.scale, self.groups(), whole, shift)
+
+    def groups(self) -> Iterator[Group]:
+        """The pixels of every group, windows cut on the edges, said without the library."""
+        size, p, one = self.size, self.p, (1,) * (len(self.size) - 1)
         if self.kind == "interlaced":
-            return long_range_groups(H, W, p)
+            return long_range_groups(size, p)
         if self.kind == "grid":
-            return long_range_groups(H, W, (-(-H // p[0]), -(-W // p[1])))
-        p = {"rows": (1, W), "columns": (H, 1), "dense": (H, W)}.get(self.kind, p)
-        return short_range_groups(H, W, p, self.shift)
+            return long_range_groups(size, [-(-n // g) for n, g in zip(size, p, strict=True)])
+        p = {"rows": (*one, size[-1]), "columns": (*one[1:], *size[-2:-1], 1), "dense": size}.get(self.kind, p)
+        return short_range_groups(size, p, self.shift or None)
 
     def inputs(self, device: str = "cpu") -> dict[str, Tensor]:
         """q, k, v, bias if there is one, and the gradients do and dlse that arrive."""
@@ -104,18 +122,21 @@ class Case:
 
 def laid_out(layout: str, shape: tuple[int, ...], make: Callable[..., Tensor]) -> Tensor:
     """A [B, H, W, heads, width] tensor that lies in memory as `layout` says, of what `make` makes of sizes."""
-    b, h, w, heads, width = shape
+    b, *size, heads, width = shape
+    axes = range(1, 1 + len(size))
     match layout:
         case "nchw":
-            return make(b, heads, width, h, w).permute(0, 3, 4, 1, 2)
+            return make(b, heads, width, *size).movedim((1, 2), (-2, -1))
         case "heads_first":
-            return make(b, heads, h, w, width).permute(0, 2, 3, 1, 4)
+            return make(b, heads, *size, width).movedim(1, -2)
         case "sliced":  # a piece of a wider tensor on a larger map, somewhere in its storage
-            return make(b, h + 3, w + 2, heads, 2 * width + 3)[:, 1:-2, 1:-1, :, 3 : width + 3]
+            larger = make(b, size[0] + 3, *(n + 2 for n in size[1:]), heads, 2 * width + 3)
+            inner: tuple[Any, ...] = (slice(1, -2), *[slice(1, -1)] * len(size[1:]))
+            return larger[(slice(None), *inner, slice(None), slice(3, width + 3))]
         case "transposed":  # columns before rows
-            return make(b, w, h, heads, width).transpose(1, 2)
+            return make(b, *reversed(size), heads, width).permute(0, *reversed(axes), -2, -1)
         case "expanded":  # stride 0 along maps, rows and heads
-            return make(1, 1, w, 1, width).expand(shape)
+            return make(1, *[1] * len(size[1:]), size[-1], 1, width).expand(shape)
         case "scalar":
             return make(1).expand(shape)
         case "contiguous":
@@ -132,20 +153,22 @@ def strategy(
     """
     from hypothesis import strategies as st  # only whoever draws cases needs it
 
-    sides, tiny = st.integers(1, longest), st.integers(1, 3)
+    sides = {1: st.integers(1, 4 * longest), 2: st.integers(1, longest), 3: st.integers(1, 1 + longest // 2)}
+    tiny = st.integers(1, 3)
     width = st.one_of(st.integers(1, widest), st.sampled_from((16, 24, 32, 39, 64)))
     widths = st.sampled_from(WIDTHS) if compiled else st.tuples(width, width)
 
     @st.composite
     def draw_case(draw: Any) -> Case:
-        size = draw(st.tuples(sides, sides))
+        axes = draw(st.sampled_from((2, 1, 3)))  # the first is the simplest
+        size = draw(st.tuples(*[sides[axes]] * axes))
         p = tuple(draw(st.integers(1, side)) for side in size)
-        kind = draw(st.sampled_from(KINDS))
-        shift = tuple(draw(st.integers(0, side - 1)) if kind == "local" else 0 for side in p)
+        kind = draw(st.sampled_from([kind for kind in KINDS if axes > 1 or kind not in ("rows", "columns")]))
+        moves = kind == "local" and draw(st.booleans())
         return Case(
             kind=kind,
             size=size,
-            p=(p[0], p[1]),
+            p=p,
             widths=draw(widths),
             heads=draw(tiny),
             bias=draw(st.booleans()),
@@ -154,7 +177,8 @@ def strategy(
             layout=draw(st.sampled_from(LAYOUTS)),
             logits=draw(st.sampled_from((1.0, 0.0, -2.0, 30.0, 1e3, 1e4))),
             seed=draw(st.integers(0, 2**31)),
-            shift=(shift[0], shift[1]),
+            shift=tuple(draw(st.integers(0, side - 1)) for side in p) if moves else (),
+            cyclic=tuple(draw(st.booleans()) for _ in p) if moves else (),
             tf32=tf32 and dtype == torch.float32 and draw(st.booleans()),
         )
 
@@ -179,7 +203,7 @@ def parts(case: Case, inputs: dict[str, Tensor], got: dict[str, Tensor]) -> dict
         inputs: as `Case.inputs` has them; without dlse, lse has no gradient.
     """
     if "dlse" not in inputs:
-        inputs = inputs | {"dlse": torch.zeros(inputs["q"].shape[:4], device=inputs["q"].device)}
+        inputs = inputs | {"dlse": torch.zeros(inputs["q"].shape[:-1], device=inputs["q"].device)}
     with multiplied_as_tf32(case.tf32):
         eager = derivatives(inputs, case)
     exact = derivatives({name: x.double() for name, x in inputs.items()}, case)
@@ -222,8 +246,7 @@ def derivatives(inputs: dict[str, Tensor], case: Case, backend: str | None = Non
     leaves = {name: inputs[name].detach().requires_grad_() for name in ("q", "k", "v", "bias") if name in inputs}
     q, k, v, bias = leaves["q"], leaves["k"], leaves["v"], leaves.get("bias")
     if backend is None:
-        whole = case.partition.h.tokens, case.partition.w.tokens
-        out, lse = attention_of_groups(q, k, v, bias, case.scale, case.groups(), whole, case.shift)
+        out, lse = case.attended(q, k, v, bias)
     else:
         out, lse = partitioned_attention_with_lse(q, k, v, case.partition, bias=bias, scale=case.scale, backend=backend)
     upstream = inputs["do"], inputs["dlse"].to(lse.dtype)

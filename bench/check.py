@@ -70,6 +70,11 @@ def named_cases(large: bool, tf32: bool = False) -> list[Case]:
     ]
     found += [Case("local", odd, p, (64, 64), 2, bias=True, dtype=dtype, shift=shift) for dtype in dtypes]
     found += [Case("dense", whole, whole, (32, 80), 3, dtype=dtype) for dtype in dtypes]
+    line, volume = ((4099,), (17, 33, 35)) if large else ((29,), (4, 7, 5))
+    found += [Case("interlaced", line, (8,), (24, 40), 3, bias=True, dtype=dtype) for dtype in dtypes]
+    found += [Case("interlaced", volume, (2, 3, 4), (16, 48), 3, bias=True, dtype=dtype) for dtype in dtypes]
+    seam = Case("local", volume, (2, *p), (64, 64), 2, bias=True, shift=(0, *shift), cyclic=(False, False, True))
+    found += [replace(seam, dtype=dtype) for dtype in dtypes]
     found += [Case("local", odd, p, widths, bias=True, dtype=torch.float16) for widths in ((39, 39), (24, 1), (1, 24))]
     found += [Case(kind, even, p, (256, 512), dtype=dtype) for kind, dtype in product(kinds[::2], dtypes)]
     return found + [replace(case, tf32=True) for case in found if tf32 and case.dtype == torch.float32]
@@ -86,13 +91,8 @@ def case_of(problem: Problem) -> Case:
     """A problem of the workbench as the check says it."""
     from bench.tiles.compile import DTYPES as stored
 
-    h, w = problem.partition.h, problem.partition.w
-    if problem.partition.groups == 1:
-        kind, p = "dense", problem.partition.size
-    elif h.token_stride == w.token_stride == 1:
-        kind, p = "local", (h.tokens, w.tokens)
-    else:
-        kind, p = "interlaced", (h.token_stride, w.token_stride)
+    kind = problem.kind
+    p = tuple(axis.token_stride if kind == "interlaced" else axis.tokens for axis in problem.partition)
     widths, features = (problem.key_width, problem.value_width), (problem.heads, problem.bias)
     case = Case(kind, problem.partition.size, p, widths, *features, stored[problem.dtype], problem.maps)
     return replace(case, tf32=problem.dtype == "tf32")

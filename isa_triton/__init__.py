@@ -15,10 +15,11 @@ What a user calls, and below it what it rests on; a file imports from lower line
 ``python -m isa_triton`` says what is installed and which backend runs.
 """
 
+from .axis import Axis
 from .functional import partitioned_attention, partitioned_attention_with_lse
 from .maps import set_backend
 from .modules import InterlacedSparseSelfAttention, ISAHead, ISAModule, SelfAttention2d
-from .partition import Axis, Partition
+from .partition import Partition
 
 __version__ = "0.1.0"
 __all__ = [

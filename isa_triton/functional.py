@@ -118,7 +118,7 @@ def _attention(
         # whose sizes may be symbols, or tensors; operators in their graphs check when they run
         check_partition(partition)
     given = tensors = {"q": q, "k": k, "v": v} | ({} if bias is None else {"bias": bias})
-    _check_kinds(tensors)
+    _check_kinds(tensors, len(partition))
     kind = q.device.type
     if _tracing.has_autocast(kind) and torch.is_autocast_enabled(kind) and q.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(kind)
@@ -138,7 +138,10 @@ def _attention(
     return results
 
 
-def _check_kinds(tensors: dict[str, Tensor]) -> None:
+_MAPS = ("L", "H, W", "D, H, W")  # of one, two and three axes
+
+
+def _check_kinds(tensors: dict[str, Tensor], axes: int) -> None:
     for name, x in tensors.items():
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
@@ -146,7 +149,7 @@ def _check_kinds(tensors: dict[str, Tensor]) -> None:
             raise TypeError(f"{name} must be one of {', '.join(map(str, _DTYPES))}, got {x.dtype}")
         if x.layout != torch.strided or x.is_nested:
             raise TypeError(f"{name} must be a dense tensor, got {'nested' if x.is_nested else x.layout}")
-        dims = ("heads, tokens, tokens") if name == "bias" else ("B, H, W, heads, width")
+        dims = "heads, tokens, tokens" if name == "bias" else f"B, {_MAPS[axes - 1]}, heads, width"
         if x.dim() != dims.count(",") + 1:
             raise ValueError(f"{name} must be [{dims}], got shape {tuple(x.shape)}")
 
@@ -164,11 +167,9 @@ def _check_fit(tensors: dict[str, Tensor], partition: Partition) -> None:
         raise ValueError(f"k must have the shape of q, {tuple(q.shape)}, got {tuple(k.shape)}")
     if v.shape[:-1] != q.shape[:-1]:
         raise ValueError(f"v must be {[*q.shape[:-1], 'V']} as q is, got {tuple(v.shape)}")
-    if tuple(q.shape[1:3]) != partition.size:
-        raise ValueError(
-            f"partition is for maps of {partition.size}, but q is {tuple(q.shape)}, a map of {tuple(q.shape[1:3])}"
-        )
+    if (size := tuple(q.shape[1:-2])) != partition.size:
+        raise ValueError(f"partition is for maps of {partition.size}, but q is {tuple(q.shape)}, a map of {size}")
     if "bias" in tensors:
-        expected = (q.shape[3], partition.tokens, partition.tokens)
+        expected = (q.shape[-2], partition.tokens, partition.tokens)
         if tuple(tensors["bias"].shape) != expected:
             raise ValueError(f"bias must be [heads, tokens, tokens] = {expected}, got {tuple(tensors['bias'].shape)}")

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ._tracing import is_known_to_be, is_proxy, is_transformed, leaf_of_fx, wants_torch_operators
+from .axis import Axis, ceil_div, pair
 from .backend import check_backend
 from .functional import partitioned_attention
-from .partition import Axis, Partition, ceil_div, pair
+from .partition import Partition
 
 PartitionSize = int | tuple[int, int]  # P, or (P_h, P_w)
 NormLayer = Callable[[int], nn.Module]  # from channels

@@ -38,12 +38,12 @@ def gradients(*tensors_and_call: Any) -> Tensors:
 
 _library = torch.library.Library("isa_triton", "DEF")
 _library.define(
-    "forward(Tensor q, Tensor k, Tensor v, Tensor? bias, float scale, SymInt[] h, SymInt[] w, bool with_lse,"
+    "forward(Tensor q, Tensor k, Tensor v, Tensor? bias, float scale, SymInt[] axes, bool with_lse,"
     " str backend) -> (Tensor, Tensor)"
 )
 _library.define(
     "backward(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? out, Tensor? lse, Tensor do, Tensor? dlse,"
-    " float scale, SymInt[] h, SymInt[] w, bool with_lse, str backend) -> (Tensor, Tensor, Tensor, Tensor)"
+    " float scale, SymInt[] axes, bool with_lse, str backend) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -54,8 +54,8 @@ def _forward_operator(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *cal
 
 @torch.library.impl(_library, "backward", "CompositeExplicitAutograd")
 def _backward_operator(*tensors_and_call: Any) -> Tensors:
-    *tensors, scale, h, w, with_lse, backend = tensors_and_call
-    return _run_backward(*tensors, Call.unflatten(scale, h, w, with_lse, backend).checked(tensors[0]))
+    *tensors, scale, axes, with_lse, backend = tensors_and_call
+    return _run_backward(*tensors, Call.unflatten(scale, axes, with_lse, backend).checked(tensors[0]))
 
 
 @torch.library.register_fake("isa_triton::forward", lib=_library)
@@ -74,11 +74,11 @@ def _forward_flops(q: Any, k: Any, v: Any, bias: Any, *call: Any, **_: Any) -> i
 
 def _backward_flops(q: Any, k: Any, v: Any, *rest: Any, **_: Any) -> int:
     widths = 3 * q[-1] + 2 * v[-1]  # the scores again, dP, dv, dq, dk
-    return _matmul_flops(q, Call.unflatten(*rest[-5:]), widths)
+    return _matmul_flops(q, Call.unflatten(*rest[-4:]), widths)
 
 
 def _matmul_flops(q: Any, call: Call, widths: int) -> int:
-    return 2 * q[0] * q[3] * widths * call.partition.pairs
+    return 2 * q[0] * q[-2] * widths * call.partition.pairs
 
 
 def _register_flop_formulas(flop_counter: ModuleType) -> None:
@@ -147,10 +147,12 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, q: Tensor, k: Tensor, v: Tensor, bias: Any, call: Call) -> tuple[Any, Any]:
-        n, lse_dim = info.batch_size, 3 if call.with_lse else None
-        folded = (_fold(x, dim, n, at) for x, dim, at in zip((q, k, v, bias), in_dims, (3, 3, 3, 0), strict=False))
+        n, at = info.batch_size, 1 + len(call.partition)  # of the heads
+        places = at, at, at, 0
+        folded = (_fold(x, dim, n, heads) for x, dim, heads in zip((q, k, v, bias), in_dims, places, strict=False))
         out, lse = _apply(_Attention, *folded, call)
-        return (_unfold(out, n, heads=3), _unfold(lse, n, heads=3) if call.with_lse else lse), (3, lse_dim)
+        results = _unfold(out, n, at), _unfold(lse, n, at) if call.with_lse else lse
+        return results, (at, at if call.with_lse else None)
 
 
 class _AttentionBackward(torch.autograd.Function):
@@ -202,11 +204,12 @@ class _AttentionBackward(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: Any, *inputs: Any) -> tuple[Any, Any]:
         n, (*tensors, call) = info.batch_size, inputs
-        has_bias, heads = tensors[3] is not None, (3, 3, 3, 0, 3, 3, 3, 3)
-        folded = (_fold(x, dim, n, at) for x, dim, at in zip(tensors, in_dims, heads, strict=False))
+        has_bias, at = tensors[3] is not None, 1 + len(call.partition)  # of the heads
+        places = at, at, at, 0, at, at, at, at
+        folded = (_fold(x, dim, n, heads) for x, dim, heads in zip(tensors, in_dims, places, strict=False))
         *gradients, dbias = _apply(_AttentionBackward, *folded, call)
-        outputs = [_unfold(x, n, heads=3) for x in gradients] + [_unfold(dbias, n, heads=0) if has_bias else dbias]
-        return tuple(outputs), (3, 3, 3, 0 if has_bias else None)
+        outputs = [_unfold(x, n, at) for x in gradients] + [_unfold(dbias, n, heads=0) if has_bias else dbias]
+        return tuple(outputs), (at, at, at, 0 if has_bias else None)
 
 
 def _keeps_output(q: Tensor, v: Tensor, call: Call) -> bool:
@@ -253,7 +256,7 @@ def _setup_operator(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
 
 def _differentiate_operator(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
     *of_tensors, _ = _Attention.backward(ctx, *gradients)
-    return *of_tensors, None, None, None, None, None  # what a call is made of has none
+    return *of_tensors, None, None, None, None  # what a call is made of has none
 
 
 # An exported graph holds the operator without the Function around it, and must train all the same.

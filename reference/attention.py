@@ -1,112 +1,111 @@
 """Interlaced sparse self-attention read aloud: Huang et al., arXiv 1907.12273, sections 3.1 and 3.2.
 
 The paper's symbols: the affinity matrix is A = softmax(Q K^T / sqrt(d)), the context is A V. A feature map is
-[B, H, W, heads, width]; nothing here is fast, all of it is differentiable in any dtype up to fp64.
+[B, H, W, heads, width], a line or a volume has one axis or three; nothing here is fast, all of it is differentiable in
+any dtype up to fp64.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import product
+from math import prod
 
 import torch
 from torch import Tensor
+
+Size = Sequence[int]  # of a map (H, W), or of a line (L,) or a volume (D, H, W)
+Group = tuple[slice, ...]  # its pixels, as a slice of every axis
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
     """Non-local attention: every pixel attends every pixel. q, k [B, H, W, heads, K], v [B, H, W, heads, V]."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    queries, keys, values = (x.flatten(1, 2).transpose(1, 2) for x in (q, k, v))  # [B, heads, H W, width]
+    queries, keys, values = (x.flatten(1, -3).transpose(1, 2) for x in (q, k, v))  # [B, heads, H W, width]
     affinity = torch.softmax(scale * (queries @ keys.transpose(-1, -2)), dim=-1)  # [B, heads, H W, H W]
     return (affinity @ values).transpose(1, 2).reshape(v.shape)
 
 
-def long_range_attention(
-    q: Tensor, k: Tensor, v: Tensor, partition_size: tuple[int, int], scale: float | None = None
-) -> Tensor:
+def long_range_attention(q: Tensor, k: Tensor, v: Tensor, partition_size: Size, scale: float | None = None) -> Tensor:
     """Attention between the pixels of one remainder modulo `partition_size`, which must divide the map.
 
     The permutation of section 3.2: y = q_h P_h + p_h and x = q_w P_w + p_w, a group for every (p_h, p_w).
     """
-    (P_h, P_w), (B, H, W) = partition_size, q.shape[:3]
-    Q_h, Q_w = H // P_h, W // P_w
-
-    def permute(x: Tensor) -> Tensor:  # [B, H, W, heads, width] -> [B P_h P_w, Q_h, Q_w, heads, width]
-        x = x.reshape(B, Q_h, P_h, Q_w, P_w, *x.shape[3:])
-        return x.permute(0, 2, 4, 1, 3, 5, 6).reshape(B * P_h * P_w, Q_h, Q_w, *x.shape[5:])
-
-    context = dense_attention(permute(q), permute(k), permute(v), scale)
-    context = context.reshape(B, P_h, P_w, Q_h, Q_w, *v.shape[3:])
-    return context.permute(0, 3, 1, 4, 2, 5, 6).reshape(v.shape)
+    return _permuted_attention(q, k, v, partition_size, scale, group=2, token=1)
 
 
-def short_range_attention(
-    q: Tensor, k: Tensor, v: Tensor, partition_size: tuple[int, int], scale: float | None = None
+def short_range_attention(q: Tensor, k: Tensor, v: Tensor, partition_size: Size, scale: float | None = None) -> Tensor:
+    """Attention inside windows of `partition_size` pixels, which must divide the map: a group for every (q_h, q_w)."""
+    return _permuted_attention(q, k, v, partition_size, scale, group=1, token=2)
+
+
+def _permuted_attention(
+    q: Tensor, k: Tensor, v: Tensor, partition_size: Size, scale: float | None, group: int, token: int
 ) -> Tensor:
-    """Attention inside windows of `partition_size` pixels, which must divide the map."""
-    (P_h, P_w), (B, H, W) = partition_size, q.shape[:3]
-    Q_h, Q_w = H // P_h, W // P_w
+    """Attention between pixels that share the quotients (`group` 1) or the remainders (2) of their coordinates by P."""
+    B, size = q.shape[0], q.shape[1:-2]
+    split = [part for extent, P in zip(size, partition_size, strict=True) for part in (extent // P, P)]
+    rank = len(split)  # of [B, Q_h, P_h, Q_w, P_w, heads, width], without the last two and the first
+    order = 0, *range(group, rank + 1, 2), *range(token, rank + 1, 2), rank + 1, rank + 2
 
-    def permute(x: Tensor) -> Tensor:  # [B, H, W, heads, width] -> [B Q_h Q_w, P_h, P_w, heads, width]
-        x = x.reshape(B, Q_h, P_h, Q_w, P_w, *x.shape[3:])
-        return x.permute(0, 1, 3, 2, 4, 5, 6).reshape(B * Q_h * Q_w, P_h, P_w, *x.shape[5:])
+    def permute(x: Tensor) -> Tensor:  # [B, H, W, heads, width] -> [B groups, tokens_h, tokens_w, heads, width]
+        return x.reshape(B, *split, *x.shape[-2:]).permute(order).flatten(0, len(size))
 
     context = dense_attention(permute(q), permute(k), permute(v), scale)
-    context = context.reshape(B, Q_h, Q_w, P_h, P_w, *v.shape[3:])
-    return context.permute(0, 1, 3, 2, 4, 5, 6).reshape(v.shape)
+    permuted = v.reshape(B, *split, *v.shape[-2:]).permute(order).shape
+    return context.reshape(permuted).permute(*map(order.index, range(rank + 3))).reshape(v.shape)
 
 
-def long_range_groups(height: int, width: int, partition_size: tuple[int, int]) -> Iterator[tuple[slice, slice]]:
-    """The pixels of every long-range group that are on the map, as a slice of rows and one of columns."""
-    for p_h in range(partition_size[0]):
-        for p_w in range(partition_size[1]):
-            yield slice(p_h, height, partition_size[0]), slice(p_w, width, partition_size[1])
+def long_range_groups(size: Size, partition_size: Size) -> Iterator[Group]:
+    """The pixels of every long-range group that are on the map, as slices of rows and of columns."""
+    yield from product(*[_remainders(*of_axis) for of_axis in zip(size, partition_size, strict=True)])
 
 
-def short_range_groups(
-    height: int, width: int, partition_size: tuple[int, int], shift: tuple[int, int] = (0, 0)
-) -> Iterator[tuple[slice, slice]]:
-    """The pixels of every window that are on the map, as a slice of rows and one of columns.
+def short_range_groups(size: Size, partition_size: Size, shift: Size | None = None) -> Iterator[Group]:
+    """The pixels of every window that are on the map, as slices of rows and of columns.
 
     Windows moved down and right by `shift` leave pieces of windows on the edges they come from (Swin).
     """
-
-    def windows(size: int, side: int, shift: int) -> Iterator[slice]:
-        for start in range(shift - side if shift else 0, size, side):
-            yield slice(max(start, 0), min(start + side, size))
-
-    for rows in windows(height, partition_size[0], shift[0]):
-        for columns in windows(width, partition_size[1], shift[1]):
-            yield rows, columns
+    shift = [0] * len(size) if shift is None else shift
+    yield from product(*[_windows(*of_axis) for of_axis in zip(size, partition_size, shift, strict=True)])
 
 
-Groups = Callable[[int, int, tuple[int, int]], Iterator[tuple[slice, slice]]]
+def _remainders(size: int, interval: int) -> Iterator[slice]:
+    for remainder in range(interval):
+        yield slice(remainder, size, interval)
+
+
+def _windows(size: int, side: int, shift: int) -> Iterator[slice]:
+    for start in range(shift - side if shift else 0, size, side):
+        yield slice(max(start, 0), min(start + side, size))
+
+
+Groups = Callable[[Size, Size], Iterator[Group]]
 
 
 def masked_attention(
-    q: Tensor, k: Tensor, v: Tensor, groups: Groups, partition_size: tuple[int, int], scale: float | None = None
+    q: Tensor, k: Tensor, v: Tensor, groups: Groups, partition_size: Size, scale: float | None = None
 ) -> Tensor:
     """Attention among the real pixels of every group, for any partition size from 1 to the map's."""
     context = torch.zeros_like(v)
-    for rows, columns in groups(q.shape[1], q.shape[2], partition_size):
-        queries, keys, values = (x[:, rows, columns] for x in (q, k, v))
-        context[:, rows, columns] = dense_attention(queries, keys, values, scale)
+    for pixels in groups(q.shape[1:-2], partition_size):
+        here = slice(None), *pixels
+        context[here] = dense_attention(q[here], k[here], v[here], scale)
     return context
 
 
-def affinity(
-    q: Tensor, k: Tensor, groups: Groups, partition_size: tuple[int, int], scale: float | None = None
-) -> Tensor:
+def affinity(q: Tensor, k: Tensor, groups: Groups, partition_size: Size, scale: float | None = None) -> Tensor:
     """A_long or A_short as a dense matrix [B, heads, H W, H W] over all pixels, zero between groups.
 
     A permutation of the pixels makes it block-diagonal; the product A_short A_long of the two has no zero.
     """
-    B, H, W, heads, K = q.shape
+    B, *size, heads, K = q.shape
     scale = K**-0.5 if scale is None else scale
-    pixel = torch.arange(H * W).view(H, W)
-    matrix = q.new_zeros(B, heads, H * W, H * W)
-    for rows, columns in groups(H, W, partition_size):
-        members = pixel[rows, columns].flatten()  # [T]
-        queries, keys = (x.flatten(1, 2)[:, members].transpose(1, 2) for x in (q, k))  # [B, heads, T, K]
+    pixel = torch.arange(prod(size)).view(size)
+    matrix = q.new_zeros(B, heads, prod(size), prod(size))
+    for pixels in groups(size, partition_size):
+        members = pixel[pixels].flatten()  # [T]
+        queries, keys = (x.flatten(1, -3)[:, members].transpose(1, 2) for x in (q, k))  # [B, heads, T, K]
         block = torch.softmax(scale * (queries @ keys.transpose(-1, -2)), dim=-1)  # [B, heads, T, T]
         matrix[:, :, members[:, None], members] = block
     return matrix
@@ -118,9 +117,9 @@ def attention_of_groups(
     v: Tensor,
     bias: Tensor | None,
     scale: float,
-    groups: Iterable[tuple[slice, slice]],
-    whole: tuple[int, int],
-    shift: tuple[int, int] = (0, 0),
+    groups: Iterable[Group],
+    whole: Size,
+    shift: Size | None = None,
 ) -> tuple[Tensor, Tensor]:
     """out and lse in the precision of the arguments, group by group.
 
@@ -129,16 +128,18 @@ def attention_of_groups(
         whole: rows and columns of tokens in a group that is whole, by which bias numbers them.
         shift: of windows; a piece that it leaves on an edge has the last rows or columns of a whole one.
     """
+    shift = [0] * len(whole) if shift is None else shift
     out, lse = torch.zeros_like(v), torch.zeros_like(q[..., 0])
     for pixels in groups:
-        here = (slice(None), *pixels)
-        h, w = q[here].shape[1:3]
-        qs, ks, vs = (x[here].flatten(1, 2).transpose(1, 2) for x in (q, k, v))  # [B, heads, T, width]
+        here = slice(None), *pixels
+        size = q[here].shape[1:-2]
+        qs, ks, vs = (x[here].flatten(1, -3).transpose(1, 2) for x in (q, k, v))  # [B, heads, T, width]
         scores = qs @ ks.mT * scale
         if bias is not None:
-            y, x = (-s % t if at.start == 0 else 0 for at, t, s in zip(pixels, whole, shift, strict=True))
-            tokens = ((y + torch.arange(h))[:, None] * whole[1] + x + torch.arange(w)).flatten()
+            first = [-s % t if at.start == 0 else 0 for at, t, s in zip(pixels, whole, shift, strict=True)]
+            there = tuple(slice(f, f + n) for f, n in zip(first, size, strict=True))
+            tokens = torch.arange(prod(whole)).view(*whole)[there].flatten()
             scores = scores + bias[:, tokens][:, :, tokens]
-        out[here] = (scores.softmax(-1) @ vs).transpose(1, 2).unflatten(1, (h, w))
-        lse[here] = scores.logsumexp(-1).transpose(1, 2).unflatten(1, (h, w))
+        out[here] = (scores.softmax(-1) @ vs).transpose(1, 2).unflatten(1, size)
+        lse[here] = scores.logsumexp(-1).transpose(1, 2).unflatten(1, size)
     return out, lse

@@ -7,9 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from isa_triton import Partition
+from isa_triton import Axis, Partition
 
-# H != W everywhere; every kind of partition; sizes P divides and does not; groups of one token and of the whole map.
+# H != W everywhere; every kind of partition; sizes P divides and does not; groups of one token and of the whole map;
+# lines and volumes; windows that go on beyond a seam.
 PARTITIONS = {
     "interlaced": Partition.interlaced((6, 8), stride=(2, 4)),
     "interlaced-ragged": Partition.interlaced((7, 5), stride=(3, 2)),
@@ -26,6 +27,13 @@ PARTITIONS = {
     "columns": Partition.columns((5, 7)),
     "dense": Partition.dense((3, 5)),
     "one-pixel": Partition.dense((1, 1)),
+    "line": Partition.local((11,), window=(4,), shift=(1,)),
+    "volume": Partition.local((4, 6, 8), window=(2, 3, 4)),
+    "volume-shifted-ragged": Partition.local((3, 5, 4), window=(2, 4, 3), shift=(1, 2, 0)),
+    "volume-interlaced-ragged": Partition.interlaced((3, 4, 5), stride=(2, 3, 2)),
+    "volume-mixed": Partition(Axis.interlaced(5, 2), Axis.local(4, 3), Axis.each(3)),
+    "cyclic": Partition.local((6, 8), window=(3, 4), shift=(1, 3), cyclic=(False, True)),
+    "cyclic-ragged": Partition.local((4, 5, 7), window=(2, 3, 4), shift=(1, 2, 1), cyclic=(True, False, True)),
 }
 
 

@@ -18,12 +18,18 @@ PACKAGES = ("isa_triton", "reference", "bench", "tests")
 ARROWS = {
     "isa_triton._extras": set(),
     "isa_triton._tracing": set(),
-    "isa_triton.partition": set(),
+    "isa_triton.axis": set(),
+    "isa_triton.partition": {"isa_triton.axis"},
     "isa_triton.tiles": set(),
     "isa_triton.backend.contract": {"isa_triton.partition"},
-    "isa_triton.backend.plain": {"isa_triton.partition", "isa_triton.backend.contract"},
-    "isa_triton.backend.eager": {"isa_triton.partition", "isa_triton.backend.contract"},
-    "isa_triton.backend.kernels": {"isa_triton.partition", "isa_triton.tiles", "isa_triton.backend.kernels"},
+    "isa_triton.backend.plain": {"isa_triton.axis", "isa_triton.partition", "isa_triton.backend.contract"},
+    "isa_triton.backend.eager": {"isa_triton.axis", "isa_triton.partition", "isa_triton.backend.contract"},
+    "isa_triton.backend.kernels": {
+        "isa_triton.axis",
+        "isa_triton.partition",
+        "isa_triton.tiles",
+        "isa_triton.backend.kernels",
+    },
     "isa_triton.backend.triton": {
         "isa_triton._tracing",
         "isa_triton.partition",
@@ -41,13 +47,20 @@ ARROWS = {
         "isa_triton.ops",
         "isa_triton.replays",
     },
-    "isa_triton.maps": {"isa_triton._tracing", "isa_triton.partition", "isa_triton.backend", "isa_triton.functional"},
+    "isa_triton.maps": {
+        "isa_triton._tracing",
+        "isa_triton.axis",
+        "isa_triton.partition",
+        "isa_triton.backend",
+        "isa_triton.functional",
+    },
     "isa_triton.modules": {"isa_triton._tracing", "isa_triton.partition", "isa_triton.backend", "isa_triton.maps"},
     "isa_triton._state_dict": set(),
     "isa_triton.checkpoints": {"isa_triton._state_dict"},
     "isa_triton.inference": {"isa_triton._tracing", "isa_triton.backend", "isa_triton.maps", "isa_triton.modules"},
     "isa_triton.sharding": {
         "isa_triton._tracing",
+        "isa_triton.axis",
         "isa_triton.partition",
         "isa_triton.maps",
         "isa_triton.modules",
@@ -57,6 +70,7 @@ ARROWS = {
         "isa_triton._extras",
         "isa_triton._state_dict",
         "isa_triton._tracing",
+        "isa_triton.axis",
         "isa_triton.partition",
         "isa_triton.backend",
         "isa_triton.functional",
@@ -66,12 +80,18 @@ ARROWS = {
         "isa_triton.models",
     },
     "isa_triton.__main__": {"isa_triton", "isa_triton._extras", "isa_triton.backend", "isa_triton.tiles"},
-    "isa_triton": {"isa_triton.partition", "isa_triton.functional", "isa_triton.maps", "isa_triton.modules"},
+    "isa_triton": {
+        "isa_triton.axis",
+        "isa_triton.partition",
+        "isa_triton.functional",
+        "isa_triton.maps",
+        "isa_triton.modules",
+    },
     "reference": {"reference"},
     "bench": {"bench", "isa_triton", "reference"},
     "tests": {"tests", "bench", "isa_triton", "reference"},
 }
-WITHOUT_TORCH = {"isa_triton.partition", "isa_triton.backend.kernels", "isa_triton.tiles"}
+WITHOUT_TORCH = {"isa_triton.axis", "isa_triton.partition", "isa_triton.backend.kernels", "isa_triton.tiles"}
 TORCH_ONLY = {"reference"}
 
 

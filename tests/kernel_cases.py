@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-from bench.cases import Case, Pair, derivatives, laid_out
+from bench.cases import Case, Pair, Size, derivatives, laid_out
 from isa_triton.backend.kernels import launch, plan
 from isa_triton.tiles import BackwardTiles, Tile
 from reference.budget import allowed_error, natural_scales
@@ -24,18 +24,18 @@ FORMS = ("one block", "many blocks", "whole groups", "many blocks, split", "whol
 
 
 def of_groups(
-    kind: str, tokens: Pair, groups: Pair, short: Pair = (0, 0), widths: Pair = (32, 32), **rest: Any
+    kind: str, tokens: Size, groups: Size, short: Size | None = None, widths: Pair = (32, 32), **rest: Any
 ) -> Case:
     """The case on a map of `groups` groups of `tokens` tokens that lacks `short` pixels at its far ends.
 
     Where windows are shifted, it also lacks the first pixels of the first groups.
     """
-    shift = rest.get("shift", (0, 0))
-    size = [t * g - s - -d % t for t, g, s, d in zip(tokens, groups, short, shift, strict=True)]
-    p = groups if kind == "interlaced" else tokens
-    case = Case(kind, (size[0], size[1]), p, widths, **{"maps": 1, "logits": 3.0} | rest)
-    axes = case.partition
-    assert ((axes.h.tokens, axes.w.tokens), (axes.h.groups, axes.w.groups)) == (tokens, groups)
+    none = (0,) * len(tokens)
+    shift, cyclic = rest.get("shift", none), rest.get("cyclic", none)
+    of_axes = zip(tokens, groups, short or none, shift, cyclic, strict=True)
+    size = tuple(t * g - s - (0 if seam else -d % t) for t, g, s, d, seam in of_axes)
+    case = Case(kind, size, groups if kind == "interlaced" else tokens, widths, **{"maps": 1, "logits": 3.0} | rest)
+    assert [(axis.tokens, axis.groups) for axis in case.partition] == list(zip(tokens, groups, strict=True))
     return case
 
 

@@ -18,6 +18,7 @@ from bench.tiles import options, search
 from isa_triton import InterlacedSparseSelfAttention, Partition, partitioned_attention, tiles
 from isa_triton import partitioned_attention_with_lse as with_lse
 from isa_triton.backend import triton as triton_backend
+from isa_triton.backend.contract import Call
 from isa_triton.backend.kernels import launch, plan
 from tests.cases import PARTITIONS, qkv, relative_error
 
@@ -88,10 +89,10 @@ def test_operators_pass_opcheck(bias: bool, transposed: bool) -> None:
     q, k, v, *rest = inputs(TINY, bias)
     if transposed:
         q, k, v = (x.detach().transpose(1, 4).contiguous().transpose(1, 4).requires_grad_() for x in (q, k, v))
-    b, axes = (rest[0] if rest else None), (list(TINY.h), list(TINY.w))
-    torch.library.opcheck(torch.ops.isa_triton.forward.default, (q, k, v, b, 0.5, *axes, True, "triton"))
+    b, axes = (rest[0] if rest else None), Call(0.5, TINY, False, "triton").flat()[1]
+    torch.library.opcheck(torch.ops.isa_triton.forward.default, (q, k, v, b, 0.5, axes, True, "triton"))
     plain = [None if x is None else x.detach() for x in (q, k, v, b)]
-    arguments = (*plain, None, None, torch.randn_like(v), None, 0.5, *axes, False, "triton")
+    arguments = (*plain, None, None, torch.randn_like(v), None, 0.5, axes, False, "triton")
     torch.library.opcheck(torch.ops.isa_triton.backward.default, arguments)
 
 

@@ -38,6 +38,11 @@ BIAS = torch.zeros(1, 6, 6)
 WINDOWS = local((4, 6), window=(2, 3))
 
 
+def columns(*numbers: Any) -> Partition:
+    """`WINDOWS`, its columns of these numbers."""
+    return Partition(WINDOWS.h, Axis(*numbers))
+
+
 def attend(*arguments: Any, **options: Any) -> None:
     """Attention, which must be refused in the same words with lse and without."""
     with pytest.raises((TypeError, ValueError), match=r".+") as refused:
@@ -64,13 +69,36 @@ PARTITIONS: list[Row] = [
     (lambda: interlaced((4, 6), stride=(float("nan"), 2)), TypeError, "stride must be a pair of integers"),
     (lambda: interlaced((4, 6), stride=(True, 2)), TypeError, "stride must be a pair of integers"),
     (lambda: interlaced((4, 6), stride=(2, 10**400)), ValueError, "stride must lie between"),
-    (lambda: local(np.zeros((4, 6)), window=(2, 3)), TypeError, "size must be a pair of integers"),
+    (lambda: local(np.zeros((4, 6)), window=(2, 3)), TypeError, "size must be one to three integers"),
     (lambda: interlaced((4, 6), stride=(2, "3")), TypeError, "stride must be a pair of integers"),
     (lambda: interlaced((4, 6), stride=(0, 2)), ValueError, "stride must lie between (1, 1) and the map's (4, 6)"),
     (lambda: interlaced((4, 6), stride=(5, 2)), ValueError, "got (5, 2)"),
     (lambda: interlaced((4, 6), stride=(2, 7)), ValueError, "got (2, 7)"),
     (lambda: interlaced((4, 6), grid=(-1, 2)), ValueError, "grid must lie between"),
-    (lambda: interlaced((4, 6, 8), stride=(2, 2)), TypeError, "size must be a pair of integers (h, w), got (4, 6, 8)"),
+    (
+        lambda: interlaced((4, 6, 8, 2), stride=(2, 2)),
+        TypeError,
+        "size must be one to three integers, got (4, 6, 8, 2)",
+    ),
+    (lambda: Partition.rows((4,)), TypeError, "size must be two or three integers, got (4,)"),
+    (lambda: Partition.axial((4, 6), 2), ValueError, "axis must lie between -2 and 1, got 2"),
+    (lambda: local((4, 6), (2, 3), cyclic=(True,)), TypeError, "cyclic must be True or False, or one of them for each"),
+    (lambda: Axis.local(6, 7), ValueError, "window must lie between 1 and the axis's 6, got 7"),
+    (lambda: Axis.local(6, 3, 3), ValueError, "shift must be at least 0 and less than the window 3, got 3"),
+    (lambda: Axis.interlaced("6", 3), TypeError, "size must be an integer, got '6'"),
+    (lambda: Axis.whole(0), ValueError, "size must be at least 1, got 0"),
+    (lambda: attend(Q, Q, Q, Partition()), TypeError, "partition must have one to three axes, got 0"),
+    (
+        lambda: attend(Q, Q, Q, columns(6, 2, 3, 3, 1, 0, 1)),
+        TypeError,
+        "partition.w.cyclic must be True or False, got 1",
+    ),
+    (
+        lambda: attend(Q, Q, Q, Partition.dense((4,))),
+        ValueError,
+        "q must be [B, L, heads, width], got shape (1, 4, 6, ",
+    ),
+    (lambda: interlaced((4, 6, 8), stride=(2, 2)), TypeError, "stride must be three integers (d, h, w), got (2, 2)"),
     (lambda: interlaced((0, 6), stride=(1, 1)), ValueError, "size must be at least (1, 1), got (0, 6)"),
     (lambda: local((4, 6), window=(5, 6)), ValueError, "window must lie between (1, 1) and the map's (4, 6)"),
     (lambda: local((4, 6), window=(2, 0)), ValueError, "got (2, 0)"),
@@ -79,10 +107,10 @@ PARTITIONS: list[Row] = [
     (lambda: local((4, 6), (2, 3), (0, 3)), ValueError, "window (2, 3), got (0, 3)"),
     (lambda: local((4, 6), (2, 3), (-1, 0)), ValueError, "window (2, 3), got (-1, 0)"),
     (lambda: local((4, 6), window=None), TypeError, "window must be a pair of integers (h, w), got None"),
-    (lambda: local(24, window=(2, 2)), TypeError, "size must be a pair of integers (h, w), got 24"),
+    (lambda: local(24, window=(2, 2)), TypeError, "size must be one to three integers, got 24"),
     (lambda: Partition.rows((4, 0)), ValueError, "size must be at least (1, 1), got (4, 0)"),
     (lambda: Partition.columns((-4, 6)), ValueError, "size must be at least"),
-    (lambda: Partition.dense("ab"), TypeError, "size must be a pair of integers (h, w), got 'ab'"),
+    (lambda: Partition.dense("ab"), TypeError, "size must be one to three integers, got 'ab'"),
     (lambda: WINDOWS.view(Q[:, 1:]), ValueError, "tensor must be [B, 4, 6, ...], got (1, 3, 6, 1, 2)"),
     (lambda: local((5, 6), window=(2, 3)).view(torch.zeros(1, 5, 6)), ValueError, "name one of its pieces()"),
 ]
@@ -104,12 +132,20 @@ ATTENTION: list[Row] = [
     (lambda: attend(Q, Q, Q, WINDOWS, backend="cuda"), ValueError, "backend must be one of 'auto'"),
     (lambda: attend(Q, Q, Q, None), TypeError, "partition must be a Partition, got NoneType"),
     (lambda: attend(Q, Q, Q, Partition(None, None)), TypeError, "partition.h must be an Axis of integers, got None"),
-    (lambda: attend(Q, Q, Q, WINDOWS._replace(w=Axis(6, 2, 3, 3.0, 1))), TypeError, "partition.w must be an Axis of"),
-    (lambda: attend(Q, Q, Q, WINDOWS._replace(w=Axis(6, 2, 3, -3, 1, 5))), ValueError, "all but its origin at least 1"),
-    (lambda: attend(Q, Q, Q, WINDOWS._replace(w=Axis(6, 2, 3, 2, 1))), ValueError, "pixel 2 is there 2 times"),
-    (lambda: attend(Q, Q, Q, WINDOWS._replace(w=Axis(6, 2, 3, 3, 1, 1))), ValueError, "pixel 0 is there 0 times"),
-    (lambda: attend(Q, Q, Q, WINDOWS._replace(w=Axis(6, 3, 3, 3, 1))), ValueError, "must have a pixel in every group"),
-    (lambda: attend(Q, Q, Q, WINDOWS._replace(w=Axis(6, 2**30, 3, 2, 1))), ValueError, "neither adjacent pixels"),
+    (lambda: attend(Q, Q, Q, columns(6, 2, 3, 3.0, 1)), TypeError, "partition.w must be an Axis of"),
+    (
+        lambda: attend(Q, Q, Q, columns(6, 2, 3, -3, 1, 5)),
+        ValueError,
+        "all but its origin at least 1",
+    ),
+    (lambda: attend(Q, Q, Q, columns(6, 2, 3, 2, 1)), ValueError, "pixel 2 is there 2 times"),
+    (lambda: attend(Q, Q, Q, columns(6, 2, 3, 3, 1, 1)), ValueError, "pixel 0 is there 0 times"),
+    (
+        lambda: attend(Q, Q, Q, columns(6, 3, 3, 3, 1)),
+        ValueError,
+        "must have a pixel in every group",
+    ),
+    (lambda: attend(Q, Q, Q, columns(6, 2**30, 3, 2, 1)), ValueError, "neither adjacent pixels"),
     (lambda: attend(None, Q, Q, WINDOWS), TypeError, "q must be a torch.Tensor, got NoneType"),
     (lambda: attend(Q, Q, Q, WINDOWS, bias=1.0), TypeError, "bias must be a torch.Tensor, got float"),
     (lambda: attend(Q.bool(), Q, Q, WINDOWS), TypeError, "q must be one of torch.float16, "),

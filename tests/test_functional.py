@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 from unittest.mock import Mock
 
@@ -15,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import reference
 from isa_triton import Partition, partitioned_attention, partitioned_attention_with_lse
 from isa_triton.backend import eager
+from isa_triton.backend.contract import Call
 from tests.cases import PARTITIONS, qkv, relative_error
 
 every_partition = pytest.mark.parametrize("partition", PARTITIONS.values(), ids=PARTITIONS.keys())
@@ -31,10 +33,9 @@ def by_definition(
     q: Tensor, k: Tensor, v: Tensor, partition: Partition, bias: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Dense attention whose scores between groups are -inf; where a pixel sits is worked out pixel by pixel."""
-    height, width = q.shape[1:3]
-    seats = [partition.seat(y, x) for y in range(height) for x in range(width)]
+    seats = [partition.seat(*pixel) for pixel in product(*map(range, q.shape[1:-2]))]
     group, token = torch.tensor(seats).T
-    queries, keys, values = (x.flatten(1, 2).transpose(1, 2) for x in (q, k, v))  # [B, heads, H W, width]
+    queries, keys, values = (x.flatten(1, -3).transpose(1, 2) for x in (q, k, v))  # [B, heads, H W, width]
     scores = scale * queries @ keys.mT
     if bias is not None:
         scores = scores + bias[:, token[:, None], token]
@@ -294,26 +295,25 @@ def test_operators_pass_opcheck(with_bias: bool, transposed: bool) -> None:
     if transposed:
         q, k, v = (x.transpose(1, 4).contiguous().transpose(1, 4) for x in (q, k, v))
     bias = torch.randn(2, partition.tokens, partition.tokens) if with_bias else None
-    axes = (list(partition.h), list(partition.w))
+    axes = Call(0.5, partition, False, "eager").flat()[1]
     for with_lse in (False, True):
-        torch.library.opcheck(torch.ops.isa_triton.forward.default, (q, k, v, bias, 0.5, *axes, with_lse, "eager"))
+        torch.library.opcheck(torch.ops.isa_triton.forward.default, (q, k, v, bias, 0.5, axes, with_lse, "eager"))
         dlse = torch.randn(q.shape[:-1]) if with_lse else None
-        arguments = (q, k, v, bias, None, None, torch.randn_like(v), dlse, 0.5, *axes, with_lse, "eager")
+        arguments = (q, k, v, bias, None, None, torch.randn_like(v), dlse, 0.5, axes, with_lse, "eager")
         torch.library.opcheck(torch.ops.isa_triton.backward.default, arguments)
 
 
 @every_partition
 def test_flops_of_operators_and_of_matmuls_agree_with_the_pairs(partition: Partition) -> None:
     q, k, v = (x.requires_grad_() for x in qkv(partition))
-    height, width = partition.size
-    seats = [partition.seat(y, x)[0] for y in range(height) for x in range(width)]
+    seats = [partition.seat(*pixel)[0] for pixel in product(*map(range, partition.size))]
     pairs = sum(seats.count(group) for group in seats)
     assert partition.pairs == pairs
     forward, backward = 2 * 2 * 2 * pairs * (3 + 5), 2 * 2 * 2 * pairs * (3 * 3 + 2 * 5)
-    axes = (list(partition.h), list(partition.w))
+    axes = Call(1.0, partition, False, "eager").flat()[1]
     for attention in (
         lambda: partitioned_attention(q, k, v, partition),
-        lambda: torch.ops.isa_triton.forward.default(q, k, v, None, 1.0, *axes, False, "eager")[0],
+        lambda: torch.ops.isa_triton.forward.default(q, k, v, None, 1.0, axes, False, "eager")[0],
     ):
         with FlopCounterMode(display=False) as counter:
             out = attention()
@@ -322,7 +322,7 @@ def test_flops_of_operators_and_of_matmuls_agree_with_the_pairs(partition: Parti
             out.backward(torch.ones_like(out))
         assert counter.get_total_flops() == backward
     with FlopCounterMode(display=False) as counter:
-        torch.ops.isa_triton.backward.default(q, k, v, None, None, None, v, None, 1.0, *axes, False, "eager")
+        torch.ops.isa_triton.backward.default(q, k, v, None, None, None, v, None, 1.0, axes, False, "eager")
     assert counter.get_total_flops() == backward
 
 

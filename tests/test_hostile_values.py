@@ -103,11 +103,17 @@ DOORS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {  # and arguments
     "partitioned_attention": (partitioned_attention, ATTENTION),
     "partitioned_attention_with_lse": (partitioned_attention_with_lse, ATTENTION),
     "Partition": (
-        lambda **axes: partitioned_attention(Q, Q, Q, Partition(**axes)), {"h": Axis.local(4, 2), "w": Axis.local(6, 3)}
+        lambda h, w: partitioned_attention(Q, Q, Q, Partition(h, w)), {"h": Axis.local(4, 2), "w": Axis.local(6, 3)}
     ),
     "Partition.interlaced": (Partition.interlaced, {"size": SIZE, "stride": (2, 3)}),
     "Partition.interlaced, grid": (Partition.interlaced, {"size": SIZE, "grid": (2, 3)}),
-    "Partition.local": (Partition.local, {"size": SIZE, "window": (2, 3), "shift": (1, 1)}),
+    "Partition.local": (Partition.local, {"size": SIZE, "window": (2, 3), "shift": (1, 1), "cyclic": (True, False)}),
+    "Partition.axial": (Partition.axial, {"size": SIZE, "axis": 1}),
+    "Axis.interlaced": (Axis.interlaced, {"size": 6, "stride": 2}),
+    "Axis.grid": (Axis.grid, {"size": 6, "tokens": 2}),
+    "Axis.local": (Axis.local, {"size": 6, "window": 3, "shift": 1, "cyclic": True}),
+    "Axis.whole": (Axis.whole, {"size": 6}),
+    "Axis.each": (Axis.each, {"size": 6}),
     "Partition.rows": (Partition.rows, {"size": SIZE}),
     "Partition.columns": (Partition.columns, {"size": SIZE}),
     "Partition.dense": (Partition.dense, {"size": SIZE}),

@@ -28,8 +28,8 @@ class Defect:
 
 
 DEFECTS = (
-    Defect("mask off by one", "backend/kernels/common.py", "(number < h.tokens", "(number <= h.tokens"),
-    Defect("h and w exchanged", "partition.py", "(token // w.tokens)", "(token // h.tokens)"),
+    Defect("mask off by one", "backend/kernels/common.py", "(number < tokens_of(axes)", "(number <= tokens_of(axes)"),
+    Defect("h and w exchanged", "partition.py", "token // last.tokens", "token // axes[0].tokens"),
     Defect(
         "stride of the wrong tensor",
         "backend/kernels/plan.py",
@@ -43,8 +43,8 @@ DEFECTS = (
     Defect(
         "int32 offset",
         "backend/kernels/common.py",
-        "tokens.y.to(tl.int64) * pixels.y + tokens.x.to(tl.int64) * pixels.x",
-        "tokens.y * pixels.y + tokens.x * pixels.x",
+        "tokens.pixel[0].to(tl.int64) * pixels.axes[0]",
+        "tokens.pixel[0] * pixels.axes[0]",
         "test_kernel_limits.py::test_offsets_may_exceed_31_bits[row-one block]",
     ),
     Defect("wrong lse", "backend/kernels/common.py", "row_max * (1.0 / unit(bias))", "row_max"),

@@ -123,7 +123,7 @@ def test_a_recorded_graph_refuses_maps_of_other_sizes() -> None:
     partition = Partition.local((7, 10), window=(3, 4))
     q = torch.randn(2, 7, 10, 1, 4)
     graph: Any = make_fx(lambda q: partitioned_attention(q, q, q, partition))(q)
-    with pytest.raises(ValueError, match=r"q must be a map of \(7, 10\), as h and w say, got shape \(2, 10, 7, 1, 4\)"):
+    with pytest.raises(ValueError, match=r"q must be a map of \(7, 10\), as axes say, got shape \(2, 10, 7, 1, 4\)"):
         graph(torch.randn(2, 10, 7, 1, 4))
 
 

@@ -125,7 +125,7 @@ Stage = Callable[[Tensor], Tensor]  # from where something is known, [B, H, W], 
 def within(groups: Groups, partition_size: tuple[int, int], known: Tensor) -> Tensor:
     """What one pixel of a group knows, all do."""
     known = known.clone()
-    for rows, columns in groups(*SIZE, partition_size):
+    for rows, columns in groups(SIZE, partition_size):
         known[:, rows, columns] = known[:, rows, columns].amax((1, 2), keepdim=True)
     return known
 

@@ -200,7 +200,7 @@ def _by_formula(window: Tensor) -> tuple[Tensor, ...]:
     """Output and gradients of one window that attends itself, and is the gradient that arrives."""
     q, k, v = (window.detach().requires_grad_() for _ in range(3))
     size = window.shape[1], window.shape[2]
-    groups = short_range_groups(*size, size)
+    groups = short_range_groups(size, size)
     out, _ = attention_of_groups(q, k, v, None, window.shape[-1] ** -0.5, groups, size)
     return out.detach(), *torch.autograd.grad(out, (q, k, v), window)
 

@@ -19,8 +19,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from bench.compared.modules import sdpa_attention
 from bench.workload import Workload
-from isa_triton import Axis, Partition
-from isa_triton.partition import ceil_div
+from isa_triton import Partition
+from isa_triton.axis import ceil_div
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -89,7 +89,7 @@ class TimmStages(nn.Module):
 
 def flex(q: Tensor, k: Tensor, v: Tensor, partition: Partition) -> Tensor:
     """FlexAttention whose mask joins the pixels of a group; q, k [B, H, W, heads, K], v [B, H, W, heads, V]."""
-    return _flex(q, k, v, *map(list, partition))
+    return _flex(q, k, v, partition.flat())
 
 
 def natten(q: Tensor, k: Tensor, v: Tensor, partition: Partition) -> Tensor:
@@ -97,12 +97,12 @@ def natten(q: Tensor, k: Tensor, v: Tensor, partition: Partition) -> Tensor:
 
     q, k [B, H, W, heads, K], v [B, H, W, heads, V].
     """
-    return _natten(q, k, v, *map(list, partition))
+    return _natten(q, k, v, partition.flat())
 
 
 @torch.library.custom_op("isa_bench::flex", mutates_args=())
-def _flex(q: Tensor, k: Tensor, v: Tensor, h: list[int], w: list[int]) -> Tensor:
-    partition = Partition(Axis(*h), Axis(*w))
+def _flex(q: Tensor, k: Tensor, v: Tensor, axes: list[int]) -> Tensor:
+    partition = Partition.unflatten(axes)
     q, k, v = (x.flatten(1, 2).transpose(1, 2) for x in (q, k, v))  # [B, heads, H W, width]
     mask = _block_mask(partition, q.device)
     context = compiled_flex(q, k, v, block_mask=mask)
@@ -110,8 +110,8 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, h: list[int], w: list[int]) -> Tensor
 
 
 @torch.library.custom_op("isa_bench::natten", mutates_args=())
-def _natten(q: Tensor, k: Tensor, v: Tensor, h: list[int], w: list[int]) -> Tensor:
-    return neighbourhoods(q, k, v, Partition(Axis(*h), Axis(*w)))
+def _natten(q: Tensor, k: Tensor, v: Tensor, axes: list[int]) -> Tensor:
+    return neighbourhoods(q, k, v, Partition.unflatten(axes))
 
 
 def neighbourhoods(q: Tensor, k: Tensor, v: Tensor, partition: Partition) -> Tensor:
@@ -127,20 +127,20 @@ def neighbourhoods(q: Tensor, k: Tensor, v: Tensor, partition: Partition) -> Ten
 
 @_flex.register_fake
 @_natten.register_fake
-def _like_v(q: Tensor, k: Tensor, v: Tensor, h: Any, w: Any) -> Tensor:
+def _like_v(q: Tensor, k: Tensor, v: Tensor, axes: Any) -> Tensor:
     return torch.empty_like(v, memory_format=torch.contiguous_format)
 
 
 @register_flop_formula(torch.ops.isa_bench.flex)
-def _flex_flops(q: Any, k: Any, v: Any, h: Any, w: Any, **_: Any) -> int:
-    tiles = int(_tile_pairs(Partition(Axis(*h), Axis(*w))).sum())
+def _flex_flops(q: Any, k: Any, v: Any, axes: Any, **_: Any) -> int:
+    tiles = int(_tile_pairs(Partition.unflatten(axes)).sum())
     return 2 * q[0] * q[3] * (q[-1] + v[-1]) * TILE**2 * tiles
 
 
 @register_flop_formula(torch.ops.isa_bench.natten)
-def _natten_flops(q: Any, k: Any, v: Any, h: Any, w: Any, **_: Any) -> int:
+def _natten_flops(q: Any, k: Any, v: Any, axes: Any, **_: Any) -> int:
     chunks = v[-1] // q[-1]
-    return 2 * q[0] * q[3] * 2 * q[-1] * chunks * Partition(Axis(*h), Axis(*w)).pairs
+    return 2 * q[0] * q[3] * 2 * q[-1] * chunks * Partition.unflatten(axes).pairs
 
 
 def natten_refuses(workload: Workload) -> str | None:

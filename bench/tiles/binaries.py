@@ -26,9 +26,9 @@ from triton import knobs
 from bench.records import write_text
 from bench.terminal import Bar
 from bench.tiles import assembly, program
-from bench.tiles.compile import Launch, compile_launch, gpu_target, tuples
+from bench.tiles.compile import Launch, compile_launch, gpu_target, parts, tuples
+from isa_triton.axis import ceil_div
 from isa_triton.backend.kernels import common
-from isa_triton.partition import ceil_div
 
 
 class Limits(NamedTuple):
@@ -302,13 +302,10 @@ class Binaries:
 
 
 def _variables(types: Iterable[tuple[str, Any]]) -> Iterator[str]:
-    """Those of a kernel's arguments, and of the parts of its named tuples, that are no constants: "h.size" for the size
-    of `h`.
-    """
+    """Those of a kernel's arguments, and of the parts of its tuples, that are no constants."""
     for name, type_ in types:
         if isinstance(type_, tuple):
-            fields: tuple[str, ...] = type_._fields  # type: ignore[attr-defined]
-            yield from _variables((f"{name}.{field}", part) for field, part in zip(fields, type_, strict=True))
+            yield from _variables(parts(name, type_))
         elif type_ != "constexpr":
             yield name
 

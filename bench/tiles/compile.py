@@ -51,12 +51,17 @@ class Problem:
     name: str = ""
 
     def __str__(self) -> str:
-        (height, width), p = self.partition.size, self.partition
-        kind = "dense" if p.groups == 1 else "local" if p.w.token_stride == p.h.token_stride == 1 else "interlaced"
+        size = "x".join(map(str, self.partition.size))
         return (
-            f"{kind}, {p.tokens} tokens, K = {self.key_width}, V = {self.value_width}, {self.heads} heads"
-            f"{', bias' * self.bias}, {self.dtype}, {self.maps} maps of {height}x{width}"
+            f"{self.kind}, {self.partition.tokens} tokens, K = {self.key_width}, V = {self.value_width}, "
+            f"{self.heads} heads{', bias' * self.bias}, {self.dtype}, {self.maps} maps of {size}"
         )
+
+    @property
+    def kind(self) -> str:
+        """ "dense", "local" or "interlaced"."""
+        adjacent = all(axis.token_stride == 1 for axis in self.partition)
+        return "dense" if self.partition.groups == 1 else "local" if adjacent else "interlaced"
 
     @property
     def sizes(self) -> tuple[int, int, str, int]:
@@ -105,7 +110,7 @@ class Launch(NamedTuple):
 
     @property
     def integers(self) -> dict[str, int]:
-        """The integers that it is given, "h.size" for the size of `h`."""
+        """The integers that it is given, "axes.0.size" for the size of the first of `axes`."""
         return dict(_integers(self.arguments.items()))
 
     @property
@@ -265,13 +270,19 @@ def _layouts(tensors: Iterable[Tensor | None]) -> tuple[plan.Layout | None, ...]
 
 
 def _integers(arguments: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, int]]:
-    """The integers among a kernel's arguments and in its named tuples."""
+    """The integers among a kernel's arguments and in its tuples."""
     for name, value in arguments:
         number = value.value if isinstance(value, tl.constexpr) else value
         if type(number) is int:
             yield name, number
-        elif fields := getattr(value, "_fields", None):
-            yield from _integers((f"{name}.{field}", part) for field, part in zip(fields, value, strict=True))
+        elif isinstance(value, tuple):
+            yield from _integers(parts(name, value))
+
+
+def parts(name: str, value: tuple[Any, ...]) -> Iterator[tuple[str, Any]]:
+    """Those of an argument that is a tuple, as "q.data", or "axes.0" where they have no names."""
+    for field, part in zip(getattr(value, "_fields", range(len(value))), value, strict=True):
+        yield f"{name}.{field}", part
 
 
 def tuples(value: Any) -> Any:

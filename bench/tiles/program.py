@@ -19,7 +19,7 @@ import numpy as np
 
 from bench.tiles.assembly import Frames, Nest
 from bench.tiles.compile import Launch
-from isa_triton.partition import ceil_div
+from isa_triton.axis import ceil_div
 
 Expression = Any  # an integer, the name of one of a kernel's arguments, or (operation, expression, expression)
 
@@ -69,7 +69,7 @@ def read_program(ttir: str, arguments: Sequence[str]) -> tuple[list[Loop], list[
     Args:
         ttir: the text.
         arguments: of the kernel those that are no constants, by name, in order. The text may call them otherwise: to
-            Triton 3.6 the numbers of `h` are h, h_16, h_17 and so on.
+            Triton 3.6 the numbers of `axes` are axes, axes_16, axes_17 and so on.
     """
     where = _locations(ttir)
     named = dict(zip(_parameters(ttir), arguments, strict=True))
@@ -124,8 +124,8 @@ def _hoisted(op: Op, needed: set[int]) -> Op:
 def work(loops: tuple[Loop, ...], ops: tuple[Op, ...], launch: Launch) -> Work:
     """What a launch asks for."""
     problem, partition, often = launch.problem, launch.problem.partition, repeats(loops, launch)
-    tokens = partition.h.size * partition.w.size / partition.groups  # of a group, those inside the map: the mean
-    pixels = problem.maps * problem.heads * partition.h.size * partition.w.size
+    tokens = partition.pixels / partition.groups  # of a group, those inside the map: the mean
+    pixels = problem.maps * problem.heads * partition.pixels
     flops = others = 0.0
     lanes = columns = unmasked = 0.0  # bytes of tiles: of all lanes, of channels that exist, and of these in pixels
     distinct = set[tuple[str, str, int]]()

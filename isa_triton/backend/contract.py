@@ -1,6 +1,6 @@
 """What every backend promises, whatever computes it, and the call that it is given.
 
-Shapes, here and wherever backends are spoken of:
+Shapes, here and wherever backends are spoken of; [H, W] stands for the map, a line [L] or a volume [D, H, W] alike:
 
     q, k, dq, dk    [B, H, W, heads, K]        v, out, do, dv    [B, H, W, heads, V]
     lse, dlse       [B, H, W, heads]           bias, dbias       [heads, tokens, tokens] or None
@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..partition import Axis, Partition, check_partition
+from ..partition import Partition, check_partition
 
 
 class Call(NamedTuple):
@@ -37,14 +37,14 @@ class Call(NamedTuple):
     with_lse: bool
     backend: str
 
-    def flat(self) -> tuple[float, list[int], list[int], bool, str]:
+    def flat(self) -> tuple[float, list[int], bool, str]:
         """As `torch.library` takes it, which knows numbers, lists of them and strings."""
-        return self.scale, list(self.partition.h), list(self.partition.w), self.with_lse, self.backend
+        return self.scale, self.partition.flat(), self.with_lse, self.backend
 
     @classmethod
-    def unflatten(cls, scale: float, h: Sequence[int], w: Sequence[int], with_lse: bool, backend: str) -> Call:
+    def unflatten(cls, scale: float, axes: Sequence[int], with_lse: bool, backend: str) -> Call:
         """The inverse of `flat`."""
-        return cls(scale, Partition(Axis(*h), Axis(*w)), with_lse, backend)
+        return cls(scale, Partition.unflatten(axes), with_lse, backend)
 
     def checked(self, q: Tensor) -> Call:
         """The call, for q [B, H, W, heads, K], of an operator, which may stand in anybody's graph.
@@ -53,8 +53,8 @@ class Call(NamedTuple):
             ValueError: the partition is that of no map, or of another than q.
         """
         check_partition(self.partition)
-        if tuple(q.shape[1:3]) != self.partition.size:
-            raise ValueError(f"q must be a map of {self.partition.size}, as h and w say, got shape {tuple(q.shape)}")
+        if tuple(q.shape[1:-2]) != self.partition.size:
+            raise ValueError(f"q must be a map of {self.partition.size}, as axes say, got shape {tuple(q.shape)}")
         return self
 
 

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..partition import Partition, Run
+from ..axis import Run
+from ..partition import Partition
 from .contract import Call, empty_gradients, empty_outputs, lse_dtype
 
 OPAQUE = False  # PyTorch's own operators, which modes may look into
@@ -31,6 +32,10 @@ def keeps_output(q: Tensor, v: Tensor, partition: Partition) -> bool:
 
 def forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
     """``out = softmax(scale q k^T + bias) v`` inside every group, and lse, the log-sum-exp of its scores (or empty)."""
+    if call.partition.wraps:
+        q, k, v = (_roll(x, call.partition) for x in (q, k, v))
+        out, lse = forward(q, k, v, bias, _unrolled(call))
+        return _roll_back(out, call.partition), _roll_back(lse, call.partition) if call.with_lse else lse
     scale, partition, with_lse, _ = call
     out, lse = empty_outputs(q, v, with_lse)
     if not with_lse and _sdpa_is_faster(q, v):
@@ -56,17 +61,17 @@ def _sdpa_forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, call: Ca
     if out.numel() == 0:
         return
     partition = call.partition
-    scratch, (heads, width) = _Scratch(q), q.shape[3:]
+    scratch, (heads, width), n = _Scratch(q), q.shape[-2:], len(partition)
     budget = _chunk_bytes(q) // scratch.dtype.itemsize
     for piece in partition.pieces():
-        tokens = piece[0].tokens * piece[1].tokens
+        tokens = math.prod(run.tokens for run in piece)
         scores = 0 if q.device.type == "cpu" else tokens  # which other devices may hold
         groups = max(1, budget // (tokens * heads * (4 * width + scores)))
         mask = None if bias is None else _crop(bias, partition, piece).to(scratch.dtype)
         mask = None if mask is None else mask.reshape(1, heads, tokens, tokens)
         # [B, groups_h, groups_w, t_h, t_w, heads, width] each
         *views, o = (partition.view(x, piece) for x in (q, k, v, out))
-        for box in _boxes(o.shape[:3], groups):
+        for box in _boxes(o.shape[: 1 + n], groups):
             chunk, to = ([x[box] for x in views], o[box]) if box else (views, o)
             if box or scratch.dtype != q.dtype:
                 chunk = [scratch(name, x.shape).copy_(x) for name, x in zip("qkv", chunk, strict=True)]
@@ -91,6 +96,12 @@ def backward(
     ``P = softmax(S)``, ``dv = P^T do``, ``dP = do v^T``, ``dS = P (dP - rowsum(P dP) + dlse)``,
     ``dq = scale dS k``, ``dk = scale dS^T q``, and dbias is dS summed over batch and groups.
     """
+    if call.partition.wraps:
+        q, k, v, do = (_roll(x, call.partition) for x in (q, k, v, do))
+        dlse = None if dlse is None else _roll(dlse, call.partition)
+        *gradients, dbias = backward(q, k, v, bias, None, None, do, dlse, _unrolled(call))
+        dq, dk, dv = (_roll_back(x, call.partition) for x in gradients)
+        return dq, dk, dv, dbias
     scale, partition = call.scale, call.partition
     dq, dk, dv, dbias = empty_gradients(q, k, v, bias)
     dbias_sum = dbias.new_zeros(dbias.shape, dtype=lse_dtype(dbias.dtype))
@@ -150,15 +161,17 @@ class _Chunk:
     def __init__(
         self,
         partition: Partition,
-        piece: tuple[Run, Run],
-        views: dict[str, Tensor],  # of the chunk, [b, groups_h, groups_w, heads, tokens_h, tokens_w, width] each
+        piece: tuple[Run, ...],
+        views: dict[str, Tensor],  # of the chunk, [b, groups_h, groups_w, heads, tokens_h, tokens_w, width] each, or of
+        # as many groups and tokens as there are axes
         bias: Tensor | None,
         heads: slice,
         query_blocks: tuple[slice, ...],  # of a group's T tokens
         scratch: _Scratch,
     ) -> None:
         self._partition, self._piece, self._views, self._heads = partition, piece, views, heads
-        self._tokens, self.query_blocks, self.scratch = piece[0].tokens * piece[1].tokens, query_blocks, scratch
+        self._tokens = math.prod(run.tokens for run in piece)
+        self.query_blocks, self.scratch = query_blocks, scratch
         self.bias = None if bias is None else self.view_bias(bias).reshape(-1, self._tokens, self._tokens)
         self._keyless = None if self.bias is None else (self.bias == -torch.inf).all(-1, keepdim=True)  # [heads, T, 1]
 
@@ -189,18 +202,18 @@ class _Chunk:
 
 
 def _chunks(partition: Partition, maps: dict[str, Tensor], bias: Tensor | None) -> Iterator[_Chunk]:
-    q, v = maps["q"], maps["v"]
+    q, v, n = maps["q"], maps["v"], len(partition)
     scratch = _Scratch(q)
     budget = _chunk_bytes(q) // scratch.dtype.itemsize
     for piece in partition.pieces():
-        tokens = piece[0].tokens * piece[1].tokens
+        tokens = math.prod(run.tokens for run in piece)
         rows = min(tokens, max(1, budget // tokens))
         attentions = max(1, budget // (tokens * (2 * q.shape[-1] + 2 * v.shape[-1] + rows)))
         query_blocks = tuple(slice(i, min(i + rows, tokens)) for i in range(0, tokens, rows))
-        views = {name: partition.view(x, piece).movedim(-2, 3) for name, x in maps.items()}
-        for box in _boxes(views["q"].shape[:4], attentions):
+        views = {name: partition.view(x, piece).movedim(-2, 1 + n) for name, x in maps.items()}
+        for box in _boxes(views["q"].shape[: 2 + n], attentions):
             chunk = {name: x[box] for name, x in views.items()} if box else views
-            yield _Chunk(partition, piece, chunk, bias, box[3] if box else slice(None), query_blocks, scratch)
+            yield _Chunk(partition, piece, chunk, bias, box[1 + n] if box else slice(None), query_blocks, scratch)
 
 
 def _boxes(extents: Sequence[int], volume: int) -> Iterator[tuple[slice, ...]]:
@@ -229,10 +242,29 @@ def _chunk_bytes(x: Tensor) -> int:
     return _CHUNK_BYTES_CPU if x.device.type == "cpu" else _CHUNK_BYTES_ELSEWHERE
 
 
-def _crop(bias: Tensor, partition: Partition, piece: tuple[Run, Run]) -> Tensor:
+def _crop(bias: Tensor, partition: Partition, piece: tuple[Run, ...]) -> Tensor:
     """Bias of the tokens that a piece has inside the map, a view: [heads, T, T] or [heads, t_h, t_w, t_h, t_w]."""
-    if piece[0].tokens * piece[1].tokens == partition.tokens:
+    if math.prod(run.tokens for run in piece) == partition.tokens:
         return bias
-    tokens = (partition.h.tokens, partition.w.tokens)
-    h, w = (slice(run.token, run.token + run.tokens) for run in piece)
-    return bias.unflatten(2, tokens).unflatten(1, tokens)[:, h, w, h, w]
+    tokens = tuple(axis.tokens for axis in partition)
+    inside = tuple(slice(run.token, run.token + run.tokens) for run in piece)
+    return bias.unflatten(2, tokens).unflatten(1, tokens)[(slice(None), *inside, *inside)]
+
+
+def _roll(x: Tensor, partition: Partition) -> Tensor:
+    """A map [B, H, W, ...] as the partition's `unrolled` has it: a group across a seam is no strided view."""
+    return x.roll(*_shifts(partition, -1))
+
+
+def _roll_back(x: Tensor, partition: Partition) -> Tensor:
+    return x.roll(*_shifts(partition, 1))
+
+
+def _shifts(partition: Partition, sign: int) -> tuple[list[int], list[int]]:
+    """By how many pixels which dimensions are rolled."""
+    wrapped = [(sign * axis.origin, dim) for dim, axis in enumerate(partition, start=1) if axis.wraps]
+    return [shift for shift, _ in wrapped], [dim for _, dim in wrapped]
+
+
+def _unrolled(call: Call) -> Call:
+    return call._replace(partition=call.partition.unrolled())

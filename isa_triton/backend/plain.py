@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..partition import Axis, Partition
+from ..axis import Axis
+from ..partition import Partition
 from .contract import lse_dtype
 
 
@@ -18,13 +19,16 @@ def attention(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, partition: Partition
 ) -> tuple[Tensor, Tensor]:
     """out and lse, as `contract.Backend.forward` returns them."""
-    (height, width), device = partition.size, q.device
-    q, k, v = (x.expand(-1, height, width, -1, -1) for x in (q, k, v))  # refuses other sizes where a graph meets them
+    size, device, n = partition.size, q.device, len(partition)
+    q, k, v = (x.expand(-1, *size, -1, -1) for x in (q, k, v))  # refuses other sizes where a graph meets them
     group, token = torch.arange(partition.groups, device=device), torch.arange(partition.tokens, device=device)
     partition = Partition(*(_of_tensors(axis, device) for axis in partition))
-    y, x, inside = partition.coordinates(group[:, None], token)  # [G, T]
-    pixel = torch.where(inside, y * width + x, 0)
-    qs, ks, vs = (t.flatten(1, 2)[:, pixel].transpose(2, 3) for t in (q, k, v))  # [B, G, heads, T, width]
+    *place, inside = partition.coordinates(group[:, None], token)  # [G, T] each
+    pixel = place[0]
+    for here, extent in zip(place[1:], size[1:], strict=True):
+        pixel = pixel * extent + here
+    pixel = torch.where(inside, pixel, 0)
+    qs, ks, vs = (t.flatten(1, n)[:, pixel].transpose(2, 3) for t in (q, k, v))  # [B, G, heads, T, width]
     outside = ~inside[:, None, None]  # [G, 1, 1, T]
     s = (scale * (qs @ ks.transpose(-1, -2))).to(lse_dtype(q.dtype))  # in which the largest bias and a score are finite
     s = (s if bias is None else s + bias).masked_fill(outside, -torch.inf)
@@ -35,9 +39,11 @@ def attention(
     if bias is not None:
         out, lse = out.masked_fill(keyless, 0), lse.masked_fill(keyless.squeeze(-1), -torch.inf)
 
-    y, x = torch.arange(height, device=device)[:, None], torch.arange(width, device=device)
-    group, token = partition.seat(y, x)  # [H, W]
-    return out[:, group, :, token].permute(2, 0, 1, 3, 4), lse[:, group, :, token].permute(2, 0, 1, 3)
+    grid = [torch.arange(extent, device=device).view(-1, *[1] * (n - i)) for i, extent in enumerate(size, start=1)]
+    group, token = partition.seat(*grid)  # [H, W]
+    (group, token), axes = torch.broadcast_tensors(group, token), range(n)
+    out, lse = out[:, group, :, token], lse[:, group, :, token]  # [H, W, B, heads, ...]
+    return out.permute(n, *axes, n + 1, n + 2), lse.permute(n, *axes, n + 1)
 
 
 def _of_tensors(axis: Axis, device: torch.device) -> Axis:

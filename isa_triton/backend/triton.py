@@ -82,7 +82,7 @@ def backward(
     delta, precision = None if lse is None else torch.empty_like(lse), precision_of(q.dtype, q.device)
     partials = None
     if bias is not None:
-        shape = plan.bias_partials_shape(q.shape[0], q.shape[3], call.partition, chosen)
+        shape = plan.bias_partials_shape(q.shape[0], q.shape[-2], call.partition, chosen)
         partials = q.new_empty(shape, dtype=torch.float32)
     with _on(q.device):
         launch.backward(
@@ -114,7 +114,7 @@ class Replay:
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """out and lse, if the call is with lse."""
         out = torch.empty_like(v, memory_format=torch.contiguous_format)
-        lse = q.new_empty(q.shape[:4], dtype=torch.float32) if self.call.with_lse else None
+        lse = q.new_empty(q.shape[:-1], dtype=torch.float32) if self.call.with_lse else None
         self.launch((q, k, v, bias, out, lse))
         return out, lse
 
@@ -136,7 +136,7 @@ class BackwardReplay:
         from .kernels import launch, plan
 
         chosen, precision = _backward_tiles(*_problem(q, v, bias, call.partition)), precision_of(q.dtype, q.device)
-        self.partials = plan.bias_partials_shape(q.shape[0], q.shape[3], call.partition, chosen)
+        self.partials = plan.bias_partials_shape(q.shape[0], q.shape[-2], call.partition, chosen)
         with _on(q.device):
             tensors = q, k, v, bias, out, lse, do, None, *self._empty(q, k, v, bias, lse)
             self.launch = launch.Replay(plan.backward, tensors, call.scale, call.partition, chosen, precision)
@@ -171,7 +171,7 @@ def _in_memory(x: Any) -> Any:
 def _problem(q: Tensor, v: Tensor, bias: Tensor | None, partition: Partition) -> tuple[Any, ...]:
     """The heads and whether there is a bias, the target, and what else a tile is chosen by."""
     sizes = q.shape[-1], v.shape[-1], _arithmetic(q.dtype, q.device), partition.tokens
-    return q.shape[3], bias is not None, target_of(q.device), *sizes
+    return q.shape[-2], bias is not None, target_of(q.device), *sizes
 
 
 @lru_cache(maxsize=4096)  # so that a hint is given once

@@ -20,10 +20,11 @@ from torch import Tensor, nn
 
 from .._extras import install
 from .._tracing import is_inference, is_known_to_be, is_plain, is_recorded, leaf_of_fx, wants_torch_operators
+from ..axis import Axis, ceil_div
 from ..backend import check_backend
 from ..functional import partitioned_attention
 from ..maps import at_most, check_module, linear, unpad
-from ..partition import Axis, Partition, ceil_div
+from ..partition import Partition
 
 try:
     from timm.models.maxxvit import (

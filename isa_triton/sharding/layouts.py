@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..partition import ceil_div
+from ..axis import ceil_div
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ from isa_triton.backend.kernels.common import (
     rows,
     scores,
     store,
+    tokens_of,
     unit,
     unravel,
     weigh,
@@ -58,7 +59,7 @@ def store_sum(partials, index, query, key, values):
 
 @triton.jit
 def backward_group_kernel(
-    q, k, v, bias, do, dlse, dq, dk, dv, partials, scale, heads, items, slots, h, w,
+    q, k, v, bias, do, dlse, dq, dk, dv, partials, scale, heads, items, slots, axes,
     K: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -70,7 +71,7 @@ def backward_group_kernel(
     ds_sum = tl.zeros([BLOCK, BLOCK], tl.float32)
     # Item after item: to prefetch the next, or to hoist what items share, takes more registers than there are.
     for item in tl.range(slot, items, slots, num_stages=1, disable_licm=True):
-        token = locate(item, head, 0, h, w, BLOCK)
+        token = locate(item, head, 0, axes, BLOCK)
         q_rows, k_rows, v_rows, do_rows = rows(q, token), rows(k, token), rows(v, token), rows(do, token)
 
         product = inner_products(q_rows, k_rows, K, BLOCK_K, PRECISION)
@@ -99,7 +100,7 @@ def backward_group_kernel(
             store(rows(dk, token), chunk, dk_chunk * scale, K, BLOCK_K)
 
     if partials is not None:
-        token = locate(0, 0, 0, h, w, BLOCK)
+        token = locate(0, 0, 0, axes, BLOCK)
         store_sum(partials, tl.program_id(0), down(token), across(token), ds_sum)
 
 
@@ -156,21 +157,21 @@ def unpack(x, dtype, TIME: tl.constexpr):
 
 @triton.jit
 def backward_queries_kernel(
-    q, k, v, bias, out, lse, do, dlse, dq, delta, scale, heads, h, w,
+    q, k, v, bias, out, lse, do, dlse, dq, delta, scale, heads, axes,
     K: tl.constexpr, V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     WIDTH_K: tl.constexpr, ONE_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq, and delta for the passes that follow. A program takes BLOCK_M queries, as in forward."""
-    tokens = h.tokens * w.tokens
+    tokens = tokens_of(axes)
     block, head, item = unravel(tl.program_id(0), tl.cdiv(tokens, BLOCK_M), heads)
-    query = locate(item, head, block * BLOCK_M, h, w, BLOCK_M)
+    query = locate(item, head, block * BLOCK_M, axes, BLOCK_M)
     q_rows, do_rows = rows(q, query), rows(do, query)
     dtype: tl.constexpr = q.data.dtype.element_ty
     lse_m = load_lse(lse, query, bias)
 
     if ONE_BLOCK:
-        key = locate(item, head, 0, h, w, BLOCK_N)
+        key = locate(item, head, 0, axes, BLOCK_N)
         k_rows, v_rows = rows(k, key), rows(v, key)
         product = inner_products(q_rows, k_rows, K, BLOCK_K, PRECISION)
         p = finite_probabilities(product, scale, bias, lse_m[:, None], down(query), across(key))  # [BLOCK_M, BLOCK_N]
@@ -194,7 +195,7 @@ def backward_queries_kernel(
     else:
         acc = tl.zeros([BLOCK_M, WIDTH_K], tl.float32)
         for start in range(0, tokens, BLOCK_N):
-            key = locate(item, head, start, h, w, BLOCK_N)
+            key = locate(item, head, start, axes, BLOCK_N)
             k_rows, v_rows = rows(k, key), rows(v, key)
             product = inner_products(q_rows, k_rows, K, BLOCK_K, PRECISION)
             p = finite_probabilities(product, scale, bias, lse_m[:, None], down(query), across(key))
@@ -206,20 +207,20 @@ def backward_queries_kernel(
 
 @triton.jit
 def backward_keys_kernel(
-    q, k, v, bias, lse, delta, do, dk, dv, scale, heads, h, w,
+    q, k, v, bias, lse, delta, do, dk, dv, scale, heads, axes,
     K: tl.constexpr, V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     WIDTH_K: tl.constexpr, WIDTH_V: tl.constexpr, ONE_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk and dv, or the one of them that is not None. A program takes BLOCK_N keys; its p and ds are transposed."""
-    tokens = h.tokens * w.tokens
+    tokens = tokens_of(axes)
     block, head, item = unravel(tl.program_id(0), tl.cdiv(tokens, BLOCK_N), heads)
-    key = locate(item, head, block * BLOCK_N, h, w, BLOCK_N)
+    key = locate(item, head, block * BLOCK_N, axes, BLOCK_N)
     k_rows, v_rows = rows(k, key), rows(v, key)
     dtype: tl.constexpr = q.data.dtype.element_ty
 
     if ONE_BLOCK:
-        query = locate(item, head, 0, h, w, BLOCK_M)
+        query = locate(item, head, 0, axes, BLOCK_M)
         q_rows, do_rows = rows(q, query), rows(do, query)
         lse_m = load_lse(lse, query, bias)
         product = inner_products(k_rows, q_rows, K, BLOCK_K, PRECISION)
@@ -242,7 +243,7 @@ def backward_keys_kernel(
         if dv is not None:
             dv_acc = tl.zeros([BLOCK_N, WIDTH_V], tl.float32)
         for start in range(0, tokens, BLOCK_M):
-            query = locate(item, head, start, h, w, BLOCK_M)
+            query = locate(item, head, start, axes, BLOCK_M)
             q_rows, do_rows = rows(q, query), rows(do, query)
             lse_m = load_lse(lse, query, bias)
             product = inner_products(k_rows, q_rows, K, BLOCK_K, PRECISION)
@@ -263,13 +264,13 @@ def backward_keys_kernel(
 
 @triton.jit
 def backward_pairs_kernel(
-    q, k, v, bias, lse, delta, do, partials, scale, heads, items, slots, h, w,
+    q, k, v, bias, lse, delta, do, partials, scale, heads, items, slots, axes,
     K: tl.constexpr, V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Partial sums of dbias. A program takes BLOCK_M x BLOCK_N pairs in one head of every `slots`-th of the items."""
-    tokens = h.tokens * w.tokens
+    tokens = tokens_of(axes)
     across_keys = tl.cdiv(tokens, BLOCK_N)
     blocks = tl.cdiv(tokens, BLOCK_M) * across_keys
     block, head, slot = unravel(tl.program_id(0), blocks, heads)
@@ -277,11 +278,11 @@ def backward_pairs_kernel(
 
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for item in tl.range(slot, items, slots, num_stages=1, disable_licm=True):
-        query = locate(item, head, query_start, h, w, BLOCK_M)
-        key = locate(item, head, key_start, h, w, BLOCK_N)
+        query = locate(item, head, query_start, axes, BLOCK_M)
+        key = locate(item, head, key_start, axes, BLOCK_N)
         lse_m, delta_m = load_lse(lse, query, bias), one_each(delta, query, 0.0)
         product = inner_products(rows(q, query), rows(k, key), K, BLOCK_K, PRECISION)
         p = probabilities(product, scale, bias, lse_m[:, None], down(query), across(key))
         acc += p * (inner_products(rows(do, query), rows(v, key), V, BLOCK_V, PRECISION) - delta_m[:, None])
-    query, key = locate(0, 0, query_start, h, w, BLOCK_M), locate(0, 0, key_start, h, w, BLOCK_N)
+    query, key = locate(0, 0, query_start, axes, BLOCK_M), locate(0, 0, key_start, axes, BLOCK_N)
     store_sum(partials, tl.program_id(0) // blocks, down(query), across(key), acc)

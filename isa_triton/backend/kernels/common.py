@@ -1,8 +1,9 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, no-check-untyped-defs
 """What forward and backward share: which pixels a program owns, their rows in memory, scores, the online softmax.
 
-Pixels are found by `device_coordinates` and by nothing else, so no kernel knows which partition it serves. A block of
-tokens in one tensor is a `Rows`: a pointer to each, from which chunks of the width are loaded where they are needed.
+Pixels are found by `coordinates` and by nothing else, so no kernel knows which partition it serves, nor of how many
+axes: what is done for each axis is done when a kernel is compiled. A block of tokens in one tensor is a `Rows`: a
+pointer to each, from which chunks of the width are loaded where they are needed.
 """
 
 from types import FunctionType
@@ -11,25 +12,25 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from isa_triton.partition import coordinates
+from isa_triton import axis, partition
 
-# The one source of geometry, here because Triton looks names up where a function stands, and `partition` has no Triton.
-device_coordinates = triton.jit(FunctionType(coordinates.__code__, globals()))
+# The one source of geometry, here because Triton looks names up where a function stands, and those have no Triton.
+along = triton.jit(FunctionType(axis.along.__code__, globals()))
+coordinates = triton.jit(FunctionType(partition.coordinates.__code__, globals()))
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # of fp32: a maximum over no key yet
 
 
 class Pixels(NamedTuple):
-    """A [B, H, W, heads, width] tensor as kernels take it: its first element and its strides.
+    """A [B, H, W, heads, width] tensor, or of another number of axes, as kernels take it: where it begins, its strides.
 
     Strides between rows come in units, a constant: the compiler then knows how rows are aligned, at any width.
     """
 
     data: Any
     batch: int
-    y: int
-    x: int
+    axes: tuple[int, ...]  # of the map
     head: int
     channel: int  # not in units
     unit: Any
@@ -52,8 +53,7 @@ class Tokens(NamedTuple):
     batch: Any
     head: Any
     number: Any
-    y: Any
-    x: Any
+    pixel: tuple[Any, ...]  # on every axis
     inside: Any
 
 
@@ -72,31 +72,51 @@ def unravel(program, blocks, heads):
 
 
 @triton.jit
-def locate(item, head, start, h, w, BLOCK: tl.constexpr):
+def groups_of(axes):
+    """How many groups a map has."""
+    if len(axes) == 1:
+        return axes[0].groups
+    else:  # noqa: RET505
+        return groups_of(axes[:-1]) * axes[-1].groups
+
+
+@triton.jit
+def tokens_of(axes):
+    """How many tokens a group has, those outside the map counted."""
+    if len(axes) == 1:
+        return axes[0].tokens
+    else:  # noqa: RET505
+        return tokens_of(axes[:-1]) * axes[-1].tokens
+
+
+@triton.jit
+def locate(item, head, start, axes, BLOCK: tl.constexpr):
     """The `BLOCK` tokens from number `start` on of an item, one of the groups of all maps."""
-    groups = h.groups * w.groups
+    groups = groups_of(axes)
     number = start + tl.arange(0, BLOCK)
-    y, x, inside = device_coordinates(item % groups, number, h, w)
-    return Tokens(item // groups, head, number, y, x, inside & (number < h.tokens * w.tokens))
+    pixel, inside = coordinates(item % groups, number, axes)
+    return Tokens(item // groups, head, number, pixel, inside & (number < tokens_of(axes)))
 
 
 @triton.jit
 def down(tokens):
     """Tokens that number the rows of a matrix."""
-    return Tokens(tokens.batch, tokens.head, tokens.number[:, None], tokens.y, tokens.x, tokens.inside[:, None])
+    return Tokens(tokens.batch, tokens.head, tokens.number[:, None], tokens.pixel, tokens.inside[:, None])
 
 
 @triton.jit
 def across(tokens):
     """Tokens that number the columns of a matrix."""
-    return Tokens(tokens.batch, tokens.head, tokens.number[None, :], tokens.y, tokens.x, tokens.inside[None, :])
+    return Tokens(tokens.batch, tokens.head, tokens.number[None, :], tokens.pixel, tokens.inside[None, :])
 
 
 @triton.jit
 def rows(pixels, tokens):
     """Where the tokens lie in a tensor. Offsets are 64-bit: even one map may exceed 2^31 elements."""
     start = tokens.batch.to(tl.int64) * pixels.batch + tokens.head.to(tl.int64) * pixels.head
-    offset = tokens.y.to(tl.int64) * pixels.y + tokens.x.to(tl.int64) * pixels.x
+    offset = tokens.pixel[0].to(tl.int64) * pixels.axes[0]
+    for i in tl.static_range(1, len(pixels.axes)):
+        offset += tokens.pixel[i].to(tl.int64) * pixels.axes[i]
     return Rows(pixels.data + start * pixels.unit + offset * pixels.unit, tokens.inside, pixels.channel)
 
 
@@ -209,4 +229,4 @@ def log_sum_exp(row_max, row_sum, bias):
 @triton.jit
 def anywhere(tokens):
     """Tokens as if inside the map, where that does not matter: to find out takes divisions, for each in each layout."""
-    return Tokens(tokens.batch, tokens.head, tokens.number, tokens.y, tokens.x, tl.full([], True, tl.int1))
+    return Tokens(tokens.batch, tokens.head, tokens.number, tokens.pixel, tl.full([], True, tl.int1))

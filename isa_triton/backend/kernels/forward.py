@@ -19,6 +19,7 @@ from isa_triton.backend.kernels.common import (
     rows,
     scores,
     store,
+    tokens_of,
     unravel,
     weigh,
 )
@@ -26,7 +27,7 @@ from isa_triton.backend.kernels.common import (
 
 @triton.jit
 def forward_kernel(
-    q, k, v, bias, out, lse, scale, heads, h, w,
+    q, k, v, bias, out, lse, scale, heads, axes,
     K: tl.constexpr, V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     ONE_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
@@ -37,13 +38,13 @@ def forward_kernel(
     A group that fits in one block of keys is scored once and its softmax is exact, however many chunks the value
     width has. A longer one is folded block by block, online, and scored once a chunk.
     """
-    tokens = h.tokens * w.tokens
+    tokens = tokens_of(axes)
     block, head, item = unravel(tl.program_id(0), tl.cdiv(tokens, BLOCK_M), heads)
-    query = locate(item, head, block * BLOCK_M, h, w, BLOCK_M)
+    query = locate(item, head, block * BLOCK_M, axes, BLOCK_M)
     q_rows = rows(q, query)
     row_max, row_sum = tl.full([BLOCK_M], LOWEST, tl.float32), tl.zeros([BLOCK_M], tl.float32)
     if ONE_BLOCK:
-        key = locate(item, head, 0, h, w, BLOCK_N)
+        key = locate(item, head, 0, axes, BLOCK_N)
         product = inner_products(q_rows, rows(k, key), K, BLOCK_K, PRECISION)  # [BLOCK_M, BLOCK_N]
         score = scores(product, scale, bias, down(query), across(key))
         weight, _, row_max, row_sum = fold_softmax(score, row_max, row_sum, bias)
@@ -56,7 +57,7 @@ def forward_kernel(
         else:
             row_max, row_sum = tl.full([BLOCK_M], LOWEST, tl.float32), tl.zeros([BLOCK_M], tl.float32)
             for start in range(0, tokens, BLOCK_N):
-                key = locate(item, head, start, h, w, BLOCK_N)
+                key = locate(item, head, start, axes, BLOCK_N)
                 product = inner_products(q_rows, rows(k, key), K, BLOCK_K, PRECISION)
                 score = scores(product, scale, bias, down(query), across(key))
                 weight, shrink, row_max, row_sum = fold_softmax(score, row_max, row_sum, bias)
@@ -70,7 +71,7 @@ def forward_kernel(
 
 @triton.jit
 def forward_group_kernel(
-    q, k, v, bias, out, lse, scale, heads, items, slots, h, w,
+    q, k, v, bias, out, lse, scale, heads, items, slots, axes,
     K: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -79,10 +80,10 @@ def forward_group_kernel(
     A program takes one head of every `slots`-th of the items, the groups of all maps: grid (slots * heads,).
     """
     _, head, slot = unravel(tl.program_id(0), 1, heads)
-    token = locate(0, head, 0, h, w, BLOCK)
+    token = locate(0, head, 0, axes, BLOCK)
     bias_block = load_bias(bias, down(token), across(token))  # [BLOCK, BLOCK]
     for item in tl.range(slot, items, slots, num_stages=1):
-        token = locate(item, head, 0, h, w, BLOCK)
+        token = locate(item, head, 0, axes, BLOCK)
         product = inner_products(rows(q, token), rows(k, token), K, BLOCK_K, PRECISION)
         score = biased(product, scale, bias_block, across(token))
         weight, row_max = weigh(score, LOWEST, bias)

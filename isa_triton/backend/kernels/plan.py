@@ -7,13 +7,15 @@ depends on. What tensors hold is said in `launch`, which runs launches.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import lru_cache, reduce
+from operator import or_
 from typing import Any, NamedTuple
 
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 
+from isa_triton.axis import Axis, ceil_div
 from isa_triton.backend.kernels.backward import (
     backward_group_kernel,
     backward_keys_kernel,
@@ -22,7 +24,7 @@ from isa_triton.backend.kernels.backward import (
 )
 from isa_triton.backend.kernels.common import Pairs, Pixels
 from isa_triton.backend.kernels.forward import forward_group_kernel, forward_kernel
-from isa_triton.partition import Axis, Partition, ceil_div
+from isa_triton.partition import Partition
 from isa_triton.tiles import BackwardTiles, Tile
 
 PARTIAL_SUMS = (
@@ -86,7 +88,8 @@ class Launch(NamedTuple):
                 attributes[path] = attributes_of("D" * value.aligned + "S" * value.near)
                 return f"*{value.element}"
             if isinstance(value, tuple):
-                return type(value)(*(type_of(part, (*path, i)) for i, part in enumerate(value)))
+                parts = [type_of(part, (*path, i)) for i, part in enumerate(value)]
+                return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
             if isinstance(value, float):
                 return "fp32"
             if type(value) is int and not self.kernel.params[path[0]].is_constexpr:
@@ -96,17 +99,17 @@ class Launch(NamedTuple):
 
         for i, (name, value) in enumerate(self.arguments.items()):
             types[name] = type_of(value, (i,))
-        for axis in ("w", "h"):
-            if self.arguments[axis].tokens % 16:
+        for i, axis in reversed(list(enumerate(self.arguments["axes"]))):
+            if axis.tokens % 16:
                 break
-            attributes[list(types).index(axis), Axis._fields.index("tokens")] = attributes_of("D")
+            attributes[list(types).index("axes"), i, Axis._fields.index("tokens")] = attributes_of("D")
         return types, constants, attributes
 
 
 def forward(layouts: Layouts, scale: float, partition: Partition, tile: Tile, precision: str) -> Iterator[Launch]:
     """The launch of the forward pass; its tensors are `FORWARD`."""
     given = _given(FORWARD, layouts, scale, partition, precision)
-    maps, heads = layouts[0].shape[0], layouts[0].shape[3]
+    maps, heads = layouts[0].shape[0], layouts[0].shape[-2]
     items = maps * partition.groups
     if given["bias"] is not None and partition.tokens <= tile.block_m == tile.block_n:
         slots = min(items, max(1, PARTIAL_SUMS // heads)) if heads else 0
@@ -122,7 +125,7 @@ def backward(
 ) -> Iterator[Launch]:
     """The launches of the backward pass; its tensors are `BACKWARD`."""
     given = _given(BACKWARD, layouts, scale, partition, precision)
-    maps, heads = layouts[0].shape[0], layouts[0].shape[3]
+    maps, heads = layouts[0].shape[0], layouts[0].shape[-2]
     items, partials, tokens = maps * partition.groups, layouts[-1], partition.tokens
     given |= {"items": items, "slots": items if partials is None else partials.shape[0]}
     if in_one_kernel(tiles, partition):
@@ -178,11 +181,16 @@ def _launch(kernel: Any, programs: int, given: dict[str, Any], tile: Tile) -> It
 
 def _given(names: tuple[str, ...], layouts: Layouts, scale: float, partition: Partition, precision: str) -> Any:
     """What all kernels are given, by the names of their arguments."""
-    views, given = {"bias": _pairs, "partials": _pairs}, zip(names, layouts, strict=True)
-    tensors = {name: None if of is None else views.get(name, _pixels)(_pointer(name, of), of) for name, of in given}
+
+    def tensor(name: str, of: Layout) -> Any:
+        pointer = _pointer(name, of)
+        return _pairs(pointer, of) if name in ("bias", "partials") else _pixels(pointer, of, len(partition))
+
+    given = zip(names, layouts, strict=True)
+    tensors = {name: None if of is None else tensor(name, of) for name, of in given}
     (*_, heads, key_width), (*_, value_width) = layouts[0].shape, layouts[2].shape
-    h, w = (_axis(axis, whole=partition.groups == 1) for axis in partition)
-    numbers = {"scale": float(scale), "heads": _one(heads), "h": h, "w": w}
+    axes = tuple(_axis(axis, whole=partition.groups == 1) for axis in partition)
+    numbers = {"scale": float(scale), "heads": _one(heads), "axes": axes}
     return tensors | numbers | {"K": key_width, "V": value_width, "PRECISION": precision}
 
 
@@ -193,15 +201,18 @@ def _one(n: int) -> Any:
 
 @lru_cache(maxsize=1024)
 def _axis(axis: Axis, whole: bool) -> Axis:
-    """An axis as kernels take it: the origin is a constant, so that only shifted windows test for y, x >= 0.
+    """An axis as kernels take it: the origin is a constant, so that only shifted windows test for pixels >= 0.
+
+    So is whether they go on at the other end of the axis.
 
     Args:
         axis: of a partition.
         whole: the map is one group.
     """
     groups = _one(axis.groups) if whole else axis.groups
-    group_stride, token_stride, origin = _one(axis.group_stride), _one(axis.token_stride), tl.constexpr(axis.origin)
-    return axis._replace(groups=groups, group_stride=group_stride, token_stride=token_stride, origin=origin)
+    group_stride, token_stride = _one(axis.group_stride), _one(axis.token_stride)
+    origin, cyclic = tl.constexpr(axis.origin), tl.constexpr(axis.wraps)
+    return Axis(axis.size, groups, axis.tokens, group_stride, token_stride, origin, cyclic)
 
 
 def _pointer(name: str, of: Layout) -> Pointer:
@@ -214,11 +225,13 @@ def _unit(together: int, itemsize: int) -> int:
     return min(together & -together or 8, 16 // itemsize)
 
 
-def _pixels(pointer: Pointer, of: Layout) -> Pixels:
-    batch, y, x, head, *channel = of.stride
-    unit = _unit(batch | y | x | head, of.dtype.itemsize)
-    strides = batch // unit, y // unit, _one(x // unit), _one(head // unit)
-    return Pixels(pointer, *strides, _one(channel[0] if channel else 1), tl.constexpr(unit))
+def _pixels(pointer: Pointer, of: Layout, axes: int) -> Pixels:
+    batch, *of_axes, head = of.stride[: 2 + axes]
+    (channel,) = of.stride[2 + axes :] or (1,)  # lse, dlse and delta have a number a token
+    unit = _unit(reduce(or_, (batch, *of_axes, head)), of.dtype.itemsize)
+    *before, last = (stride // unit for stride in of_axes)
+    strides = batch // unit, (*before, _one(last)), _one(head // unit)
+    return Pixels(pointer, *strides, _one(channel), tl.constexpr(unit))
 
 
 def _pairs(pointer: Pointer, of: Layout) -> Pairs:
