@@ -23,7 +23,7 @@ from bench.records import write
 from bench.terminal import Bar, Table, Terminal
 from isa_triton import Partition, ops, partitioned_attention, replays, tiles
 from isa_triton.backend import triton
-from isa_triton.backend.contract import Call
+from isa_triton.backend.contract import Call, Inputs
 from isa_triton.backend.kernels import launch, plan
 
 TARGET = "sm_90"
@@ -112,7 +112,8 @@ def forward(case: Case, dtype: torch.dtype) -> Layers:
     (q, k, v), bias = case.tensors(dtype), _bias(case, dtype)
     call = Call(0.1, case.partition, with_lse=False, backend="triton")
     out, tile = torch.empty_like(v), tiles.lookup(TARGET, "forward", *_problem(case, dtype))
-    given = q, k, v, bias, out, None
+    inputs, given = Inputs(q, k, v, bias), (q, k, v, bias, out, None)
+    planned = *inputs, out, None
     rest = call.scale, case.partition, tile, "ieee"
 
     def door() -> Any:
@@ -124,11 +125,11 @@ def forward(case: Case, dtype: torch.dtype) -> Layers:
 
     return {
         BARE: lambda: _bare(q, k, v, bias),
-        "kernel[grid](...)": _by_triton(plan.forward, plan.FORWARD, given, rest),
+        "kernel[grid](...)": _by_triton(plan.forward, plan.FORWARD, planned, rest),
         "launcher": lambda: launch.forward(*given, *rest),
-        "backend: outputs, tile, device": lambda: triton.forward(q, k, v, bias, call),
-        "operator: dispatch": lambda: torch.ops.isa_triton.forward.default(q, k, v, bias, *call.flat()),
-        "ops.attention: autograd": lambda: ops.attention(q, k, v, bias, call),
+        "backend: outputs, tile, device": lambda: triton.forward(inputs, call),
+        "operator: dispatch": lambda: torch.ops.isa_triton.forward.default(*inputs, *call.flat()),
+        "ops.attention: autograd": lambda: ops.attention(inputs, call),
         FIRST: first,
         DOOR: door,
     }
@@ -147,8 +148,8 @@ def training(case: Case, dtype: torch.dtype) -> Layers:
     partials = None
     if bias is not None:
         partials = torch.empty(plan.bias_partials_shape(1, case.heads, case.partition, chosen))
-    given: Any = (q, k, v, bias, out, lse, do, None)
-    whole, rest = (*given, dq, dk, dv, delta, partials), (call.scale, case.partition, chosen, "ieee")
+    inputs, given = Inputs(q, k, v, bias), (out, lse, do, None)
+    written, rest = (dq, dk, dv, delta, partials), (call.scale, case.partition, chosen, "ieee")
     ready = [torch.empty_like(x) for x in leaves]
     run: Any = launch.backward
     alone: Any = triton.backward
@@ -158,10 +159,10 @@ def training(case: Case, dtype: torch.dtype) -> Layers:
 
     return {
         BARE: lambda: _bare(q, k, v, do),
-        "kernel[grid](...)": _by_triton(plan.backward, plan.BACKWARD, whole, rest),
-        "launcher": lambda: run(*whole, *rest),
-        "backend: gradients, tiles, device": lambda: alone(*given, call),
-        "operator: dispatch": lambda: torch.ops.isa_triton.backward.default(*given, *call.flat()),
+        "kernel[grid](...)": _by_triton(plan.backward, plan.BACKWARD, (*inputs, *given, *written), rest),
+        "launcher": lambda: run(q, k, v, bias, *given, *written, *rest),
+        "backend: gradients, tiles, device": lambda: alone(inputs, *given, call),
+        "operator: dispatch": lambda: torch.ops.isa_triton.backward.default(*inputs, *given, *call.flat()),
         "partitioned_attention, recorded": attend,
         LEARNED: lambda: torch.autograd.grad(attend(), leaves, do),
         NOTHING: lambda: torch.autograd.grad(_Nothing.apply(v, ready, *leaves), leaves, do),

@@ -16,7 +16,7 @@ What a user calls, and below it what it rests on; a file imports from lower line
 """
 
 from .axis import Axis
-from .functional import partitioned_attention, partitioned_attention_with_lse
+from .functional import missing_tokens, partitioned_attention, partitioned_attention_with_lse
 from .maps import set_backend
 from .modules import InterlacedSparseSelfAttention, ISAHead, ISAModule, SelfAttention2d
 from .partition import Partition
@@ -29,6 +29,7 @@ __all__ = [
     "InterlacedSparseSelfAttention",
     "Partition",
     "SelfAttention2d",
+    "missing_tokens",
     "partitioned_attention",
     "partitioned_attention_with_lse",
     "set_backend",

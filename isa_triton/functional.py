@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import _tracing, ops, replays
+from .axis import along
 from .backend import check_backend, choose
-from .backend.contract import Call
+from .backend.contract import Call, Inputs
 from .partition import Partition, check_partition
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -22,7 +25,11 @@ def partitioned_attention(
     partition: Partition,
     *,
     bias: Tensor | None = None,
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
+    valid: Tensor | None = None,
+    extra_k: Tensor | None = None,
+    extra_v: Tensor | None = None,
+    extra_weight: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Softmax attention among the tokens of every group of a feature map, without moving a pixel.
@@ -35,18 +42,29 @@ def partitioned_attention(
     finite bias gives NaN.
 
     Args:
-        q: [B, H, W, heads, K], any strides; fp16, bf16, fp32 or fp64.
-        k: [B, H, W, heads, K], dtype and device of q.
-        v: [B, H, W, heads, V], dtype and device of q; V may differ from K.
+        q: [B, H, W, heads, K], any strides; fp16, bf16, fp32 or fp64. Of a line [B, L, heads, K], of a volume
+            [B, D, H, W, heads, K]; all that follows likewise.
+        k: [B, H, W, heads, K], dtype and device of q. It may have fewer heads, which divide those of q: each then
+            serves as many neighbouring heads of queries (grouped-query attention, arXiv 2305.13245).
+        v: [B, H, W, heads, V], dtype and device of q, heads of k; V may differ from K.
         partition: which pixels attend which, for maps of H x W.
         bias: [heads, tokens, tokens], added to the scores, finite or minus infinity; tokens outside the map have their
-            rows and columns too.
-        scale: factor of the scores; default K**-0.5.
+            rows and columns too. One head serves all; [B, heads, tokens, tokens] is a bias for each map. Any floating
+            dtype: an fp32 table under bf16 is read as it is.
+        scale: factor of the scores; default K**-0.5. A tensor [heads] is one for each head, and may be learned (cosine
+            attention).
+        valid: [B, H, W], bool: which pixels exist (of images of several sizes in one batch). Others are never attended,
+            whatever they hold, and have output 0, lse minus infinity and gradients 0.
+        extra_k: [B, n, heads, K], keys that every pixel attends beside those of its group (class tokens, registers).
+        extra_v: [B, n, heads, V], their values.
+        extra_weight: [n] or [B or 1, H, W, n], at least 0: as so many copies of a key (default 1), for each query. With
+            `missing_tokens` a padded map need not exist. Not differentiated.
         backend: "triton" (the kernels), "eager" (PyTorch, any device and dtype) or "auto": the kernels for CUDA, ROCm
             and XPU tensors of the dtypes they take (fp16, bf16, fp32) where triton is installed, eager otherwise.
 
     Returns:
-        [B, H, W, heads, V], contiguous, dtype of q. Differentiable with respect to q, k, v and bias, to any order.
+        [B, H, W, heads, V], contiguous, dtype of q. Differentiable with respect to q, k, v, bias, a scale that is a
+        tensor, extra_k and extra_v, to any order.
 
     Raises:
         TypeError: an argument of the wrong kind or dtype.
@@ -58,7 +76,8 @@ def partitioned_attention(
         >>> partitioned_attention(q, k, v, Partition.interlaced((16, 24), stride=(8, 8))).shape
         torch.Size([1, 16, 24, 1, 32])
     """
-    return _attention(q, k, v, partition, bias, scale, backend, with_lse=False)[0]
+    options = bias, scale, valid, (extra_k, extra_v, extra_weight), backend
+    return _attention(q, k, v, partition, *options, with_lse=False)[0]
 
 
 def partitioned_attention_with_lse(
@@ -68,7 +87,11 @@ def partitioned_attention_with_lse(
     partition: Partition,
     *,
     bias: Tensor | None = None,
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
+    valid: Tensor | None = None,
+    extra_k: Tensor | None = None,
+    extra_v: Tensor | None = None,
+    extra_weight: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """As `partitioned_attention`, with the log-sum-exp of every pixel's scores.
@@ -78,8 +101,12 @@ def partitioned_attention_with_lse(
         k: [B, H, W, heads, K], dtype and device of q.
         v: [B, H, W, heads, V], dtype and device of q.
         partition: which pixels attend which, for maps of H x W.
-        bias: [heads, tokens, tokens], added to the scores.
-        scale: factor of the scores; default K**-0.5.
+        bias: [heads, tokens, tokens] or [B, heads, tokens, tokens], added to the scores.
+        scale: factor of the scores, a number or a tensor [heads]; default K**-0.5.
+        valid: [B, H, W], which pixels exist.
+        extra_k: [B, n, heads, K], keys that every pixel attends too.
+        extra_v: [B, n, heads, V], their values.
+        extra_weight: [n] or [B or 1, H, W, n], as how many copies they count.
         backend: "triton", "eager" or "auto".
 
     Returns:
@@ -97,7 +124,32 @@ def partitioned_attention_with_lse(
         >>> partitioned_attention_with_lse(q, k, v, Partition.local((16, 24), window=(8, 8)))[1].shape
         torch.Size([1, 16, 24, 1])
     """
-    return _attention(q, k, v, partition, bias, scale, backend, with_lse=True)
+    options = bias, scale, valid, (extra_k, extra_v, extra_weight), backend
+    return _attention(q, k, v, partition, *options, with_lse=True)
+
+
+def missing_tokens(partition: Partition, device: torch.device | str | None = None) -> Tensor:
+    """How many tokens of every pixel's group lie outside the map, [H, W], int64: what zero padding would have added.
+
+    Args:
+        partition: of the map.
+        device: of the result; default torch's own.
+
+    Examples:
+        >>> missing_tokens(Partition.local((3, 4), window=(2, 4)))[:, 0]
+        tensor([0, 0, 4])
+    """
+    check_partition(partition)
+    inside = torch.ones((), dtype=torch.int64, device=device)
+    for axis in partition:
+        group, token = torch.arange(axis.groups, device=device)[:, None], torch.arange(axis.tokens, device=device)
+        counts = along(group, token, axis)[1].sum(1)  # [groups]
+        seats = Partition(axis).seat(torch.arange(axis.size, device=device))[0]
+        inside = inside[..., None] * counts[seats]
+    return partition.tokens - inside
+
+
+Extra = tuple[Tensor | None, Tensor | None, Tensor | None]  # keys, values, weights
 
 
 def _attention(
@@ -106,70 +158,176 @@ def _attention(
     v: Tensor,
     partition: Partition,
     bias: Tensor | None,
-    scale: float | None,
+    scale: float | Tensor | None,
+    valid: Tensor | None,
+    extra: Extra,
     backend: str,
     with_lse: bool,
 ) -> tuple[Tensor, Tensor]:
-    key = replays.key(q, k, v, bias, partition, scale, backend, with_lse)
+    plain = valid is None and extra == (None, None, None)
+    key = replays.key(q, k, v, bias, partition, scale, backend, with_lse) if plain else None
     if key is not None and (results := replays.again(key, q, k, v, bias)) is not None:
         return results
     check_backend(backend)
     if not (torch.compiler.is_compiling() or _tracing.is_recorded() or _tracing.wants_torch_operators()):
         # whose sizes may be symbols, or tensors; operators in their graphs check when they run
         check_partition(partition)
-    given = tensors = {"q": q, "k": k, "v": v} | ({} if bias is None else {"bias": bias})
+    given = tensors = {"q": q, "k": k, "v": v} | _named(extra)
     _check_kinds(tensors, len(partition))
     kind = q.device.type
-    if _tracing.has_autocast(kind) and torch.is_autocast_enabled(kind) and q.dtype != torch.float64:
+    casts = _tracing.has_autocast(kind) and torch.is_autocast_enabled(kind)
+    if casts and q.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(kind)
-        tensors = {name: x.to(dtype) for name, x in tensors.items()}
+        tensors = {name: x if name == "extra_weight" else x.to(dtype) for name, x in tensors.items()}
+    q, k, v = tensors["q"], tensors["k"], tensors["v"]
     _check_fit(tensors, partition)
-    if scale is None:
-        scale = q.shape[-1] ** -0.5
-    elif not isinstance(scale, (int, float)):
-        raise TypeError(f"scale must be a number or None, got {scale!r}")
-    elif not -sys.float_info.max <= scale <= sys.float_info.max:  # nor an integer beyond it
-        raise ValueError(f"scale must be finite, got {scale!r}")
-    q, k, v, bias = tensors["q"], tensors["k"], tensors["v"], tensors.get("bias")
-    call = Call(float(scale), partition, with_lse, choose(backend, q))
-    results = ops.attention(q, k, v, bias, call)
+    bias = _checked_bias(bias, q, partition)
+    factor, scales = _checked_scale(scale, q)
+    if valid is not None:
+        _check_valid(valid, q)
+    call = Call(factor, partition, with_lse or extra != (None, None, None), choose(backend, q))
+    with torch.autocast(kind, enabled=False) if casts else nullcontext():  # no further: what is fp32 inside stays so
+        results = ops.attention(Inputs(q, k, v, bias, scales, valid), call)
+        if "extra_k" in tensors:
+            return _with_extra(*results, q, tensors, factor, scales, valid)
     if key is not None and all(tensors[name] is x for name, x in given.items()):  # nothing was cast
         replays.remember(key, q, k, v, bias, call)
     return results
 
 
+def _with_extra(
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    tensors: dict[str, Tensor],
+    factor: float,
+    scales: Tensor | None,
+    valid: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """out and lse of a softmax over more keys: of two sets, each exp(lse) is the other's weight."""
+    if valid is not None:  # whatever others hold
+        q = q.masked_fill(~valid[..., None, None], 0)
+    s = factor * torch.einsum("b...hk,bnhk->b...hn", q.to(lse.dtype), tensors["extra_k"].to(lse.dtype))
+    if scales is not None:
+        s = s * scales[:, None]
+    if (weight := tensors.get("extra_weight")) is not None:
+        s = s + weight.detach().to(s.dtype).log().unsqueeze(-2)  # [B, H, W, heads, n]
+    if valid is not None:
+        s = s.masked_fill(~valid[..., None, None], -torch.inf)
+    largest = torch.maximum(lse, s.amax(-1)).detach().clamp(min=torch.finfo(lse.dtype).min)
+    ours, theirs = (lse - largest).exp(), (s - largest[..., None]).exp()
+    total = ours + theirs.sum(-1)
+    some = torch.where(total > 0, total, 1)  # a query without keys has parts of 0, any other one of 1
+    context = torch.einsum("b...hn,bnhv->b...hv", theirs, tensors["extra_v"].to(s.dtype))
+    out = ((ours[..., None] * out + context) / some[..., None]).to(out.dtype)
+    return out, torch.where(total > 0, largest + some.log(), -torch.inf)
+
+
 _MAPS = ("L", "H, W", "D, H, W")  # of one, two and three axes
+
+
+def _named(extra: Extra) -> dict[str, Tensor]:
+    """Those that are given. Raises TypeError where there are keys without values, or none of them and weights."""
+    k, v, weight = extra
+    if (k is None) != (v is None) or (k is None and weight is not None):
+        raise TypeError("extra_k and extra_v must be given together, and extra_weight with them or not at all")
+    return {name: x for name, x in zip(("extra_k", "extra_v", "extra_weight"), extra, strict=True) if x is not None}
 
 
 def _check_kinds(tensors: dict[str, Tensor], axes: int) -> None:
     for name, x in tensors.items():
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-        if x.dtype not in _DTYPES:
-            raise TypeError(f"{name} must be one of {', '.join(map(str, _DTYPES))}, got {x.dtype}")
-        if x.layout != torch.strided or x.is_nested:
-            raise TypeError(f"{name} must be a dense tensor, got {'nested' if x.is_nested else x.layout}")
-        dims = "heads, tokens, tokens" if name == "bias" else f"B, {_MAPS[axes - 1]}, heads, width"
-        if x.dim() != dims.count(",") + 1:
+        dims = "B, n, heads, width" if name in ("extra_k", "extra_v") else f"B, {_MAPS[axes - 1]}, heads, width"
+        _check_tensor(name, x)
+        if name != "extra_weight" and x.dim() != dims.count(",") + 1:
             raise ValueError(f"{name} must be [{dims}], got shape {tuple(x.shape)}")
+
+
+def _check_tensor(name: str, x: Any) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    if x.dtype not in _DTYPES:
+        raise TypeError(f"{name} must be one of {', '.join(map(str, _DTYPES))}, got {x.dtype}")
+    if x.layout != torch.strided or x.is_nested:
+        raise TypeError(f"{name} must be a dense tensor, got {'nested' if x.is_nested else x.layout}")
+
+
+def _check_device(name: str, x: Tensor, q: Tensor) -> None:
+    if x.device != q.device:
+        raise ValueError(f"{name} must be on the device of q, {q.device}, got {x.device}")
 
 
 def _check_fit(tensors: dict[str, Tensor], partition: Partition) -> None:
     q, k, v = tensors["q"], tensors["k"], tensors["v"]
     for name, x in tensors.items():
-        if x.dtype != q.dtype:
+        if x.dtype != q.dtype and name != "extra_weight":
             raise TypeError(f"{name} must have the dtype of q, {q.dtype}, got {x.dtype}")
-        if x.device != q.device:
-            raise ValueError(f"{name} must be on the device of q, {q.device}, got {x.device}")
+        _check_device(name, x, q)
     if q.shape[-1] < 1:
         raise ValueError(f"q must have a width of at least 1, got shape {tuple(q.shape)}")
-    if k.shape != q.shape:
-        raise ValueError(f"k must have the shape of q, {tuple(q.shape)}, got {tuple(k.shape)}")
-    if v.shape[:-1] != q.shape[:-1]:
-        raise ValueError(f"v must be {[*q.shape[:-1], 'V']} as q is, got {tuple(v.shape)}")
+    fits = k.shape[:-2] == q.shape[:-2] and k.shape[-1] == q.shape[-1]
+    heads, fewer = q.shape[-2], k.shape[-2]
+    if not fits or (fewer != heads and (fewer < 1 or heads % fewer)):
+        raise ValueError(
+            f"k must have the shape of q, {tuple(q.shape)}, or heads that divide its heads, got {tuple(k.shape)}"
+        )
+    if v.shape[:-1] != k.shape[:-1]:
+        raise ValueError(f"v must be {[*k.shape[:-1], 'V']} as k is, got {tuple(v.shape)}")
     if (size := tuple(q.shape[1:-2])) != partition.size:
         raise ValueError(f"partition is for maps of {partition.size}, but q is {tuple(q.shape)}, a map of {size}")
-    if "bias" in tensors:
-        expected = (q.shape[-2], partition.tokens, partition.tokens)
-        if tuple(tensors["bias"].shape) != expected:
-            raise ValueError(f"bias must be [heads, tokens, tokens] = {expected}, got {tuple(tensors['bias'].shape)}")
+    if "extra_k" in tensors:
+        _check_extra(tensors, q, v)
+
+
+def _check_extra(tensors: dict[str, Tensor], q: Tensor, v: Tensor) -> None:
+    (B, *size, heads, K), n, V = q.shape, tensors["extra_k"].shape[1], v.shape[-1]
+    for name, expected in (("extra_k", (B, n, heads, K)), ("extra_v", (B, n, heads, V))):
+        if tuple(tensors[name].shape) != expected:
+            raise ValueError(f"{name} must be [B, n, heads, width] = {expected}, got {tuple(tensors[name].shape)}")
+    if n < 1:
+        raise ValueError("extra_k must have at least one key, got none")
+    weight = tensors.get("extra_weight")
+    if weight is not None and tuple(weight.shape) not in ((n,), (B, *size, n), (1, *size, n)):
+        raise ValueError(f"extra_weight must be [n] = {(n,)} or {(B, *size, n)}, got {tuple(weight.shape)}")
+
+
+def _checked_bias(bias: Any, q: Tensor, partition: Partition) -> Tensor | None:
+    """With all heads, of which one may serve for all."""
+    if bias is None:
+        return None
+    _check_tensor("bias", bias)
+    _check_device("bias", bias, q)
+    heads, tokens = q.shape[-2], partition.tokens
+    of_map = (q.shape[0],) if bias.dim() == 4 else ()
+    if tuple(bias.shape) not in ((*of_map, heads, tokens, tokens), (*of_map, 1, tokens, tokens)):
+        raise ValueError(
+            f"bias must be [heads, tokens, tokens] = {(heads, tokens, tokens)}, or with the batch before it,"
+            f" got {tuple(bias.shape)}"
+        )
+    return bias.expand(*of_map, heads, tokens, tokens)
+
+
+def _checked_scale(scale: Any, q: Tensor) -> tuple[float, Tensor | None]:
+    """The factor of all scores, and those of the heads."""
+    if scale is None:
+        return float(q.shape[-1] ** -0.5), None
+    if isinstance(scale, Tensor):
+        _check_tensor("scale", scale)
+        _check_device("scale", scale, q)
+        if tuple(scale.shape) != (q.shape[-2],):
+            raise ValueError(f"scale must be a number or [heads] = {(q.shape[-2],)}, got shape {tuple(scale.shape)}")
+        return 1.0, scale
+    if not isinstance(scale, (int, float)):
+        raise TypeError(f"scale must be a number, a tensor [heads] or None, got {scale!r}")
+    if not -sys.float_info.max <= scale <= sys.float_info.max:  # nor an integer beyond it
+        raise ValueError(f"scale must be finite, got {scale!r}")
+    return float(scale), None
+
+
+def _check_valid(valid: Any, q: Tensor) -> None:
+    if not isinstance(valid, Tensor):
+        raise TypeError(f"valid must be a torch.Tensor, got {type(valid).__name__}")
+    if valid.dtype != torch.bool:
+        raise TypeError(f"valid must be torch.bool, got {valid.dtype}")
+    _check_device("valid", valid, q)
+    if tuple(valid.shape) != tuple(q.shape[:-2]):
+        raise ValueError(f"valid must be {tuple(q.shape[:-2])} as the map of q is, got {tuple(valid.shape)}")

@@ -13,7 +13,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from ._tracing import is_plain, leaf_of_fx
 from .backend import plain
-from .backend.contract import Call
+from .backend.contract import Call, Inputs
 from .maps import (
     Attends,
     Conv1x1,
@@ -262,6 +262,7 @@ def decompose(program: ExportedProgram) -> ExportedProgram:
     return program.run_decompositions(table)
 
 
-def _plain_forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *call: Any) -> tuple[Tensor, Tensor]:
-    scale, partition, *_ = Call.unflatten(*call)
-    return plain.attention(q, k, v, bias, scale, partition)
+def _plain_forward(*tensors_and_call: Any) -> tuple[Tensor, Tensor]:
+    n = len(Inputs._fields)
+    scale, partition, *_ = Call.unflatten(*tensors_and_call[n:])
+    return plain.attention(Inputs(*tensors_and_call[:n]), scale, partition)

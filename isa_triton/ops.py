@@ -17,59 +17,72 @@ from torch import Tensor
 
 from . import _tracing
 from .backend import BY_NAME, plain
-from .backend.contract import Call, empty_gradients, empty_outputs
+from .backend.contract import Call, Gradients, Inputs, empty_gradients, empty_outputs
 
 Tensors = tuple[Tensor, ...]
+DIFFERENTIABLE = 5  # of `Inputs`: all but valid
+NONE: tuple[None, ...] = (None,) * (len(Inputs._fields) - DIFFERENTIABLE)  # the gradients of the others
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
-    """out and lse (meaningful if `call.with_lse`), differentiable with respect to q, k, v and bias."""
+def attention(inputs: Inputs, call: Call) -> tuple[Tensor, Tensor]:
+    """out and lse (meaningful if `call.with_lse`), differentiable with respect to all inputs but valid."""
     if _tracing.wants_torch_operators():
-        return plain.attention(q, k, v, bias, call.scale, call.partition)
-    return _apply(_Attention, q, k, v, bias, call)
+        return plain.attention(inputs, call.scale, call.partition)
+    return _apply(_Attention, *inputs, call)
 
 
-def gradients(*tensors_and_call: Any) -> Tensors:
-    """dq, dk, dv and dbias, differentiable in their turn; takes and returns what `Backend.backward` does."""
-    return _apply(_AttentionBackward, *tensors_and_call)
+def gradients(
+    inputs: Inputs, out: Tensor | None, lse: Tensor | None, do: Tensor, dlse: Tensor | None, call: Call
+) -> Gradients:
+    """What `Backend.backward` returns, differentiable in its turn."""
+    return Gradients(*_apply(_AttentionBackward, *inputs, out, lse, do, dlse, call))
 
 
 # -- operators: what a compiler keeps in its graph instead of the loop over chunks or the kernels ----------------------
 
 _library = torch.library.Library("isa_triton", "DEF")
 _library.define(
-    "forward(Tensor q, Tensor k, Tensor v, Tensor? bias, float scale, SymInt[] axes, bool with_lse,"
-    " str backend) -> (Tensor, Tensor)"
+    "forward(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? scales, Tensor? valid, float scale, SymInt[] axes,"
+    " bool with_lse, str backend) -> (Tensor, Tensor)"
 )
 _library.define(
-    "backward(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? out, Tensor? lse, Tensor do, Tensor? dlse,"
-    " float scale, SymInt[] axes, bool with_lse, str backend) -> (Tensor, Tensor, Tensor, Tensor)"
+    "backward(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? scales, Tensor? valid, Tensor? out, Tensor? lse,"
+    " Tensor do, Tensor? dlse, float scale, SymInt[] axes, bool with_lse, str backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 
 @torch.library.impl(_library, "forward", "CompositeExplicitAutograd")
-def _forward_operator(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *call: Any) -> Tensors:
-    return _run_forward(q, k, v, bias, Call.unflatten(*call).checked(q))
+def _forward_operator(*tensors_and_call: Any) -> Tensors:
+    inputs, _, call = _taken(tensors_and_call)
+    return _run_forward(inputs, call.checked(inputs.q))
 
 
 @torch.library.impl(_library, "backward", "CompositeExplicitAutograd")
 def _backward_operator(*tensors_and_call: Any) -> Tensors:
-    *tensors, scale, axes, with_lse, backend = tensors_and_call
-    return _run_backward(*tensors, Call.unflatten(scale, axes, with_lse, backend).checked(tensors[0]))
+    inputs, (out, lse, do, dlse), call = _taken(tensors_and_call)
+    return _run_backward(inputs, out, lse, do, dlse, call.checked(inputs.q))
 
 
 @torch.library.register_fake("isa_triton::forward", lib=_library)
-def _fake_forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *call: Any) -> Tensors:
-    return empty_outputs(q, v, Call.unflatten(*call).with_lse)
+def _fake_forward(*tensors_and_call: Any) -> Tensors:
+    inputs, _, call = _taken(tensors_and_call)
+    return empty_outputs(inputs, call.with_lse)
 
 
 @torch.library.register_fake("isa_triton::backward", lib=_library)
-def _fake_backward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *_: Any) -> Tensors:
-    return empty_gradients(q, k, v, bias)
+def _fake_backward(*tensors_and_call: Any) -> Tensors:
+    return empty_gradients(_taken(tensors_and_call)[0])
 
 
-def _forward_flops(q: Any, k: Any, v: Any, bias: Any, *call: Any, **_: Any) -> int:
-    return _matmul_flops(q, Call.unflatten(*call), widths=q[-1] + v[-1])
+def _taken(tensors_and_call: Sequence[Any]) -> tuple[Inputs, Sequence[Any], Call]:
+    """What an operator was given: the inputs, what there is beside them, the call."""
+    n, call = len(Inputs._fields), len(Call._fields)
+    return Inputs(*tensors_and_call[:n]), tensors_and_call[n:-call], Call.unflatten(*tensors_and_call[-call:])
+
+
+def _forward_flops(q: Any, k: Any, v: Any, *rest: Any, **_: Any) -> int:
+    return _matmul_flops(q, Call.unflatten(*rest[-4:]), widths=q[-1] + v[-1])
 
 
 def _backward_flops(q: Any, k: Any, v: Any, *rest: Any, **_: Any) -> int:
@@ -99,64 +112,72 @@ def _is_operator(call: Call, *tensors: Tensor | None) -> bool:
     return BY_NAME[call.backend].OPAQUE and _tracing.wants_operators([x for x in tensors if x is not None])
 
 
-def _run_forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, call: Call) -> Tensors:
-    return BY_NAME[call.backend].forward(q, k, v, bias, call)
+def _run_forward(inputs: Inputs, call: Call) -> Tensors:
+    return BY_NAME[call.backend].forward(inputs, call)
 
 
-def _run_backward(*tensors_and_call: Any) -> Tensors:
-    return BY_NAME[tensors_and_call[-1].backend].backward(*tensors_and_call)
+def _run_backward(inputs: Inputs, out: Any, lse: Any, do: Tensor, dlse: Any, call: Call) -> Tensors:
+    return BY_NAME[call.backend].backward(inputs, out, lse, do, dlse, call)
 
 
 # -- derivatives -------------------------------------------------------------------------------------------------------
 
 
 class _Attention(torch.autograd.Function):
-    """q, k, v, bias, call -> out, lse."""
+    """inputs, call -> out, lse."""
 
     @staticmethod
-    def run(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, call: Call) -> Tensors:
-        if _is_operator(call, q, k, v, bias):
-            return torch.ops.isa_triton.forward.default(q, k, v, bias, *call.flat())
-        return _run_forward(q, k, v, bias, call)
+    def run(
+        q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scales: Tensor | None, valid: Tensor | None, call: Call
+    ) -> Tensors:
+        inputs = Inputs(q, k, v, bias, scales, valid)
+        if _is_operator(call, *inputs):
+            return torch.ops.isa_triton.forward.default(*inputs, *call.flat())
+        return _run_forward(inputs, call)
 
     @staticmethod
-    def forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, call: Call) -> Tensors:
+    def forward(
+        q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scales: Tensor | None, valid: Tensor | None, call: Call
+    ) -> Tensors:
         with_lse = call.with_lse or _keeps_output(q, v, call)
-        return _Attention.run(q, k, v, bias, call._replace(with_lse=with_lse))
+        return _Attention.run(q, k, v, bias, scales, valid, call._replace(with_lse=with_lse))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
-        q, k, v, bias, ctx.call = inputs
+        *tensors, ctx.call = inputs
+        q, _, v, *_ = tensors
         keeps = _keeps_output(q, v, ctx.call)
         # A compiler keeps out for what comes after it anyway; told so, it does not keep a view instead, whose strides
         # of any size inductor (torch 2.14) cannot compare.
         out = output[0] if keeps or torch.compiler.is_compiling() else None
-        ctx.save_for_backward(q, k, v, bias, out, output[1] if keeps else None)
-        ctx.save_for_forward(q, k, v, bias)
+        ctx.save_for_backward(*tensors, out, output[1] if keeps else None)
+        ctx.save_for_forward(*tensors)
         ctx.set_materialize_grads(False)
         if not ctx.call.with_lse:
             ctx.mark_non_differentiable(output[1])
 
     @staticmethod
     def backward(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
-        q, k, v, bias, out, lse = ctx.saved_tensors
-        do = q.new_zeros(v.shape) if do is None else do
+        *tensors, out, lse = ctx.saved_tensors
+        inputs = Inputs(*tensors)
+        do = inputs.q.new_zeros(inputs.value_shape) if do is None else do
         dlse = dlse if ctx.call.with_lse else None  # a compiler passes zeros where autograd passes None
-        dq, dk, dv, dbias = gradients(q, k, v, bias, out, lse, do, dlse, ctx.call)
-        return dq, dk, dv, None if bias is None else dbias, None
+        found = gradients(inputs, out, lse, do, dlse, ctx.call)
+        given = (None if x is None else gradient for x, gradient in zip(inputs, found, strict=False))
+        return *given, *NONE, None
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, q: Tensor, k: Tensor, v: Tensor, bias: Any, call: Call) -> tuple[Any, Any]:
-        n, at = info.batch_size, 1 + len(call.partition)  # of the heads
-        places = at, at, at, 0
-        folded = (_fold(x, dim, n, heads) for x, dim, heads in zip((q, k, v, bias), in_dims, places, strict=False))
+    def vmap(info: Any, in_dims: Any, *inputs: Any) -> tuple[Any, Any]:
+        n, (*tensors, call) = info.batch_size, inputs
+        at = 1 + len(call.partition)  # of the heads
+        folded = _folded_inputs(tensors, in_dims, n, at)
         out, lse = _apply(_Attention, *folded, call)
         results = _unfold(out, n, at), _unfold(lse, n, at) if call.with_lse else lse
         return results, (at, at if call.with_lse else None)
 
 
 class _AttentionBackward(torch.autograd.Function):
-    """q, k, v, bias, out, lse, do, dlse, call -> dq, dk, dv, dbias."""
+    """inputs, out, lse, do, dlse, call -> dq, dk, dv, dbias, dscales."""
 
     @staticmethod
     def run(
@@ -164,52 +185,66 @@ class _AttentionBackward(torch.autograd.Function):
         k: Tensor,
         v: Tensor,
         bias: Tensor | None,
+        scales: Tensor | None,
+        valid: Tensor | None,
         out: Tensor | None,
         lse: Tensor | None,
         do: Tensor,
         dlse: Tensor | None,
         call: Call,
     ) -> Tensors:
-        if _is_operator(call, q, k, v, bias, do, dlse):
-            return torch.ops.isa_triton.backward.default(q, k, v, bias, out, lse, do, dlse, *call.flat())
-        return _run_backward(q, k, v, bias, out, lse, do, dlse, call)
+        inputs = Inputs(q, k, v, bias, scales, valid)
+        if _is_operator(call, *inputs, do, dlse):
+            return torch.ops.isa_triton.backward.default(*inputs, out, lse, do, dlse, *call.flat())
+        return tuple(_run_backward(inputs, out, lse, do, dlse, call))
 
     forward = run
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
-        q, k, v, bias, _, _, do, dlse, ctx.call = inputs
-        ctx.save_for_backward(q, k, v, bias, do, dlse)
-        ctx.save_for_forward(q, k, v, bias, do, dlse)
+        *tensors, _, _, do, dlse, ctx.call = inputs
+        ctx.save_for_backward(*tensors, do, dlse)
+        ctx.save_for_forward(*tensors, do, dlse)
 
     @staticmethod
-    def _plain(call: Call) -> Callable[..., Tensors]:
-        """The gradients as a function of q, k, v, bias, do and dlse; out and lse are functions of those."""
+    def _plain(call: Call, valid: Tensor | None) -> Callable[..., Tensors]:
+        """The gradients as a function of q, k, v, bias, scales, do and dlse; out and lse are functions of those."""
 
-        def gradients(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, do: Tensor, dlse: Tensor | None) -> Tensors:
-            def f(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensors:
-                out, lse = plain.attention(q, k, v, bias, call.scale, call.partition)
+        def gradients(*tensors: Any) -> Tensors:
+            *inputs, do, dlse = tensors
+
+            def f(*inputs: Any) -> Tensors:
+                out, lse = plain.attention(Inputs(*(*inputs, valid)), call.scale, call.partition)
                 return (out,) if dlse is None else (out, lse)
 
-            dq, dk, dv, dbias = _pull_back(f, (q, k, v, bias), (do,) if dlse is None else (do, dlse))
-            return dq, dk, dv, q.new_empty(0) if dbias is None else dbias
+            found = _pull_back(f, inputs, (do,) if dlse is None else (do, dlse))
+            return tuple(do.new_empty(0) if gradient is None else gradient for gradient in found)
 
         return gradients
 
     @staticmethod
+    def _inputs(tensors: Sequence[Any]) -> tuple[Sequence[Any], Any]:
+        """What the gradients depend on, and valid, of what was saved."""
+        *inputs, valid, do, dlse = tensors
+        return (*inputs, do, dlse), valid
+
+    @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
-        dq, dk, dv, dbias, ddo, ddlse = _pull_back(_AttentionBackward._plain(ctx.call), ctx.saved_tensors, cotangents)
-        return dq, dk, dv, dbias, None, None, ddo, ddlse, None
+        tensors, valid = _AttentionBackward._inputs(ctx.saved_tensors)
+        *found, ddo, ddlse = _pull_back(_AttentionBackward._plain(ctx.call, valid), tensors, cotangents)
+        return *found, *NONE, None, None, ddo, ddlse, None
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *inputs: Any) -> tuple[Any, Any]:
         n, (*tensors, call) = info.batch_size, inputs
-        has_bias, at = tensors[3] is not None, 1 + len(call.partition)  # of the heads
-        places = at, at, at, 0, at, at, at, at
-        folded = (_fold(x, dim, n, heads) for x, dim, heads in zip(tensors, in_dims, places, strict=False))
-        *gradients, dbias = _apply(_AttentionBackward, *folded, call)
-        outputs = [_unfold(x, n, at) for x in gradients] + [_unfold(dbias, n, heads=0) if has_bias else dbias]
-        return tuple(outputs), (at, at, at, 0 if has_bias else None)
+        given, at = len(Inputs._fields), 1 + len(call.partition)  # of the heads
+        folded = [*_folded_inputs(tensors[:given], in_dims, n, at)]
+        folded += [_fold(x, dim, n, at) for x, dim in zip(tensors[given:], in_dims[given:], strict=False)]
+        found = _apply(_AttentionBackward, *folded, call)
+        bias = folded[3]
+        places = at, at, at, None if bias is None else bias.dim() - 3, None if folded[4] is None else 0
+        unfolded = (x if heads is None else _unfold(x, n, heads) for x, heads in zip(found, places, strict=True))
+        return tuple(unfolded), places
 
 
 def _keeps_output(q: Tensor, v: Tensor, call: Call) -> bool:
@@ -219,18 +254,22 @@ def _keeps_output(q: Tensor, v: Tensor, call: Call) -> bool:
 class _AttentionForwardMode(_Attention):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, Tensor | None]:
-        def f(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensors:
-            return plain.attention(q, k, v, bias, ctx.call.scale, ctx.call.partition)
+        *tensors, valid = ctx.saved_tensors[: len(Inputs._fields)]
 
-        out, lse = _push_forward(f, ctx.saved_tensors[:4], tangents[:4])
+        def f(*tensors: Any) -> Tensors:
+            return plain.attention(Inputs(*(*tensors, valid)), ctx.call.scale, ctx.call.partition)
+
+        out, lse = _push_forward(f, tensors, tangents[:DIFFERENTIABLE])
         return out, lse if ctx.call.with_lse else None
 
 
 class _AttentionBackwardForwardMode(_AttentionBackward):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensors:
-        tangents = (*tangents[:4], *tangents[6:8])  # all but those of out and lse
-        return _push_forward(_AttentionBackward._plain(ctx.call), ctx.saved_tensors, tangents)
+        given = len(Inputs._fields)
+        tangents = (*tangents[:DIFFERENTIABLE], *tangents[given + 2 : given + 4])  # all but those of out and lse
+        tensors, valid = _AttentionBackward._inputs(ctx.saved_tensors)
+        return _push_forward(_AttentionBackward._plain(ctx.call, valid), tensors, tangents)
 
 
 _FORWARD_MODE: dict[Any, Any] = {_Attention: _AttentionForwardMode, _AttentionBackward: _AttentionBackwardForwardMode}
@@ -250,8 +289,8 @@ def _apply(function: Any, *inputs: Any) -> Any:
 
 
 def _setup_operator(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
-    q, k, v, bias, *call = inputs
-    _Attention.setup_context(ctx, (q, k, v, bias, Call.unflatten(*call)), output)
+    tensors, _, call = _taken(inputs)
+    _Attention.setup_context(ctx, (*tensors, call), output)
 
 
 def _differentiate_operator(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
@@ -265,9 +304,19 @@ torch.library.register_autograd(
 )
 
 
-def _fold(x: Tensor | None, dim: int | None, n: int, heads: int) -> Tensor | None:
+def _folded_inputs(tensors: Sequence[Any], dims: Sequence[Any], n: int, at: int) -> Sequence[Any]:
+    """`Inputs` whose vmapped dimension has become more heads, which stand at `at`."""
+    q, k, v, bias, scales, valid = tensors
+    if valid is not None and dims[5] is not None:
+        raise NotImplementedError("torch.func.vmap has no `valid` of its own for each call: make them one batch")
+    of_bias = None if bias is None else bias.dim() - 3 - (dims[3] is not None)
+    places = at, at, at, of_bias, 0
+    return *(_fold(x, dim, n, i) for x, dim, i in zip((q, k, v, bias, scales), dims, places, strict=False)), valid
+
+
+def _fold(x: Tensor | None, dim: int | None, n: int, heads: int | None) -> Tensor | None:
     """A vmapped dimension becomes more heads: all that attention does is independent for every head."""
-    if x is None:
+    if x is None or heads is None:
         return None
     x = x.movedim(dim, heads) if dim is not None else x.unsqueeze(heads).expand(*x.shape[:heads], n, *x.shape[heads:])
     return x.flatten(heads, heads + 1)

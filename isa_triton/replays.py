@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import _tracing, ops
 from .backend import triton
-from .backend.contract import Call
+from .backend.contract import Call, Inputs
 from .partition import Partition
 
 MOST = 4096  # calls that are known at a time
@@ -52,7 +52,8 @@ def again(key: Key, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tup
 
 def remember(key: Key, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, call: Call) -> None:
     """Know a call from now on, if it can be repeated."""
-    if call.backend == "triton" and triton.can_replay(q, k, v, bias) and key not in _KNOWN:
+    shared = q.shape[-2] != k.shape[-2]
+    if call.backend == "triton" and not shared and triton.can_replay(q, k, v, bias) and key not in _KNOWN:
         if len(_KNOWN) >= MOST:
             _KNOWN.clear()
         with_lse = call.with_lse or (key[0] and triton.keeps_output(q, v, call.partition))
@@ -93,7 +94,8 @@ class _Again(torch.autograd.Function):
         like = None if torch.is_grad_enabled() else _likeness([x for x in tensors if x is not None])
         if like is not None and (again := known.backward.get(like)) is not None and again.launch.is_here():
             return None, *again(*tensors)
-        dq, dk, dv, dbias = ops.gradients(*tensors, None, known.call)
+        q, k, v, bias, out, lse, _ = tensors
+        dq, dk, dv, dbias, _ = ops.gradients(Inputs(q, k, v, bias), out, lse, do, None, known.call)
         if like is not None and triton.can_replay(*tensors):
             known.backward[like] = triton.BackwardReplay(known.call, *tensors)
         return None, dq, dk, dv, None if tensors[3] is None else dbias

@@ -13,6 +13,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from isa_triton import Partition, partitioned_attention, partitioned_attention_with_lse
 from isa_triton.backend import plain
+from isa_triton.backend.contract import Inputs
 from tests import guard
 from tests.cases import assert_same, qkv, relative_error
 from tests.kernel_cases import FORMS, inputs_of, launched, of_groups, tiles_of
@@ -30,7 +31,7 @@ every_form = pytest.mark.parametrize("form", FORMS)
 def attention(route: str, partition: Partition) -> Attention:
     """out and lse of q, k, v and bias by one of the ways to compute them."""
     if route == "plain":
-        return lambda q, k, v, bias: plain.attention(q, k, v, bias, q.shape[-1] ** -0.5, partition)
+        return lambda q, k, v, bias: plain.attention(Inputs(q, k, v, bias), q.shape[-1] ** -0.5, partition)
     return lambda q, k, v, bias: partitioned_attention_with_lse(q, k, v, partition, bias=bias, backend=route)
 
 

@@ -3,7 +3,11 @@
 Shapes, here and wherever backends are spoken of; [H, W] stands for the map, a line [L] or a volume [D, H, W] alike:
 
     q, k, dq, dk    [B, H, W, heads, K]        v, out, do, dv    [B, H, W, heads, V]
-    lse, dlse       [B, H, W, heads]           bias, dbias       [heads, tokens, tokens] or None
+    lse, dlse       [B, H, W, heads]           bias, dbias       [heads, tokens, tokens], [B, heads, tokens, tokens]
+                                                                 or None
+    valid           [B, H, W] or None          scales, dscales   [heads] or None
+
+k and v, and dk and dv, may have fewer heads, which divide those of q.
 """
 
 from __future__ import annotations
@@ -15,6 +19,39 @@ import torch
 from torch import Tensor
 
 from ..partition import Partition, check_partition
+
+
+class Inputs(NamedTuple):
+    """The tensors of an attention.
+
+    Attributes:
+        q, k, v: on the map.
+        bias: added to the scores, in any floating dtype; for all maps or for each.
+        scales: of the heads, by which their scores are multiplied beside the call's scale.
+        valid: which pixels exist, bool: others are never attended, and their out and gradients are zero.
+
+    Examples:
+        >>> q = torch.zeros(1, 4, 6, 4, 16)
+        >>> Inputs(q, q[:, :, :, :2], q[:, :, :, :2]).share  # heads of q that have one of k and v
+        2
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    bias: Tensor | None = None
+    scales: Tensor | None = None
+    valid: Tensor | None = None
+
+    @property
+    def share(self) -> int:
+        """How many heads of q each head of k and v serves."""
+        return self.q.shape[-2] // max(1, self.k.shape[-2])
+
+    @property
+    def value_shape(self) -> tuple[int, ...]:
+        """Of out: v's, with the heads of q."""
+        return *self.q.shape[:-1], self.v.shape[-1]
 
 
 class Call(NamedTuple):
@@ -68,33 +105,25 @@ class Backend(Protocol):
         >>> from isa_triton.backend import eager
         >>> backend: Backend = eager
         >>> q, call = torch.zeros(1, 4, 6, 1, 16), Call(0.25, Partition.rows((4, 6)), with_lse=True, backend="eager")
-        >>> out, lse = backend.forward(q, q, q, None, call)
+        >>> out, lse = backend.forward(Inputs(q, q, q), call)
         >>> out.shape, lse.shape
         (torch.Size([1, 4, 6, 1, 16]), torch.Size([1, 4, 6, 1]))
     """
 
     OPAQUE: bool
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
+    def forward(self, inputs: Inputs, call: Call) -> tuple[Tensor, Tensor]:
         """``out = softmax(scale q k^T + bias) v`` inside every group, and lse, the log-sum-exp of its scores.
 
-        0 and minus infinity for a query whose bias is minus infinity for every key in the map; its gradients are 0.
+        0 and minus infinity for a query without a key, because none is valid or its bias is minus infinity for every
+        key in the map, and for one that is not valid; its gradients are 0.
         Both as `empty_outputs` makes them; lse means something if `call.with_lse`.
         """
 
     def backward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        bias: Tensor | None,
-        out: Tensor | None,
-        lse: Tensor | None,
-        do: Tensor,
-        dlse: Tensor | None,
-        call: Call,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """dq, dk, dv and dbias, as `empty_gradients` makes them, from the gradients of out and lse (None: zero).
+        self, inputs: Inputs, out: Tensor | None, lse: Tensor | None, do: Tensor, dlse: Tensor | None, call: Call
+    ) -> Gradients:
+        """The gradients, as `empty_gradients` makes them, from those of out and lse (None: zero).
 
         out and lse are what forward returned, where `keeps_output` said that they are needed.
         """
@@ -113,25 +142,38 @@ def lse_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def empty_outputs(q: Tensor, v: Tensor, with_lse: bool) -> tuple[Tensor, Tensor]:
+def empty_outputs(inputs: Inputs, with_lse: bool) -> tuple[Tensor, Tensor]:
     """Uninitialised out and lse (of no elements where it is not wanted).
 
     Examples:
         >>> q = torch.zeros(1, 4, 6, 1, 16)
-        >>> [tuple(x.shape) for x in empty_outputs(q, q, with_lse=False)]
+        >>> [tuple(x.shape) for x in empty_outputs(Inputs(q, q, q), with_lse=False)]
         [(1, 4, 6, 1, 16), (0,)]
     """
-    out = torch.empty_like(v, memory_format=torch.contiguous_format)
-    return out, q.new_empty(q.shape[:-1] if with_lse else 0, dtype=lse_dtype(q.dtype))
+    q = inputs.q
+    lse = q.new_empty(q.shape[:-1] if with_lse else 0, dtype=lse_dtype(q.dtype))
+    return q.new_empty(inputs.value_shape), lse
 
 
-def empty_gradients(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Uninitialised dq, dk, dv and dbias (of no elements where there is no bias).
+class Gradients(NamedTuple):
+    """Those of `Inputs`; dbias and dscales are of no elements where there is no bias, or no scales."""
+
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+    dbias: Tensor
+    dscales: Tensor
+
+
+def empty_gradients(inputs: Inputs) -> Gradients:
+    """Uninitialised.
 
     Examples:
         >>> q = torch.zeros(1, 4, 6, 1, 16)
-        >>> [tuple(x.shape) for x in empty_gradients(q, q, q, bias=None)]
-        [(1, 4, 6, 1, 16), (1, 4, 6, 1, 16), (1, 4, 6, 1, 16), (0,)]
+        >>> [tuple(x.shape) for x in empty_gradients(Inputs(q, q, q))]
+        [(1, 4, 6, 1, 16), (1, 4, 6, 1, 16), (1, 4, 6, 1, 16), (0,), (0,)]
     """
+    q, k, v, bias, scales, _ = inputs
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    return dq, dk, dv, q.new_empty(0 if bias is None else bias.shape)
+    dbias, dscales = (q.new_empty(0) if x is None else x.new_empty(x.shape) for x in (bias, scales))
+    return Gradients(dq, dk, dv, dbias, dscales)

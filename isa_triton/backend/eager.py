@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..axis import Run
 from ..partition import Partition
-from .contract import Call, empty_gradients, empty_outputs, lse_dtype
+from .contract import Call, Gradients, Inputs, empty_gradients, empty_outputs, lse_dtype
 
 OPAQUE = False  # PyTorch's own operators, which modes may look into
 
@@ -30,19 +30,19 @@ def keeps_output(q: Tensor, v: Tensor, partition: Partition) -> bool:
     return False
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
+def forward(inputs: Inputs, call: Call) -> tuple[Tensor, Tensor]:
     """``out = softmax(scale q k^T + bias) v`` inside every group, and lse, the log-sum-exp of its scores (or empty)."""
     if call.partition.wraps:
-        q, k, v = (_roll(x, call.partition) for x in (q, k, v))
-        out, lse = forward(q, k, v, bias, _unrolled(call))
+        out, lse = forward(_rolled(inputs, call.partition), _unrolled(call))
         return _roll_back(out, call.partition), _roll_back(lse, call.partition) if call.with_lse else lse
     scale, partition, with_lse, _ = call
-    out, lse = empty_outputs(q, v, with_lse)
-    if not with_lse and _sdpa_is_faster(q, v):
+    inputs = _spread(inputs)
+    (q, k, v, bias, _, valid), (out, lse) = inputs, empty_outputs(inputs, with_lse)
+    if not with_lse and _sdpa_is_faster(inputs):
         _sdpa_forward(q, k, v, bias, call, out)
         return out, lse
     maps = {"q": q, "k": k, "v": v, "out": out} | ({"lse": lse[..., None]} if with_lse else {})
-    for chunk in _chunks(partition, maps, bias):
+    for chunk in _chunks(partition, maps, inputs):
         qs, ks, vs = chunk.load("q"), chunk.load("k"), chunk.load("v")  # [n, T, width]
         o, l = chunk.scratch("o", vs.shape), lse.new_empty(vs.shape[:2])
         for rows in chunk.query_blocks:
@@ -53,6 +53,10 @@ def forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, call: Call) ->
         chunk.store("out", o)
         if with_lse:
             chunk.store("lse", l)
+    if valid is not None:
+        out.masked_fill_(~valid[..., None, None], 0)
+        if with_lse:
+            lse.masked_fill_(~valid[..., None], -torch.inf)
     return out, lse
 
 
@@ -81,38 +85,35 @@ def _sdpa_forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, call: Ca
 
 
 def backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    out: Tensor | None,
-    lse: Tensor | None,
-    do: Tensor,
-    dlse: Tensor | None,
-    call: Call,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients dq, dk, dv, dbias (or empty) of `forward`, from its inputs alone: scores S are computed again.
+    inputs: Inputs, out: Tensor | None, lse: Tensor | None, do: Tensor, dlse: Tensor | None, call: Call
+) -> Gradients:
+    """The gradients of `forward`, from its inputs alone: scores S are computed again.
 
     ``P = softmax(S)``, ``dv = P^T do``, ``dP = do v^T``, ``dS = P (dP - rowsum(P dP) + dlse)``,
-    ``dq = scale dS k``, ``dk = scale dS^T q``, and dbias is dS summed over batch and groups.
+    ``dq = scale dS k``, ``dk = scale dS^T q``, dbias is dS summed over the groups, and over the batch if all maps share
+    it; dscales is S's part without them times dS, ``q . dq`` before dq has its head's.
     """
     if call.partition.wraps:
-        q, k, v, do = (_roll(x, call.partition) for x in (q, k, v, do))
         dlse = None if dlse is None else _roll(dlse, call.partition)
-        *gradients, dbias = backward(q, k, v, bias, None, None, do, dlse, _unrolled(call))
-        dq, dk, dv = (_roll_back(x, call.partition) for x in gradients)
-        return dq, dk, dv, dbias
-    scale, partition = call.scale, call.partition
-    dq, dk, dv, dbias = empty_gradients(q, k, v, bias)
+        found = backward(_rolled(inputs, call.partition), None, None, _roll(do, call.partition), dlse, _unrolled(call))
+        dq, dk, dv = (_roll_back(x, call.partition) for x in found[:3])
+        return found._replace(dq=dq, dk=dk, dv=dv)
+    scale, partition, of_keys = call.scale, call.partition, inputs.k.shape[-2]
+    inputs = _spread(inputs)
+    (q, k, v, _, _, valid), (dq, dk, dv, dbias, dscales) = inputs, empty_gradients(inputs)
+    if valid is not None:
+        do = do.masked_fill(~valid[..., None, None], 0)
+        dlse = None if dlse is None else dlse.masked_fill(~valid[..., None], 0)
     dbias_sum = dbias.new_zeros(dbias.shape, dtype=lse_dtype(dbias.dtype))
+    dscales_sum = dscales.new_zeros(dscales.shape, dtype=lse_dtype(dscales.dtype))
     maps = {"q": q, "k": k, "v": v, "do": do, "dq": dq, "dk": dk, "dv": dv}
     if dlse is not None:
         maps["dlse"] = dlse[..., None]
-    for chunk in _chunks(partition, maps, bias):
+    for chunk in _chunks(partition, maps, inputs):
         qs, ks, vs, dos = chunk.load("q"), chunk.load("k"), chunk.load("v"), chunk.load("do")  # [n, T, width]
         dqs, dks, dvs = (chunk.scratch(name, x.shape) for name, x in (("dqs", qs), ("dks", ks), ("dvs", vs)))
         dls = None if dlse is None else chunk.load("dlse")  # [n, T, 1]
-        db = None if chunk.bias is None else dbias_sum.new_empty(chunk.bias.shape)
+        db = None if chunk.bias is None else dbias_sum.new_empty(chunk.bias.shape)  # [b or 1, 1, heads, T, T]
         for rows in chunk.query_blocks:
             add = 0 if rows.start == 0 else 1  # the first block of queries overwrites dk and dv, the others add
             dp, p = chunk.softmax_scores(qs[:, rows], ks, rows, scale)  # the scores' memory becomes dP's
@@ -122,15 +123,32 @@ def backward(
             if dls is not None:
                 ds.addcmul_(p, dls[:, rows])
             if db is not None:
-                db[:, rows] = ds.unflatten(0, (-1, db.shape[0])).sum(0, dtype=db.dtype)
+                of_all = (0, 1) if db.shape[0] == 1 else (1,)
+                db[..., rows, :] = chunk.by_heads(ds).sum(of_all, keepdim=True, dtype=db.dtype)
             torch.baddbmm(dqs[:, rows], ds, ks, beta=0, alpha=scale, out=dqs[:, rows])
             torch.baddbmm(dks, ds.mT, qs[:, rows], beta=add, alpha=scale, out=dks)
+        if chunk.scales is not None:
+            products = (chunk.by_heads(qs) * chunk.by_heads(dqs)).sum((0, 1, 3, 4), dtype=dscales_sum.dtype)
+            dscales_sum[chunk.heads] += products
+            for gradient in (dqs, dks):
+                chunk.by_heads(gradient).mul_(chunk.scales)
         for name, gradient in (("dq", dqs), ("dk", dks), ("dv", dvs)):
             chunk.store(name, gradient)
         if db is not None:
             view = chunk.view_bias(dbias_sum)
             view.add_(db.view(view.shape))
-    return dq, dk, dv, dbias.copy_(dbias_sum)
+    dk, dv = (x.unflatten(-2, (of_keys, -1)).sum(-2) if of_keys < x.shape[-2] else x for x in (dk, dv))
+    return Gradients(dq, dk, dv, dbias.copy_(dbias_sum), dscales.copy_(dscales_sum))
+
+
+def _spread(inputs: Inputs) -> Inputs:
+    """With a head of k and v for each of q, and zeros where no pixel is valid."""
+    q, k, v, bias, scales, valid = inputs
+    if inputs.share > 1:
+        k, v = (x.repeat_interleave(inputs.share, -2) for x in (k, v))
+    if valid is not None:
+        q, k, v = (x.masked_fill(~valid[..., None, None], 0) for x in (q, k, v))
+    return Inputs(q, k, v, bias, scales, valid)
 
 
 class _Scratch:
@@ -164,16 +182,24 @@ class _Chunk:
         piece: tuple[Run, ...],
         views: dict[str, Tensor],  # of the chunk, [b, groups_h, groups_w, heads, tokens_h, tokens_w, width] each, or of
         # as many groups and tokens as there are axes
-        bias: Tensor | None,
+        inputs: Inputs,
+        maps: slice,
         heads: slice,
         query_blocks: tuple[slice, ...],  # of a group's T tokens
         scratch: _Scratch,
     ) -> None:
-        self._partition, self._piece, self._views, self._heads = partition, piece, views, heads
+        self._partition, self._piece, self._views, self._maps, self.heads = partition, piece, views, maps, heads
+        bias, scales = inputs.bias, inputs.scales
+        self._shape = views["q"].shape[0], views["q"].shape[1 + len(partition)]  # maps and heads
         self._tokens = math.prod(run.tokens for run in piece)
         self.query_blocks, self.scratch = query_blocks, scratch
-        self.bias = None if bias is None else self.view_bias(bias).reshape(-1, self._tokens, self._tokens)
-        self._keyless = None if self.bias is None else (self.bias == -torch.inf).all(-1, keepdim=True)  # [heads, T, 1]
+        self.bias = None  # [b or 1, 1, heads, T, T]
+        if bias is not None:
+            here = self.view_bias(bias)
+            self.bias = here.reshape(len(here), 1, -1, self._tokens, self._tokens)
+        self._keyless = None if self.bias is None else (self.bias == -torch.inf).all(-1, keepdim=True)
+        self.scales = None if scales is None else scales[heads, None, None].to(scratch.dtype)  # [heads, 1, 1]
+        self._outside = self.load("valid").mT == 0 if "valid" in views else None  # [n, 1, T]
 
     def load(self, name: str) -> Tensor:
         """The chunk of a map as [n, T, width], copied to scratch memory."""
@@ -186,23 +212,37 @@ class _Chunk:
         view.copy_(values.view(view.shape))
 
     def view_bias(self, bias: Tensor) -> Tensor:
-        """Bias of the chunk's heads, a view: [heads, T, T] or [heads, t_h, t_w, t_h, t_w]."""
-        return _crop(bias, self._partition, self._piece)[self._heads]
+        """Bias of the chunk's maps and heads, a view: [b or 1, heads, T, T] or [..., t_h, t_w, t_h, t_w]."""
+        bias = _crop(bias, self._partition, self._piece)
+        return (bias[None] if bias.dim() % 2 else bias[self._maps])[:, self.heads]
+
+    def by_heads(self, values: Tensor) -> Tensor:
+        """values [n, rows, ...] as [b, groups, heads, rows, ...]."""
+        maps, heads = self._shape
+        return values.view(maps, -1, heads, *values.shape[1:])
 
     def softmax_scores(self, q: Tensor, k: Tensor, rows: slice, scale: float) -> tuple[Tensor, Tensor]:
         """Scores S = scale q k^T + bias of a block of queries, and softmax(S), 0 without keys; both [n, rows, T]."""
         s = self.scratch("s", (*q.shape[:2], k.shape[1]))
         torch.baddbmm(s, q, k.mT, beta=0, alpha=scale, out=s)
+        if self.scales is not None:
+            self.by_heads(s).mul_(self.scales)
         if self.bias is not None:
-            s.unflatten(0, (-1, self.bias.shape[0])).add_(self.bias[:, rows])
+            self.by_heads(s).add_(self.bias[..., rows, :])
+        if self._outside is not None:
+            s.masked_fill_(self._outside, -torch.inf)
         p = torch.softmax(s, -1, out=self.scratch("p", s.shape))
-        if self._keyless is not None:
-            p.unflatten(0, (-1, self._keyless.shape[0])).masked_fill_(self._keyless[:, rows], 0)
+        if self._outside is not None:
+            p.masked_fill_(s.amax(-1, keepdim=True) == -torch.inf, 0)
+        elif self._keyless is not None:
+            self.by_heads(p).masked_fill_(self._keyless[..., rows, :], 0)
         return s, p
 
 
-def _chunks(partition: Partition, maps: dict[str, Tensor], bias: Tensor | None) -> Iterator[_Chunk]:
+def _chunks(partition: Partition, maps: dict[str, Tensor], inputs: Inputs) -> Iterator[_Chunk]:
     q, v, n = maps["q"], maps["v"], len(partition)
+    if inputs.valid is not None:
+        maps = maps | {"valid": inputs.valid[..., None, None].expand(*q.shape[:-1], 1)}
     scratch = _Scratch(q)
     budget = _chunk_bytes(q) // scratch.dtype.itemsize
     for piece in partition.pieces():
@@ -213,7 +253,8 @@ def _chunks(partition: Partition, maps: dict[str, Tensor], bias: Tensor | None) 
         views = {name: partition.view(x, piece).movedim(-2, 1 + n) for name, x in maps.items()}
         for box in _boxes(views["q"].shape[: 2 + n], attentions):
             chunk = {name: x[box] for name, x in views.items()} if box else views
-            yield _Chunk(partition, piece, chunk, bias, box[1 + n] if box else slice(None), query_blocks, scratch)
+            which = (box[0], box[1 + n]) if box else (slice(None), slice(None))
+            yield _Chunk(partition, piece, chunk, inputs, *which, query_blocks, scratch)
 
 
 def _boxes(extents: Sequence[int], volume: int) -> Iterator[tuple[slice, ...]]:
@@ -229,12 +270,15 @@ def _boxes(extents: Sequence[int], volume: int) -> Iterator[tuple[slice, ...]]:
         yield tuple(slice(start, start + step) for start, step in zip(corner, steps, strict=True))
 
 
-def _sdpa_is_faster(q: Tensor, v: Tensor) -> bool:
+def _sdpa_is_faster(inputs: Inputs) -> bool:
     """Whether torch's scaled_dot_product_attention beats matmul, softmax, matmul on a chunk [n, T, width] in cache.
 
     Its kernels want equal widths. On CPUs it was up to a width of 128 (and slower at ISA's own 256 and 512). Elsewhere
-    it saves the scores' way through memory.
+    it saves the scores' way through memory. It has one scale, and its mask would have to be made for every group.
     """
+    q, _, v, bias, scales, valid = inputs
+    if scales is not None or valid is not None or (bias is not None and bias.dim() == 4):
+        return False
     return q.shape[-1] == v.shape[-1] and (q.device.type != "cpu" or q.shape[-1] <= 128)
 
 
@@ -243,12 +287,18 @@ def _chunk_bytes(x: Tensor) -> int:
 
 
 def _crop(bias: Tensor, partition: Partition, piece: tuple[Run, ...]) -> Tensor:
-    """Bias of the tokens that a piece has inside the map, a view: [heads, T, T] or [heads, t_h, t_w, t_h, t_w]."""
+    """Bias of the tokens that a piece has inside the map, a view: [..., T, T] or [..., t_h, t_w, t_h, t_w]."""
     if math.prod(run.tokens for run in piece) == partition.tokens:
         return bias
     tokens = tuple(axis.tokens for axis in partition)
     inside = tuple(slice(run.token, run.token + run.tokens) for run in piece)
-    return bias.unflatten(2, tokens).unflatten(1, tokens)[(slice(None), *inside, *inside)]
+    return bias.unflatten(-1, tokens).unflatten(-1 - len(tokens), tokens)[(..., *inside, *inside)]
+
+
+def _rolled(inputs: Inputs, partition: Partition) -> Inputs:
+    q, k, v = (_roll(x, partition) for x in inputs[:3])
+    valid = None if inputs.valid is None else _roll(inputs.valid, partition)
+    return inputs._replace(q=q, k=k, v=v, valid=valid)
 
 
 def _roll(x: Tensor, partition: Partition) -> Tensor:

@@ -12,14 +12,17 @@ from torch import Tensor
 
 from ..axis import Axis
 from ..partition import Partition
-from .contract import lse_dtype
+from .contract import Inputs, lse_dtype
 
 
-def attention(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, partition: Partition
-) -> tuple[Tensor, Tensor]:
+def attention(inputs: Inputs, scale: float, partition: Partition) -> tuple[Tensor, Tensor]:
     """out and lse, as `contract.Backend.forward` returns them."""
+    q, k, v, bias, scales, valid = inputs
     size, device, n = partition.size, q.device, len(partition)
+    if inputs.share > 1:
+        k, v = (x.repeat_interleave(inputs.share, -2) for x in (k, v))
+    if valid is not None:
+        q, k, v = (x.masked_fill(~valid[..., None, None], 0) for x in (q, k, v))
     q, k, v = (x.expand(-1, *size, -1, -1) for x in (q, k, v))  # refuses other sizes where a graph meets them
     group, token = torch.arange(partition.groups, device=device), torch.arange(partition.tokens, device=device)
     partition = Partition(*(_of_tensors(axis, device) for axis in partition))
@@ -30,20 +33,32 @@ def attention(
     pixel = torch.where(inside, pixel, 0)
     qs, ks, vs = (t.flatten(1, n)[:, pixel].transpose(2, 3) for t in (q, k, v))  # [B, G, heads, T, width]
     outside = ~inside[:, None, None]  # [G, 1, 1, T]
+    if valid is not None:
+        outside = outside | ~valid.flatten(1)[:, pixel][:, :, None, None]  # [B, G, 1, 1, T]
     s = (scale * (qs @ ks.transpose(-1, -2))).to(lse_dtype(q.dtype))  # in which the largest bias and a score are finite
-    s = (s if bias is None else s + bias).masked_fill(outside, -torch.inf)
-    if bias is not None:  # softmax of no key is NaN, and so are its derivatives: it is not asked for
-        keyless = (outside | (bias == -torch.inf)).all(-1, keepdim=True)  # [G, heads, T, 1]
+    if scales is not None:
+        s = s * scales[:, None, None]
+    if bias is not None:
+        bias = bias if bias.dim() == 3 else bias[:, None]  # [heads, T, T] or [B, 1, heads, T, T]
+        s = s + bias
+    s = s.masked_fill(outside, -torch.inf)
+    keyless = None
+    if bias is not None or valid is not None:  # softmax of no key is NaN, and so are its derivatives: not asked for
+        forbidden = outside if bias is None else outside | (bias == -torch.inf)
+        keyless = forbidden.all(-1, keepdim=True)  # [(B,) G, heads or 1, T or 1, 1]
         s = s.masked_fill(keyless, 0)
     out, lse = s.softmax(-1).to(v.dtype) @ vs, s.logsumexp(-1)
-    if bias is not None:
+    if keyless is not None:
         out, lse = out.masked_fill(keyless, 0), lse.masked_fill(keyless.squeeze(-1), -torch.inf)
 
     grid = [torch.arange(extent, device=device).view(-1, *[1] * (n - i)) for i, extent in enumerate(size, start=1)]
     group, token = partition.seat(*grid)  # [H, W]
     (group, token), axes = torch.broadcast_tensors(group, token), range(n)
     out, lse = out[:, group, :, token], lse[:, group, :, token]  # [H, W, B, heads, ...]
-    return out.permute(n, *axes, n + 1, n + 2), lse.permute(n, *axes, n + 1)
+    out, lse = out.permute(n, *axes, n + 1, n + 2), lse.permute(n, *axes, n + 1)
+    if valid is not None:
+        out, lse = out.masked_fill(~valid[..., None, None], 0), lse.masked_fill(~valid[..., None], -torch.inf)
+    return out, lse
 
 
 def _of_tensors(axis: Axis, device: torch.device) -> Axis:

@@ -19,7 +19,7 @@ from torch import Tensor
 from .. import tiles
 from .._tracing import constant_in_graphs, is_fake
 from ..partition import Partition
-from .contract import Call, empty_gradients, empty_outputs
+from .contract import Call, Gradients, Inputs, empty_gradients, empty_outputs
 
 OPAQUE = True
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -49,53 +49,63 @@ def keeps_output(q: Tensor, v: Tensor, partition: Partition) -> bool:
     return partition.tokens > _longest_group(q.device, q.dtype, *widths)
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
+def forward(inputs: Inputs, call: Call) -> tuple[Tensor, Tensor]:
     """out and lse, by one kernel."""
     from .kernels import launch
 
-    q, k, v, bias = map(_in_memory, (q, k, v, bias))
-    out, lse = empty_outputs(q, v, call.with_lse)
+    q, k, v, bias, scales, valid = inputs = _readable(inputs)
+    out, lse = empty_outputs(inputs, call.with_lse)
+    if valid is not None:  # of pixels that do not exist, kernels write nothing
+        out.zero_()
+        lse.fill_(-torch.inf)
     kept_lse, precision = lse if call.with_lse else None, precision_of(q.dtype, q.device)
     tile = _forward_tile(*_problem(q, v, bias, call.partition))
     with _on(q.device):
-        launch.forward(q, k, v, bias, out, kept_lse, call.scale, call.partition, tile, precision)
+        launch.forward(
+            q, k, v, bias, out, kept_lse, call.scale, call.partition, tile, precision, scales=scales, valid=valid
+        )
     return out, lse
 
 
 def backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    out: Tensor | None,
-    lse: Tensor | None,
-    do: Tensor,
-    dlse: Tensor | None,
-    call: Call,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk, dv and dbias, by one kernel or in passes; out and lse are needed where `keeps_output` says so."""
+    inputs: Inputs, out: Tensor | None, lse: Tensor | None, do: Tensor, dlse: Tensor | None, call: Call
+) -> Gradients:
+    """The gradients, by one kernel or in passes; out and lse are needed where `keeps_output` says so."""
     from .kernels import launch, plan
 
-    q, k, v, bias, do, dlse = map(_in_memory, (q, k, v, bias, do, dlse))
-    dq, dk, dv, dbias = empty_gradients(q, k, v, bias)
+    q, k, v, bias, scales, valid = inputs = _readable(inputs)
+    do, dlse, key_heads = _in_memory(do), _in_memory(dlse), k.shape[-2]
+    dq, dk, dv, dbias, dscales = empty_gradients(inputs)
+    if inputs.share > 1:  # of every head of q, and then added
+        dk, dv = (x.new_empty(*q.shape[:-1], x.shape[-1]) for x in (dk, dv))
+    if valid is not None:
+        for gradient in (dq, dk, dv):
+            gradient.zero_()
     chosen = _backward_tiles(*_problem(q, v, bias, call.partition))
     delta, precision = None if lse is None else torch.empty_like(lse), precision_of(q.dtype, q.device)
     partials = None
     if bias is not None:
-        shape = plan.bias_partials_shape(q.shape[0], q.shape[-2], call.partition, chosen)
+        shape = plan.bias_partials_shape(q.shape[0], q.shape[-2], call.partition, chosen, bias.dim() == 4)
         partials = q.new_empty(shape, dtype=torch.float32)
     with _on(q.device):
         launch.backward(
             q, k, v, bias, out, lse, do, dlse, dq, dk, dv, delta, partials, call.scale, call.partition, chosen,
-            precision,
+            precision, scales=scales, valid=valid,
         )  # fmt: skip
     if partials is not None:
-        dbias.copy_(partials.sum(0))
-    return dq, dk, dv, dbias
+        dbias.copy_(partials.sum(0).view(dbias.shape))
+    if scales is not None:  # dq is without them
+        dscales.copy_((q.float() * dq.float()).sum(tuple({*range(q.dim())} - {q.dim() - 2})))
+        dq *= scales[:, None].to(dq.dtype)
+    if inputs.share > 1:
+        dk, dv = (x.unflatten(-2, (key_heads, -1)).sum(-2) for x in (dk, dv))
+    return Gradients(dq, dk, dv, dbias, dscales)
 
 
 class Replay:
     """`forward` made again, for tensors that differ from these in what they hold only: nothing is chosen again.
+
+    Of calls with as many heads of k and v as of q, without scales and with all pixels valid.
 
     Attributes:
         backward: `BackwardReplay`s of its results, by what tells them apart; the caller's.
@@ -105,17 +115,17 @@ class Replay:
         from .kernels import launch, plan
 
         self.call, self.backward = call, dict[Any, BackwardReplay]()
-        out, lse = empty_outputs(q, v, call.with_lse)
+        out, lse = empty_outputs(Inputs(q, k, v), call.with_lse)
         tile, precision = _forward_tile(*_problem(q, v, bias, call.partition)), precision_of(q.dtype, q.device)
         with _on(q.device):
-            tensors = q, k, v, bias, out, lse if call.with_lse else None
+            tensors = q, k, v, bias, None, None, out, lse if call.with_lse else None
             self.launch = launch.Replay(plan.forward, tensors, call.scale, call.partition, tile, precision)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """out and lse, if the call is with lse."""
         out = torch.empty_like(v, memory_format=torch.contiguous_format)
         lse = q.new_empty(q.shape[:-1], dtype=torch.float32) if self.call.with_lse else None
-        self.launch((q, k, v, bias, out, lse))
+        self.launch((q, k, v, bias, None, None, out, lse))
         return out, lse
 
 
@@ -136,9 +146,10 @@ class BackwardReplay:
         from .kernels import launch, plan
 
         chosen, precision = _backward_tiles(*_problem(q, v, bias, call.partition)), precision_of(q.dtype, q.device)
-        self.partials = plan.bias_partials_shape(q.shape[0], q.shape[-2], call.partition, chosen)
+        per_map = bias is not None and bias.dim() == 4
+        self.partials = plan.bias_partials_shape(q.shape[0], q.shape[-2], call.partition, chosen, per_map)
         with _on(q.device):
-            tensors = q, k, v, bias, out, lse, do, None, *self._empty(q, k, v, bias, lse)
+            tensors = q, k, v, bias, None, None, out, lse, do, None, *self._empty(q, k, v, bias, lse)
             self.launch = launch.Replay(plan.backward, tensors, call.scale, call.partition, chosen, precision)
 
     def __call__(
@@ -146,8 +157,8 @@ class BackwardReplay:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """dq, dk, dv and dbias."""
         dq, dk, dv, delta, partials = self._empty(q, k, v, bias, lse)
-        self.launch((q, k, v, bias, out, lse, do, None, dq, dk, dv, delta, partials))
-        return dq, dk, dv, None if partials is None else partials.sum(0).to(q.dtype)
+        self.launch((q, k, v, bias, None, None, out, lse, do, None, dq, dk, dv, delta, partials))
+        return dq, dk, dv, None if bias is None else partials.sum(0).to(bias.dtype).view(bias.shape)
 
     def _empty(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, lse: Tensor | None) -> tuple[Any, ...]:
         dq, dk, dv = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
@@ -161,6 +172,16 @@ def can_replay(q: Tensor, *others: Tensor | None) -> bool:
 
     as_they_lie = not any(x is not None and x.is_neg() for x in (q, *others))
     return not launch.INTERPRETED and q.device.type in DEVICES and q.numel() > 0 and as_they_lie
+
+
+def _readable(inputs: Inputs) -> Inputs:
+    """As kernels will read them: PyTorch negates lazily, by a bit beside the memory, and truth values are bytes."""
+    q, k, v, bias, scales = map(_in_memory, inputs[:5])
+    scales = None if scales is None else scales.contiguous()
+    valid = inputs.valid
+    if valid is not None:
+        valid = valid.view(torch.uint8)[..., None].expand(q.shape[:-1])
+    return Inputs(q, k, v, bias, scales, valid)
 
 
 def _in_memory(x: Any) -> Any:

@@ -7,7 +7,9 @@ For a query i and a key j of one group, with the gradients do of out and dlse of
     dv_j  = sum_i p_ij do_i                   dp_ij = do_i . v_j
     ds_ij = p_ij (dp_ij - delta_i)            delta_i = sum_j p_ij dp_ij - dlse_i = do_i . out_i - dlse_i
     dq_i  = scale * sum_j ds_ij k_j           dk_j = scale * sum_i ds_ij q_i
-    dbias_ij = sum of ds_ij over maps and groups
+    dbias_ij = sum of ds_ij over maps and groups, or over the groups of its map
+
+Where heads have a `scale` each, a tensor, dq is left without it: the caller needs it so for the gradient of the scales.
 
 dlse enters through delta, for d lse_i / d s_ij = p_ij. A group that fits in one block has all its p and dp on chip: one
 kernel forms the five products, takes delta from the first form, and needs neither out nor lse. Longer groups go in
@@ -31,11 +33,14 @@ from isa_triton.backend.kernels.common import (
     down,
     exp,
     inner_products,
+    items_of,
     load,
     locate,
     pairs,
     rows,
+    scale_of,
     scores,
+    shared,
     store,
     tokens_of,
     unit,
@@ -53,29 +58,30 @@ def one_each(pixels, tokens, OUTSIDE: tl.constexpr):
 @triton.jit
 def store_sum(partials, index, query, key, values):
     """A program's share of dbias, into partials[index] of [slots * heads, tokens, tokens]."""
-    pointer, exists = pairs(partials, index, query, key)
+    pointer, exists = pairs(partials, index.to(tl.int64) * partials.head, query, key)
     tl.store(pointer, values, exists)
 
 
 @triton.jit
 def backward_group_kernel(
-    q, k, v, bias, do, dlse, dq, dk, dv, partials, scale, heads, items, slots, axes,
+    q, k, v, bias, scales, valid, do, dlse, dq, dk, dv, partials, scale, heads, items, slots, maps, axes,
     K: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    PRECISION: tl.constexpr,
+    SHARE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Every gradient of groups that fit in one block, from q, k, v and bias alone.
 
     A program takes one head of every `slots`-th of the items, the groups of all maps: grid (slots * heads,).
     """
-    _, head, slot = unravel(tl.program_id(0), 1, heads)
+    _, _, head, first, last = items_of(1, heads, items, slots, maps)
+    factor = scale_of(scale, scales, head)
     ds_sum = tl.zeros([BLOCK, BLOCK], tl.float32)
     # Item after item: to prefetch the next, or to hoist what items share, takes more registers than there are.
-    for item in tl.range(slot, items, slots, num_stages=1, disable_licm=True):
-        token = locate(item, head, 0, axes, BLOCK)
-        q_rows, k_rows, v_rows, do_rows = rows(q, token), rows(k, token), rows(v, token), rows(do, token)
-
+    for item in tl.range(first, last, slots, num_stages=1, disable_licm=True):
+        token = locate(item, head, 0, axes, valid, BLOCK)
+        q_rows, do_rows, as_key = rows(q, token), rows(do, token), shared(token, SHARE)
+        k_rows, v_rows = rows(k, as_key), rows(v, as_key)
         product = inner_products(q_rows, k_rows, K, BLOCK_K, PRECISION)
-        score = scores(product, scale, bias, down(token), across(token))  # [BLOCK, BLOCK]
+        score = scores(product, factor, bias, down(token), across(token))  # [BLOCK, BLOCK]
         weight = weigh(score, LOWEST, bias)[0]
         p = weight / divisor(tl.sum(weight, 1))  # a query outside the map has one too, but its do is zero
 
@@ -97,10 +103,10 @@ def backward_group_kernel(
             dq_chunk = tl.dot(ds.to(k_chunk.dtype), k_chunk, input_precision=PRECISION)
             dk_chunk = tl.dot(ds.to(q_chunk.dtype).T, q_chunk, input_precision=PRECISION)
             store(rows(dq, token), chunk, dq_chunk * scale, K, BLOCK_K)
-            store(rows(dk, token), chunk, dk_chunk * scale, K, BLOCK_K)
+            store(rows(dk, token), chunk, dk_chunk * factor, K, BLOCK_K)
 
     if partials is not None:
-        token = locate(0, 0, 0, axes, BLOCK)
+        token = locate(0, 0, 0, axes, None, BLOCK)
         store_sum(partials, tl.program_id(0), down(token), across(token), ds_sum)
 
 
@@ -157,24 +163,25 @@ def unpack(x, dtype, TIME: tl.constexpr):
 
 @triton.jit
 def backward_queries_kernel(
-    q, k, v, bias, out, lse, do, dlse, dq, delta, scale, heads, axes,
+    q, k, v, bias, scales, valid, out, lse, do, dlse, dq, delta, scale, heads, axes,
     K: tl.constexpr, V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    WIDTH_K: tl.constexpr, ONE_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+    WIDTH_K: tl.constexpr, SHARE: tl.constexpr, ONE_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq, and delta for the passes that follow. A program takes BLOCK_M queries, as in forward."""
     tokens = tokens_of(axes)
     block, head, item = unravel(tl.program_id(0), tl.cdiv(tokens, BLOCK_M), heads)
-    query = locate(item, head, block * BLOCK_M, axes, BLOCK_M)
+    query = locate(item, head, block * BLOCK_M, axes, valid, BLOCK_M)
     q_rows, do_rows = rows(q, query), rows(do, query)
     dtype: tl.constexpr = q.data.dtype.element_ty
+    factor = scale_of(scale, scales, head)
     lse_m = load_lse(lse, query, bias)
 
     if ONE_BLOCK:
-        key = locate(item, head, 0, axes, BLOCK_N)
-        k_rows, v_rows = rows(k, key), rows(v, key)
+        key = locate(item, head, 0, axes, valid, BLOCK_N)
+        k_rows, v_rows = rows(k, shared(key, SHARE)), rows(v, shared(key, SHARE))
         product = inner_products(q_rows, k_rows, K, BLOCK_K, PRECISION)
-        p = finite_probabilities(product, scale, bias, lse_m[:, None], down(query), across(key))  # [BLOCK_M, BLOCK_N]
+        p = finite_probabilities(product, factor, bias, lse_m[:, None], down(query), across(key))  # [BLOCK_M, BLOCK_N]
         packed = pack(p.to(dtype))
         dp = inner_products(do_rows, v_rows, V, BLOCK_V, PRECISION)
         delta_m = tl.sum(unpack(packed, dtype, 1) * dp, 1)
@@ -195,10 +202,10 @@ def backward_queries_kernel(
     else:
         acc = tl.zeros([BLOCK_M, WIDTH_K], tl.float32)
         for start in range(0, tokens, BLOCK_N):
-            key = locate(item, head, start, axes, BLOCK_N)
-            k_rows, v_rows = rows(k, key), rows(v, key)
+            key = locate(item, head, start, axes, valid, BLOCK_N)
+            k_rows, v_rows = rows(k, shared(key, SHARE)), rows(v, shared(key, SHARE))
             product = inner_products(q_rows, k_rows, K, BLOCK_K, PRECISION)
-            p = finite_probabilities(product, scale, bias, lse_m[:, None], down(query), across(key))
+            p = finite_probabilities(product, factor, bias, lse_m[:, None], down(query), across(key))
             ds = p * (inner_products(do_rows, v_rows, V, BLOCK_V, PRECISION) - delta_m[:, None])
             keys = load(k_rows, 0, K, WIDTH_K)
             acc = tl.dot(ds.to(keys.dtype), keys, acc, input_precision=PRECISION)
@@ -207,24 +214,26 @@ def backward_queries_kernel(
 
 @triton.jit
 def backward_keys_kernel(
-    q, k, v, bias, lse, delta, do, dk, dv, scale, heads, axes,
+    q, k, v, bias, scales, valid, lse, delta, do, dk, dv, scale, heads, axes,
     K: tl.constexpr, V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    WIDTH_K: tl.constexpr, WIDTH_V: tl.constexpr, ONE_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+    WIDTH_K: tl.constexpr, WIDTH_V: tl.constexpr, SHARE: tl.constexpr, ONE_BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk and dv, or the one of them that is not None. A program takes BLOCK_N keys; its p and ds are transposed."""
     tokens = tokens_of(axes)
     block, head, item = unravel(tl.program_id(0), tl.cdiv(tokens, BLOCK_N), heads)
-    key = locate(item, head, block * BLOCK_N, axes, BLOCK_N)
-    k_rows, v_rows = rows(k, key), rows(v, key)
+    key = locate(item, head, block * BLOCK_N, axes, valid, BLOCK_N)
+    k_rows, v_rows = rows(k, shared(key, SHARE)), rows(v, shared(key, SHARE))
     dtype: tl.constexpr = q.data.dtype.element_ty
+    factor = scale_of(scale, scales, head)
 
     if ONE_BLOCK:
-        query = locate(item, head, 0, axes, BLOCK_M)
+        query = locate(item, head, 0, axes, valid, BLOCK_M)
         q_rows, do_rows = rows(q, query), rows(do, query)
         lse_m = load_lse(lse, query, bias)
         product = inner_products(k_rows, q_rows, K, BLOCK_K, PRECISION)
-        p = probabilities(product, scale, bias, lse_m[None, :], across(query), down(key))  # [BLOCK_N, BLOCK_M]
+        p = probabilities(product, factor, bias, lse_m[None, :], across(query), down(key))  # [BLOCK_N, BLOCK_M]
         packed = pack(p.to(dtype))
         if dv is not None:
             p = unpack(packed, dtype, 1)
@@ -236,18 +245,18 @@ def backward_keys_kernel(
             ds = (unpack(packed, dtype, 2) * (dp - one_each(delta, query, 0.0)[None, :])).to(dtype)
             for chunk in range(0, K, BLOCK_K):
                 dk_chunk = tl.dot(ds, load(q_rows, chunk, K, BLOCK_K), input_precision=PRECISION)
-                store(rows(dk, key), chunk, dk_chunk * scale, K, BLOCK_K)
+                store(rows(dk, key), chunk, dk_chunk * factor, K, BLOCK_K)
     else:
         if dk is not None:
             dk_acc = tl.zeros([BLOCK_N, WIDTH_K], tl.float32)
         if dv is not None:
             dv_acc = tl.zeros([BLOCK_N, WIDTH_V], tl.float32)
         for start in range(0, tokens, BLOCK_M):
-            query = locate(item, head, start, axes, BLOCK_M)
+            query = locate(item, head, start, axes, valid, BLOCK_M)
             q_rows, do_rows = rows(q, query), rows(do, query)
             lse_m = load_lse(lse, query, bias)
             product = inner_products(k_rows, q_rows, K, BLOCK_K, PRECISION)
-            p = probabilities(product, scale, bias, lse_m[None, :], across(query), down(key))  # [BLOCK_N, BLOCK_M]
+            p = probabilities(product, factor, bias, lse_m[None, :], across(query), down(key))  # [BLOCK_N, BLOCK_M]
             if dv is not None:
                 gradients = load(do_rows, 0, V, WIDTH_V)
                 dv_acc = tl.dot(p.to(gradients.dtype), gradients, dv_acc, input_precision=PRECISION)
@@ -257,32 +266,34 @@ def backward_keys_kernel(
                 queries = load(q_rows, 0, K, WIDTH_K)
                 dk_acc = tl.dot(ds.to(queries.dtype), queries, dk_acc, input_precision=PRECISION)
         if dk is not None:
-            store(rows(dk, key), 0, dk_acc * scale, K, WIDTH_K)
+            store(rows(dk, key), 0, dk_acc * factor, K, WIDTH_K)
         if dv is not None:
             store(rows(dv, key), 0, dv_acc, V, WIDTH_V)
 
 
 @triton.jit
 def backward_pairs_kernel(
-    q, k, v, bias, lse, delta, do, partials, scale, heads, items, slots, axes,
+    q, k, v, bias, scales, valid, lse, delta, do, partials, scale, heads, items, slots, maps, axes,
     K: tl.constexpr, V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    PRECISION: tl.constexpr,
+    SHARE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Partial sums of dbias. A program takes BLOCK_M x BLOCK_N pairs in one head of every `slots`-th of the items."""
     tokens = tokens_of(axes)
     across_keys = tl.cdiv(tokens, BLOCK_N)
     blocks = tl.cdiv(tokens, BLOCK_M) * across_keys
-    block, head, slot = unravel(tl.program_id(0), blocks, heads)
+    block, _, head, first, last = items_of(blocks, heads, items, slots, maps)
+    factor = scale_of(scale, scales, head)
     query_start, key_start = block // across_keys * BLOCK_M, block % across_keys * BLOCK_N
 
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for item in tl.range(slot, items, slots, num_stages=1, disable_licm=True):
-        query = locate(item, head, query_start, axes, BLOCK_M)
-        key = locate(item, head, key_start, axes, BLOCK_N)
+    for item in tl.range(first, last, slots, num_stages=1, disable_licm=True):
+        query = locate(item, head, query_start, axes, valid, BLOCK_M)
+        key = locate(item, head, key_start, axes, valid, BLOCK_N)
         lse_m, delta_m = load_lse(lse, query, bias), one_each(delta, query, 0.0)
-        product = inner_products(rows(q, query), rows(k, key), K, BLOCK_K, PRECISION)
-        p = probabilities(product, scale, bias, lse_m[:, None], down(query), across(key))
-        acc += p * (inner_products(rows(do, query), rows(v, key), V, BLOCK_V, PRECISION) - delta_m[:, None])
-    query, key = locate(0, 0, query_start, axes, BLOCK_M), locate(0, 0, key_start, axes, BLOCK_N)
+        product = inner_products(rows(q, query), rows(k, shared(key, SHARE)), K, BLOCK_K, PRECISION)
+        p = probabilities(product, factor, bias, lse_m[:, None], down(query), across(key))
+        dp = inner_products(rows(do, query), rows(v, shared(key, SHARE)), V, BLOCK_V, PRECISION)
+        acc += p * (dp - delta_m[:, None])
+    query, key = locate(0, 0, query_start, axes, None, BLOCK_M), locate(0, 0, key_start, axes, None, BLOCK_N)
     store_sum(partials, tl.program_id(0) // blocks, down(query), across(key), acc)

@@ -37,9 +37,10 @@ class Pixels(NamedTuple):
 
 
 class Pairs(NamedTuple):
-    """A [heads, tokens, tokens] tensor, a number for each pair of query and key; in units as `Pixels`."""
+    """A [heads, tokens, tokens] tensor, a number for each pair of query and key, or one for each map; in units."""
 
     data: Any
+    batch: int  # 0 for one that all maps share
     head: int
     query: int
     key: int  # not in units
@@ -90,12 +91,48 @@ def tokens_of(axes):
 
 
 @triton.jit
-def locate(item, head, start, axes, BLOCK: tl.constexpr):
-    """The `BLOCK` tokens from number `start` on of an item, one of the groups of all maps."""
+def locate(item, head, start, axes, valid, BLOCK: tl.constexpr):
+    """The `BLOCK` tokens from number `start` on of an item, one of the groups of all maps.
+
+    Pixels that are not `valid`, where that is given, are like those outside the map.
+    """
     groups = groups_of(axes)
     number = start + tl.arange(0, BLOCK)
     pixel, inside = coordinates(item % groups, number, axes)
-    return Tokens(item // groups, head, number, pixel, inside & (number < tokens_of(axes)))
+    tokens = Tokens(item // groups, head, number, pixel, inside & (number < tokens_of(axes)))
+    if valid is not None:
+        exists = tl.load(rows(valid, tokens).pointer, tokens.inside, other=0) != 0
+        tokens = Tokens(tokens.batch, head, number, pixel, tokens.inside & exists)
+    return tokens
+
+
+@triton.jit
+def items_of(blocks, heads, items, slots, maps):
+    """Block, map and head of a program that takes items in turns, and which: from the first on, before the last.
+
+    Where `maps` is given, it takes those of one map alone, of as many; map 0 stands for all.
+    """
+    program = tl.program_id(0)
+    if maps is None:
+        block, head, slot = unravel(program, blocks, heads)
+        return block, 0, head, slot, items
+    else:  # noqa: RET505
+        block, table, slot = unravel(program, blocks, maps * heads)
+        of_map = items // maps
+        first = table // heads * of_map
+        return block, table // heads, table % heads, first + slot, first + of_map
+
+
+@triton.jit
+def shared(tokens, SHARE: tl.constexpr):
+    """Tokens as the keys see them, whose heads have SHARE heads of queries each."""
+    return Tokens(tokens.batch, tokens.head // SHARE, tokens.number, tokens.pixel, tokens.inside)
+
+
+@triton.jit
+def scale_of(scale, scales, head):
+    """The factor of a head's scores: one for all heads, or its own."""
+    return scale if scales is None else scale * tl.load(scales + head).to(tl.float32)
 
 
 @triton.jit
@@ -151,12 +188,12 @@ def inner_products(a, b, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl
 
 
 @triton.jit
-def pairs(numbers, index, query, key):
-    """Pointers to numbers[index, query, key], and which of them exist."""
+def pairs(numbers, start, query, key):
+    """Pointers to the numbers of every query and key of a table that begins so many units on, and which exist."""
     tokens = numbers.tokens * numbers.unit
-    start = index.to(tl.int64) * numbers.head + query.number.to(tl.int64) * numbers.query
+    row = start + query.number.to(tl.int64) * numbers.query
     column = key.number.to(tl.int64) * numbers.key
-    return numbers.data + start * numbers.unit + column, (query.number < tokens) & (key.number < tokens)
+    return numbers.data + row * numbers.unit + column, (query.number < tokens) & (key.number < tokens)
 
 
 @triton.jit
@@ -177,7 +214,10 @@ def exp(score, bias):
 @triton.jit
 def load_bias(bias, query, key):
     """The bias of every pair, zero where there is none."""
-    pointer, exists = pairs(bias, query.head, query, key)
+    start = query.head.to(tl.int64) * bias.head
+    if bias.batch != 0:
+        start += query.batch.to(tl.int64) * bias.batch
+    pointer, exists = pairs(bias, start, query, key)
     return tl.load(pointer, exists, other=0.0).to(tl.float32)
 
 

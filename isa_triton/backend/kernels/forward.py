@@ -11,13 +11,17 @@ from isa_triton.backend.kernels.common import (
     divisor,
     down,
     fold_softmax,
+    groups_of,
     inner_products,
+    items_of,
     load,
     load_bias,
     locate,
     log_sum_exp,
     rows,
+    scale_of,
     scores,
+    shared,
     store,
     tokens_of,
     unravel,
@@ -27,10 +31,10 @@ from isa_triton.backend.kernels.common import (
 
 @triton.jit
 def forward_kernel(
-    q, k, v, bias, out, lse, scale, heads, axes,
+    q, k, v, bias, scales, valid, out, lse, scale, heads, axes,
     K: tl.constexpr, V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    ONE_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+    SHARE: tl.constexpr, ONE_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out = softmax(scale * q k^T + bias) v and lse = log sum exp, within every group.
 
@@ -40,28 +44,28 @@ def forward_kernel(
     """
     tokens = tokens_of(axes)
     block, head, item = unravel(tl.program_id(0), tl.cdiv(tokens, BLOCK_M), heads)
-    query = locate(item, head, block * BLOCK_M, axes, BLOCK_M)
-    q_rows = rows(q, query)
+    query = locate(item, head, block * BLOCK_M, axes, valid, BLOCK_M)
+    q_rows, scale = rows(q, query), scale_of(scale, scales, head)
     row_max, row_sum = tl.full([BLOCK_M], LOWEST, tl.float32), tl.zeros([BLOCK_M], tl.float32)
     if ONE_BLOCK:
-        key = locate(item, head, 0, axes, BLOCK_N)
-        product = inner_products(q_rows, rows(k, key), K, BLOCK_K, PRECISION)  # [BLOCK_M, BLOCK_N]
+        key = locate(item, head, 0, axes, valid, BLOCK_N)
+        product = inner_products(q_rows, rows(k, shared(key, SHARE)), K, BLOCK_K, PRECISION)  # [BLOCK_M, BLOCK_N]
         score = scores(product, scale, bias, down(query), across(key))
         weight, _, row_max, row_sum = fold_softmax(score, row_max, row_sum, bias)
 
     for chunk in range(0, V, BLOCK_V):
         acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
         if ONE_BLOCK:
-            values = load(rows(v, key), chunk, V, BLOCK_V)  # [BLOCK_N, BLOCK_V]
+            values = load(rows(v, shared(key, SHARE)), chunk, V, BLOCK_V)  # [BLOCK_N, BLOCK_V]
             acc = tl.dot(weight.to(values.dtype), values, acc, input_precision=PRECISION)
         else:
             row_max, row_sum = tl.full([BLOCK_M], LOWEST, tl.float32), tl.zeros([BLOCK_M], tl.float32)
             for start in range(0, tokens, BLOCK_N):
-                key = locate(item, head, start, axes, BLOCK_N)
-                product = inner_products(q_rows, rows(k, key), K, BLOCK_K, PRECISION)
+                key = locate(item, head, start, axes, valid, BLOCK_N)
+                product = inner_products(q_rows, rows(k, shared(key, SHARE)), K, BLOCK_K, PRECISION)
                 score = scores(product, scale, bias, down(query), across(key))
                 weight, shrink, row_max, row_sum = fold_softmax(score, row_max, row_sum, bias)
-                values = load(rows(v, key), chunk, V, BLOCK_V)
+                values = load(rows(v, shared(key, SHARE)), chunk, V, BLOCK_V)
                 acc = tl.dot(weight.to(values.dtype), values, acc * shrink[:, None], input_precision=PRECISION)
         store(rows(out, query), chunk, acc / divisor(row_sum), V, BLOCK_V)
 
@@ -71,25 +75,27 @@ def forward_kernel(
 
 @triton.jit
 def forward_group_kernel(
-    q, k, v, bias, out, lse, scale, heads, items, slots, axes,
+    q, k, v, bias, scales, valid, out, lse, scale, heads, items, slots, maps, axes,
     K: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    PRECISION: tl.constexpr,
+    SHARE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The same for groups with a bias that fit in one block: the bias stays on chip from one group to the next.
 
-    A program takes one head of every `slots`-th of the items, the groups of all maps: grid (slots * heads,).
+    A program takes one head of every `slots`-th of the items, the groups of all maps: grid (slots * heads,); or of one
+    map where each has a bias: (slots * maps * heads,).
     """
-    _, head, slot = unravel(tl.program_id(0), 1, heads)
-    token = locate(0, head, 0, axes, BLOCK)
+    _, map_, head, first, last = items_of(1, heads, items, slots, maps)
+    scale = scale_of(scale, scales, head)
+    token = locate(map_ * groups_of(axes), head, 0, axes, None, BLOCK)
     bias_block = load_bias(bias, down(token), across(token))  # [BLOCK, BLOCK]
-    for item in tl.range(slot, items, slots, num_stages=1):
-        token = locate(item, head, 0, axes, BLOCK)
-        product = inner_products(rows(q, token), rows(k, token), K, BLOCK_K, PRECISION)
+    for item in tl.range(first, last, slots, num_stages=1):
+        token = locate(item, head, 0, axes, valid, BLOCK)
+        product = inner_products(rows(q, token), rows(k, shared(token, SHARE)), K, BLOCK_K, PRECISION)
         score = biased(product, scale, bias_block, across(token))
         weight, row_max = weigh(score, LOWEST, bias)
         row_sum = tl.sum(weight, 1)
         for chunk in range(0, V, BLOCK_V):
-            values = load(rows(v, token), chunk, V, BLOCK_V)
+            values = load(rows(v, shared(token, SHARE)), chunk, V, BLOCK_V)
             acc = tl.dot(weight.to(values.dtype), values, input_precision=PRECISION)
             store(rows(out, token), chunk, acc / divisor(row_sum), V, BLOCK_V)
         if lse is not None:

@@ -2,11 +2,13 @@
 
 Tensors are anything with `shape`, `stride()` and a data pointer, on the current device, with any strides:
 
-    q, k, dq, dk       [B, H, W, heads, K]           fp16, bf16 or fp32, all four tensors q, k, v, do alike
-    v, out, do, dv     [B, H, W, heads, V]
+    q, k, dq, dk       [B, H, W, heads, K]           fp16, bf16 or fp32, all four tensors q, k, v, do alike; k and v may
+    v, out, do, dv     [B, H, W, heads, V]           have fewer heads, which divide those of q; dk and dv have as q
     lse, dlse, delta   [B, H, W, heads]              fp32
-    bias               [heads, tokens, tokens]       any float
-    dbias_partials     [slots, heads, tokens, tokens], contiguous, fp32
+    bias               [heads, tokens, tokens]       any float; or [B, heads, tokens, tokens]
+    scales             [heads], contiguous           any float
+    valid              [B, H, W, heads]              uint8, 0 or not; alike for all heads
+    dbias_partials     [slots, heads, tokens, tokens], contiguous, fp32, of a bias for each map B * heads for heads
 
 What a call launches is planned and compiled once for its layouts, sizes and tiles; after that a call is a look-up and
 the launches themselves, by Triton's function in C. Its own `kernel[grid](...)` takes many times as long, to find out
@@ -44,21 +46,23 @@ _INTERPRETER = Lock()
 
 def forward(
     q: Any, k: Any, v: Any, bias: Any | None, out: Any, lse: Any | None, scale: float, partition: Partition, tile: Tile,
-    precision: str = "ieee",
+    precision: str = "ieee", *, scales: Any | None = None, valid: Any | None = None,
 ) -> None:  # fmt: skip
     """Write out = softmax(scale * q k^T + bias) v within every group, and lse where it is not None.
 
     Args:
+        scales: of every head, by which its scores are multiplied too.
+        valid: which pixels exist; nothing is written for others.
         tile: a group of at most `tile.block_n` tokens is one block of keys.
         precision: of products of fp32, as `tl.dot` names it: "ieee", "tf32" or "tf32x3".
     """
-    _launch(plan.forward, (q, k, v, bias, out, lse), scale, partition, tile, precision)
+    _launch(plan.forward, (q, k, v, bias, scales, valid, out, lse), scale, partition, tile, precision)
 
 
 def backward(
     q: Any, k: Any, v: Any, bias: Any | None, out: Any | None, lse: Any | None, do: Any, dlse: Any | None,
     dq: Any, dk: Any, dv: Any, delta: Any | None, dbias_partials: Any | None, scale: float, partition: Partition,
-    tiles: BackwardTiles, precision: str = "ieee",
+    tiles: BackwardTiles, precision: str = "ieee", *, scales: Any | None = None, valid: Any | None = None,
 ) -> None:  # fmt: skip
     """Write dq, dk, dv and partial sums of dbias, which the caller adds over their first dimension.
 
@@ -67,9 +71,10 @@ def backward(
         dlse: the gradient of lse, or None for zero.
         delta: scratch.
         dbias_partials: of the shape that `plan.bias_partials_shape` says, or None where dbias is not wanted.
-        precision: as in `forward`.
+        precision, valid: as in `forward`.
+        scales: likewise; dq is written without them, for their own gradient.
     """
-    tensors = q, k, v, bias, out, lse, do, dlse, dq, dk, dv, delta, dbias_partials
+    tensors = q, k, v, bias, scales, valid, out, lse, do, dlse, dq, dk, dv, delta, dbias_partials
     _launch(plan.backward, tensors, scale, partition, tiles, precision)
 
 
@@ -149,6 +154,8 @@ def filled(launch: Launch, tensors: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a launch, its tensors put in."""
 
     def fill(argument: Any) -> Any:
+        if isinstance(argument, Pointer):
+            return tensors[argument.name]
         pointer = getattr(argument, "data", None)
         return argument._replace(data=tensors[pointer.name]) if isinstance(pointer, Pointer) else argument
 

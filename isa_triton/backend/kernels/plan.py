@@ -27,13 +27,13 @@ from isa_triton.backend.kernels.forward import forward_group_kernel, forward_ker
 from isa_triton.partition import Partition
 from isa_triton.tiles import BackwardTiles, Tile
 
-PARTIAL_SUMS = (
-    1024  # programs that take maps and groups in turns, for a bias or its gradient: about what a device holds
-)
-FORWARD = ("q", "k", "v", "bias", "out", "lse")  # the tensors of a pass, in the order of their layouts
-BACKWARD = ("q", "k", "v", "bias", "out", "lse", "do", "dlse", "dq", "dk", "dv", "delta", "partials")
+PARTIAL_SUMS = 1024  # programs that take maps and groups in turns, for a bias or its gradient: what a device holds
+# The tensors of a pass, in the order of their layouts.
+FORWARD = ("q", "k", "v", "bias", "scales", "valid", "out", "lse")
+BACKWARD = ("q", "k", "v", "bias", "scales", "valid", "out", "lse", "do", "dlse", "dq", "dk", "dv", "delta", "partials")
 Path = tuple[int, ...]  # to an argument, or to a part of one
-ELEMENTS = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "float64": "fp64"}  # by Triton's names
+# By Triton's names.
+ELEMENTS = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "float64": "fp64", "uint8": "u8"}
 
 
 class Layout(NamedTuple):
@@ -112,9 +112,10 @@ def forward(layouts: Layouts, scale: float, partition: Partition, tile: Tile, pr
     maps, heads = layouts[0].shape[0], layouts[0].shape[-2]
     items = maps * partition.groups
     if given["bias"] is not None and partition.tokens <= tile.block_m == tile.block_n:
-        slots = min(items, max(1, PARTIAL_SUMS // heads)) if heads else 0
+        tables = heads * (given["maps"] or 1)
+        slots = min(items * heads // tables, max(1, PARTIAL_SUMS // tables)) if tables else 0
         given |= {"items": items, "slots": slots, "BLOCK": tile.block_n}
-        yield from _launch(forward_group_kernel, slots * heads, given, tile)
+        yield from _launch(forward_group_kernel, slots * tables, given, tile)
     else:
         given |= {"ONE_BLOCK": partition.tokens <= tile.block_n}
         yield from _launch(forward_kernel, items * heads * ceil_div(partition.tokens, tile.block_m), given, tile)
@@ -127,10 +128,14 @@ def backward(
     given = _given(BACKWARD, layouts, scale, partition, precision)
     maps, heads = layouts[0].shape[0], layouts[0].shape[-2]
     items, partials, tokens = maps * partition.groups, layouts[-1], partition.tokens
-    given |= {"items": items, "slots": items if partials is None else partials.shape[0]}
+    if partials is None:  # a program an item
+        given |= {"items": items, "slots": items, "maps": None}
+    else:
+        given |= {"items": items, "slots": partials.shape[0]}
+    tables = heads * (given["maps"] or 1)
     if in_one_kernel(tiles, partition):
         tile = tiles.group or tiles.keys
-        yield from _launch(backward_group_kernel, given["slots"] * heads, given | {"BLOCK": tile.block_m}, tile)
+        yield from _launch(backward_group_kernel, given["slots"] * tables, given | {"BLOCK": tile.block_m}, tile)
         return
 
     given |= {"WIDTH_K": padded(given["K"]), "WIDTH_V": padded(given["V"])}
@@ -142,7 +147,7 @@ def backward(
         more = {"ONE_BLOCK": tokens <= tile.block_m} | left_out
         yield from _launch(backward_keys_kernel, items * heads * ceil_div(tokens, tile.block_n), given | more, tile)
     if partials is not None:
-        programs = partials.shape[0] * heads * _blocks_of_pairs(tiles, partition)
+        programs = partials.shape[0] * tables * _blocks_of_pairs(tiles, partition)
         yield from _launch(backward_pairs_kernel, programs, given, tiles.pairs)
 
 
@@ -151,10 +156,16 @@ def in_one_kernel(tiles: BackwardTiles, partition: Partition) -> bool:
     return tiles.group is not None and partition.tokens <= tiles.group.block_m
 
 
-def bias_partials_shape(maps: int, heads: int, partition: Partition, tiles: BackwardTiles) -> tuple[int, int, int, int]:
-    """Shape [slots, heads, tokens, tokens] of the partial sums of dbias: bounded, and the same on every device."""
-    slots = max(1, PARTIAL_SUMS // max(1, heads * _blocks_of_pairs(tiles, partition)))
-    return min(slots, maps * partition.groups), heads, partition.tokens, partition.tokens
+def bias_partials_shape(
+    maps: int, heads: int, partition: Partition, tiles: BackwardTiles, per_map: bool = False
+) -> tuple[int, int, int, int]:
+    """Shape [slots, heads, tokens, tokens] of the partial sums of dbias: bounded, and the same on every device.
+
+    Of a bias for each map it is [slots, maps * heads, tokens, tokens].
+    """
+    tables, items = (maps * heads, partition.groups) if per_map else (heads, maps * partition.groups)
+    slots = max(1, PARTIAL_SUMS // max(1, tables * _blocks_of_pairs(tiles, partition)))
+    return min(slots, items), tables, partition.tokens, partition.tokens
 
 
 def _blocks_of_pairs(tiles: BackwardTiles, partition: Partition) -> int:
@@ -184,14 +195,19 @@ def _given(names: tuple[str, ...], layouts: Layouts, scale: float, partition: Pa
 
     def tensor(name: str, of: Layout) -> Any:
         pointer = _pointer(name, of)
+        if name == "scales":
+            return pointer
         return _pairs(pointer, of) if name in ("bias", "partials") else _pixels(pointer, of, len(partition))
 
     given = zip(names, layouts, strict=True)
     tensors = {name: None if of is None else tensor(name, of) for name, of in given}
-    (*_, heads, key_width), (*_, value_width) = layouts[0].shape, layouts[2].shape
+    (maps, *_, heads, key_width), (*_, key_heads, value_width) = layouts[0].shape, layouts[2].shape
+    bias = layouts[names.index("bias")]
+    per_map = bias is not None and len(bias.shape) == 4
     axes = tuple(_axis(axis, whole=partition.groups == 1) for axis in partition)
-    numbers = {"scale": float(scale), "heads": _one(heads), "axes": axes}
-    return tensors | numbers | {"K": key_width, "V": value_width, "PRECISION": precision}
+    numbers = {"scale": float(scale), "heads": _one(heads), "maps": maps if per_map else None, "axes": axes}
+    share = heads // key_heads if key_heads else 1  # heads of queries to one of keys
+    return tensors | numbers | {"K": key_width, "V": value_width, "SHARE": share, "PRECISION": precision}
 
 
 def _one(n: int) -> Any:
@@ -235,7 +251,9 @@ def _pixels(pointer: Pointer, of: Layout, axes: int) -> Pixels:
 
 
 def _pairs(pointer: Pointer, of: Layout) -> Pairs:
-    *_, head, query, key = of.stride  # of partials, which are contiguous, heads of the next slot follow
+    *before, head, query, key = of.stride  # of partials, which are contiguous, heads of the next slot follow
+    batch = before[0] if pointer.name == "bias" and before else 0
     tokens = of.shape[-1]
-    unit = _unit(head | query | tokens, of.dtype.itemsize)
-    return Pairs(pointer, head // unit, query // unit, _one(key), tokens // unit, tl.constexpr(unit))
+    unit = _unit(batch | head | query | tokens, of.dtype.itemsize)
+    batch = batch // unit or tl.constexpr(0)
+    return Pairs(pointer, batch, head // unit, query // unit, _one(key), tokens // unit, tl.constexpr(unit))

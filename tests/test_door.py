@@ -1,0 +1,296 @@
+"""What attention takes beside q, k and v, against the formula in fp64: alone and together, on every backend."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import product
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from isa_triton import Partition, missing_tokens, partitioned_attention, partitioned_attention_with_lse
+from tests.cases import PARTITIONS, relative_error
+
+pytestmark = [pytest.mark.usefixtures("kernels"), pytest.mark.usefixtures("_quietly")]
+HEADS = 6
+CASES = {  # some of the partitions, of every number of axes
+    name: PARTITIONS[name]
+    for name in ("interlaced-ragged", "local-ragged", "shifted", "line", "volume-mixed", "cyclic-ragged")
+}
+FEATURES: dict[str, tuple[str, ...]] = {
+    "bias": ("bias",),
+    "bias of one head": ("one-bias",),
+    "bias per map": ("map-bias",),
+    "bias per map, of one head": ("one-map-bias",),
+    "scales": ("scales",),
+    "valid": ("valid",),
+    "shared heads": ("shared",),
+    "extra keys": ("extra",),
+    "weighted keys": ("extra", "weight"),
+    "weighted by pixel": ("extra", "pixel-weight"),
+    "all": ("map-bias", "scales", "valid", "shared", "extra", "pixel-weight"),
+    "all but extra": ("bias", "scales", "valid", "shared"),
+}
+
+
+@pytest.fixture
+def _quietly() -> Iterator[None]:
+    with np.errstate(all="ignore"):  # the interpreter is NumPy, which warns of the logarithm of 0
+        yield
+
+
+every_case = pytest.mark.parametrize("partition", CASES.values(), ids=CASES.keys())
+every_feature = pytest.mark.parametrize("features", FEATURES.values(), ids=FEATURES.keys())
+
+
+def drawn(partition: Partition, features: tuple[str, ...], dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+    """Random arguments; of three maps, and with rows of the bias that forbid all keys."""
+    maps, heads, tokens, size = 3, HEADS, partition.tokens, partition.size
+    key_heads = 3 if "shared" in features else heads
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=dtype)
+
+    given = {
+        "q": normal(maps, *size, heads, 5),
+        "k": normal(maps, *size, key_heads, 5),
+        "v": normal(maps, *size, key_heads, 4),
+    }
+    of_map = (maps,) if {"map-bias", "one-map-bias"} & {*features} else ()
+    if any(name.endswith("bias") for name in features):
+        bias = normal(*of_map, 1 if any(name.startswith("one") for name in features) else heads, tokens, tokens)
+        given["bias"] = bias.masked_fill(torch.rand(*bias.shape[:-1], 1) < 0.1, -torch.inf)
+    if "scales" in features:
+        given["scale"] = normal(heads)
+    if "valid" in features:
+        given["valid"] = torch.rand(maps, *size) < 0.6
+        given["valid"][0] = False  # a map without a pixel
+    if "extra" in features:
+        given |= {"extra_k": normal(maps, 2, heads, 5), "extra_v": normal(maps, 2, heads, 4)}
+    if "weight" in features:
+        given["extra_weight"] = torch.tensor([3.0, 0.0])
+    if "pixel-weight" in features:
+        given["extra_weight"] = torch.randint(0, 3, (maps, *size, 2)).double()
+    return given
+
+
+def formula(partition: Partition, given: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Dense attention over all pixels and all extra keys, in fp64, with a loop over maps and heads; out and lse."""
+    given = {name: x.double() if x.is_floating_point() else x for name, x in given.items()}
+    q, k, v, size = given["q"], given["k"], given["v"], partition.size
+    group, token = torch.tensor([partition.seat(*pixel) for pixel in product(*map(range, size))]).T
+    outs, lses = [], []
+    for b, h in product(range(q.shape[0]), range(q.shape[-2])):
+        key_head = h * k.shape[-2] // q.shape[-2]
+        queries, keys, values = (x[b, ..., i, :].flatten(0, -2) for x, i in ((q, h), (k, key_head), (v, key_head)))
+        valid = given["valid"][b].flatten() if "valid" in given else torch.ones(len(queries), dtype=torch.bool)
+        scale = given["scale"][h] if "scale" in given else queries.shape[-1] ** -0.5
+        queries, keys, values = (x.masked_fill(~valid[:, None], 0) for x in (queries, keys, values))
+        scores = scale * queries @ keys.mT
+        if (bias := given.get("bias")) is not None:
+            table = bias[b] if bias.dim() == 4 else bias
+            scores = scores + table[h if len(table) > 1 else 0][token[:, None], token]
+        scores = scores.masked_fill((group[:, None] != group) | ~valid, -torch.inf)
+        if "extra_k" in given:
+            more = scale * queries @ given["extra_k"][b, :, h].mT
+            weight = given.get("extra_weight", torch.ones(more.shape[-1]))
+            weight = weight if weight.dim() == 1 else weight[b].flatten(0, -2)
+            scores = torch.cat([scores, more + weight.log()], -1)
+            values = torch.cat([values, given["extra_v"][b, :, h]])
+        scores = scores.masked_fill(~valid[:, None], -torch.inf)
+        keyless = (scores == -torch.inf).all(-1, keepdim=True)
+        p = scores.masked_fill(keyless, 0).softmax(-1).masked_fill(keyless, 0)
+        outs.append(p @ values)
+        lse = scores.masked_fill(keyless, 0).logsumexp(-1)
+        lses.append(lse.masked_fill(keyless[:, 0], -torch.inf))
+    shape = q.shape[0], q.shape[-2], *size
+    return torch.stack(outs).view(*shape, -1).movedim(1, -2), torch.stack(lses).view(shape).movedim(1, -1)
+
+
+def gradients(
+    outputs: tuple[Tensor, Tensor], given: dict[str, Tensor], create_graph: bool = False
+) -> dict[str, Tensor]:
+    """Of all arguments that have one, from random gradients that arrive; lse of no keys has none."""
+    generator = torch.Generator().manual_seed(3)
+    upstream = [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype) for x in outputs]
+    upstream[1] = upstream[1].masked_fill(outputs[1].isinf(), 0)
+    leaves = {name: x for name, x in given.items() if x.requires_grad}
+    found = torch.autograd.grad(outputs, list(leaves.values()), upstream, create_graph=create_graph)
+    return dict(zip(leaves, found, strict=True))
+
+
+def learned(given: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        name: x.detach().requires_grad_() if x.is_floating_point() and name != "extra_weight" else x
+        for name, x in given.items()
+    }
+
+
+def compared(partition: Partition, given: dict[str, Tensor], tolerance: float, backend: str = "eager") -> None:
+    """Output, lse and all gradients are the formula's."""
+    given, exact = learned(given), learned({n: x.double() if x.is_floating_point() else x for n, x in given.items()})
+    options: dict[str, Any] = {name: x for name, x in given.items() if name not in ("q", "k", "v")}
+    got = partitioned_attention_with_lse(given["q"], given["k"], given["v"], partition, **options, backend=backend)
+    expected = formula(partition, exact)
+    infinite = expected[1].isinf()
+    assert torch.equal(got[1].isinf(), infinite)
+    assert relative_error(got[0], expected[0]) < tolerance
+    assert relative_error(got[1].masked_fill(infinite, 0), expected[1].masked_fill(infinite, 0)) < tolerance
+    found, wanted = gradients(got, given), gradients(expected, exact)
+    assert {name: x.dtype for name, x in found.items()} == {name: given[name].dtype for name in found}
+    errors = {name: relative_error(found[name], wanted[name]) for name in wanted}
+    assert {name: error for name, error in errors.items() if not error < tolerance} == {}
+    out = partitioned_attention(given["q"], given["k"], given["v"], partition, **options, backend=backend)
+    assert relative_error(out, expected[0]) < tolerance
+
+
+@every_case
+@every_feature
+def test_every_feature_is_the_formula(partition: Partition, features: tuple[str, ...]) -> None:
+    compared(partition, drawn(partition, features), 1e-12)
+
+
+@pytest.mark.parametrize("name", ["local-ragged", "volume-mixed", "cyclic-ragged"])
+@every_feature
+def test_kernels_are_the_formula_too(name: str, features: tuple[str, ...]) -> None:
+    compared(PARTITIONS[name], drawn(PARTITIONS[name], features, torch.float32), 2e-5, backend="triton")
+
+
+BF16 = torch.bfloat16
+
+
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+def test_a_bias_of_another_dtype_is_read_as_it_is(backend: str) -> None:
+    """An fp32 table under bf16: what is added to scores is not rounded, nor is its gradient's dtype changed."""
+    partition = PARTITIONS["local-ragged"]
+    q, k, v = torch.randn(3, 2, *partition.size, 3, 16).to(BF16)
+    bias = (300 + torch.randn(3, partition.tokens, partition.tokens)).requires_grad_()  # bf16 has steps of 2 there
+    exact = formula(partition, {"q": q, "k": k, "v": v, "bias": bias})[0]
+    out = partitioned_attention(q, k, v, partition, bias=bias, backend=backend)
+    assert relative_error(out.float(), exact.float()) < 0.02
+    (gradient,) = torch.autograd.grad(out.sum(), bias)
+    assert gradient.dtype == torch.float32
+    with torch.autocast("cpu", dtype=BF16):
+        again = partitioned_attention(q.float(), k.float(), v.float(), partition, bias=bias, backend=backend)
+    assert torch.equal(again, out)
+
+
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+def test_what_pixels_that_are_not_valid_hold_is_no_matter(backend: str) -> None:
+    partition = PARTITIONS["shifted"]
+    given = drawn(partition, ("valid", "shared", "extra", "bias"), torch.float32)
+    options: dict[str, Any] = {name: x for name, x in given.items() if name not in ("q", "k", "v")}
+
+    def results(value: float) -> list[Tensor]:
+        leaves = [
+            given[name].masked_fill(~given["valid"][..., None, None], value).requires_grad_()
+            for name in ("q", "k", "v")
+        ]
+        options["extra_k"] = given["extra_k"].detach().requires_grad_()
+        q, k, v = leaves
+        out = partitioned_attention(q, k, v, partition, **options, backend=backend)
+        return [out, *torch.autograd.grad(out.square().sum(), [*leaves, options["extra_k"]])]
+
+    for clean, dirty in zip(results(0.0), results(torch.nan), strict=True):
+        assert torch.equal(clean, dirty)
+    for x in results(torch.nan)[:4]:
+        assert not x[~given["valid"]].any()
+
+
+@pytest.mark.parametrize("size", [(7,), (5, 6), (3, 4, 5)], ids=str)
+def test_weighted_keys_are_zero_padding_through_a_projection_with_a_bias(size: tuple[int, ...]) -> None:
+    """As in window attention of padded maps (SAM's, Swin's): padded pixels are keys, all of them the same."""
+    partition = Partition.local(size, window=(3,) * len(size))
+    whole = tuple(-(-n // 3) * 3 for n in size)
+    x = torch.randn(2, *size, 4, dtype=torch.float64)
+    project = torch.nn.Linear(4, 3 * 6, dtype=torch.float64)
+    padding = [n for a, b in zip(reversed(whole), reversed(size), strict=True) for n in (0, a - b)]
+    padded = project(torch.nn.functional.pad(x, (0, 0, *padding))).unflatten(-1, (3, 2, 3)).unbind(-3)
+    expected = partitioned_attention(*padded, Partition.local(whole, window=(3,) * len(size)))
+    q, k, v = project(x).unflatten(-1, (3, 2, 3)).unbind(-3)
+    _, key, value = project.bias.view(1, 1, 3, 2, 3).expand(2, -1, -1, -1, -1).unbind(2)
+    weight = missing_tokens(partition)[None, ..., None].double()
+    out = partitioned_attention(q, k, v, partition, extra_k=key, extra_v=value, extra_weight=weight)
+    assert relative_error(out, expected[(slice(None), *map(slice, size))]) < 1e-14
+
+
+def test_missing_tokens_are_counted_group_by_group() -> None:
+    for partition in PARTITIONS.values():
+        groups = [partition.seat(*pixel)[0] for pixel in product(*map(range, partition.size))]
+        expected = [partition.tokens - groups.count(group) for group in groups]
+        assert missing_tokens(partition).flatten().tolist() == expected
+
+
+@pytest.mark.parametrize("features", [FEATURES["all"], FEATURES["all but extra"]], ids=["all", "all but extra"])
+def test_every_derivative_is_that_of_the_formula(features: tuple[str, ...]) -> None:
+    """Second ones, and forward mode; operators and graphs too."""
+    partition = Partition.local((3, 4), window=(2, 3), shift=(1, 1))
+    given = drawn(partition, features)
+    given["bias"] = torch.randn_like(given["bias"])  # finite: all of these are smooth
+    given["valid"][0] = True
+    names = [name for name in given if given[name].is_floating_point() and name != "extra_weight"]
+    leaves = [given[name].requires_grad_() for name in names]
+
+    def f(*tensors: Tensor) -> Tensor:
+        q, k, v = tensors[:3]
+        options: Any = given | dict(zip(names, tensors, strict=True))
+        options = {name: x for name, x in options.items() if name not in ("q", "k", "v")}
+        out = partitioned_attention(q, k, v, partition, **options)
+        return (out * torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)).sum()
+
+    def exact(*tensors: Tensor) -> Tensor:
+        out = formula(partition, given | dict(zip(names, tensors, strict=True)))[0]
+        return (out * torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)).sum()
+
+    tangents = tuple(torch.randn_like(x) for x in leaves)
+    _, push = torch.func.jvp(f, tuple(leaves), tangents)
+    _, wanted = torch.func.jvp(exact, tuple(leaves), tangents)
+    assert relative_error(push, wanted) < 1e-12
+    seconds = []
+    for function in (f, exact):
+        first = torch.autograd.grad(function(*leaves), leaves, create_graph=True)
+        along = sum((a * b).sum() for a, b in zip(first, tangents, strict=True))
+        seconds.append(torch.autograd.grad(along, leaves))
+    for a, b in zip(*seconds, strict=True):
+        assert relative_error(a, b) < 1e-11
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+    assert relative_error(compiled(*leaves), exact(*leaves)) < 1e-12
+
+
+def test_vmap_folds_what_it_maps_into_heads() -> None:
+    partition = PARTITIONS["local-ragged"]
+    given = drawn(partition, ("map-bias", "scales", "shared", "valid"))
+    q, k, v = (torch.randn(4, *given[name].shape, dtype=torch.float64) for name in ("q", "k", "v"))
+    scale = torch.randn(4, HEADS, dtype=torch.float64)
+
+    def one(q: Tensor, k: Tensor, v: Tensor, scale: Tensor) -> Tensor:
+        return partitioned_attention(q, k, v, partition, bias=given["bias"], scale=scale, valid=given["valid"])
+
+    together = torch.func.vmap(one)(q, k, v, scale)
+    alone = torch.stack([one(*each) for each in zip(q, k, v, scale, strict=True)])
+    assert relative_error(together, alone) < 1e-13
+    of_sums = torch.func.vmap(torch.func.grad(lambda *x: one(*x).square().sum(), argnums=(0, 1, 3)))(q, k, v, scale)
+    leaves = [x.requires_grad_() for x in (q, k, scale)]
+    each = torch.autograd.grad(sum(one(*x).square().sum() for x in zip(q, k, v, scale, strict=True)), leaves)
+    for a, b in zip(of_sums, each, strict=True):
+        assert relative_error(a, b) < 1e-12
+    with pytest.raises(NotImplementedError, match="vmap has no `valid` of its own"):
+        torch.func.vmap(lambda valid: partitioned_attention(q[0], k[0], v[0], partition, valid=valid))(
+            given["valid"].expand(4, *given["valid"].shape)
+        )
+
+
+def test_gradients_of_a_bias_per_map_are_the_same_every_time() -> None:
+    """They are summed in a fixed order, by the kernels too."""
+    partition = Partition.rows((9, 8))  # nine groups of a map have one bias: pair attention
+    given = drawn(partition, ("map-bias",), torch.float32)
+    q, k, v, bias = (given[name].requires_grad_() for name in ("q", "k", "v", "bias"))
+
+    def gradient() -> Tensor:
+        out = partitioned_attention(q, k, v, partition, bias=bias, backend="triton")
+        return torch.autograd.grad(out.square().sum(), bias)[0]
+
+    assert torch.equal(gradient(), gradient())
