@@ -6,6 +6,7 @@ What a user calls, and below it what it rests on; a file imports from lower line
     inference  checkpoints    layers folded for inference, exported programs; published weights
     modules                   SelfAttention2d, InterlacedSparseSelfAttention, ISAModule, ISAHead
     maps                      what layers of feature maps are made of: projections, padding, attention between maps
+    norm                      batch normalisation that is exact on channels_last maps of a CPU too
     functional                partitioned_attention: arguments checked, a backend chosen
     ops                       operators and derivatives of every order, for autograd, compilers and torch.func
     backend/                  what a backend promises; eager, triton with its kernels/, plain: the formula

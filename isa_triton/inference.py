@@ -27,6 +27,7 @@ from .maps import (
     pads,
 )
 from .modules import InterlacedSparseSelfAttention, SelfAttention2d
+from .norm import BatchNorm2d
 
 
 @torch.no_grad()
@@ -129,7 +130,8 @@ def _obstacle_to_unit(unit: nn.Module) -> str | None:
     assert isinstance(unit, ConvNormReLU)
     norm = unit.norm
     of_batches = (
-        any(is_plain(norm, kind) for kind in (nn.BatchNorm2d, nn.SyncBatchNorm)) and norm.running_mean is not None
+        any(is_plain(norm, kind) for kind in (BatchNorm2d, nn.BatchNorm2d, nn.SyncBatchNorm))
+        and norm.running_mean is not None
     )
     if not of_batches and not isinstance(norm, nn.Identity):
         return f"{type(norm).__name__} is no plain batch normalisation with running statistics"

@@ -21,6 +21,7 @@ from ._tracing import is_known_to_be, is_proxy, is_transformed, leaf_of_fx, want
 from .axis import Axis, ceil_div, pair
 from .backend import check_backend
 from .functional import partitioned_attention
+from .norm import BatchNorm2d
 from .partition import Partition
 
 PartitionSize = int | tuple[int, int]  # P, or (P_h, P_w)
@@ -173,7 +174,7 @@ def _stages(network: nn.Module) -> list[Attends]:
 class ConvNormReLU(nn.Sequential):
     """Convolution without bias, normalisation, activation: batch normalisation and ReLU unless told otherwise."""
 
-    def __init__(self, conv: nn.Conv2d, norm_layer: NormLayer = nn.BatchNorm2d, activation: Activation = RELU) -> None:
+    def __init__(self, conv: nn.Conv2d, norm_layer: NormLayer = BatchNorm2d, activation: Activation = RELU) -> None:
         super().__init__()
         self.conv = conv
         self.norm: Any = made("norm_layer", norm_layer, conv.out_channels)

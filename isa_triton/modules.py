@@ -41,6 +41,7 @@ from .maps import (
     recomputed,
     unit_options,
 )
+from .norm import BatchNorm2d
 from .partition import Partition
 
 
@@ -80,7 +81,7 @@ class SelfAttention2d(Attends):
             result; padded pixels are keys and enter batch statistics, as in every published model. "mask" attends the
             real pixels only, with P clamped to the map.
         backend: of `partitioned_attention`; an attribute too, that may be set at any time.
-        norm_layer: makes a normalisation from its channels.
+        norm_layer: makes a normalisation from its channels; by default `isa_triton.norm.BatchNorm2d`.
         activation: makes an activation.
         recompute: in training, keep nothing of what is inside the key and query projections and compute it again in
             backward: fewer bytes, more time. An attribute too. Under torch.compile the compiler decides what to keep.
@@ -109,7 +110,7 @@ class SelfAttention2d(Attends):
         num_heads: int = 1,
         padding: str = "zeros",
         backend: str = "auto",
-        norm_layer: NormLayer = nn.BatchNorm2d,
+        norm_layer: NormLayer = BatchNorm2d,
         activation: Activation = RELU,
         recompute: bool = False,
     ) -> None:

@@ -63,13 +63,6 @@ def with_random_statistics(module: nn.Module) -> nn.Module:
     return module.double()
 
 
-class NCHWBatchNorm(nn.BatchNorm2d):
-    """On NCHW maps: on a CPU PyTorch sums those that are channels_last less accurately, and later layers amplify it."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.contiguous())
-
-
 # -- what a pass computes, and how far it is from what another does ----------------------------------------------------
 
 

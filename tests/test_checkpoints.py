@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from isa_triton import ISAHead, ISAModule
 from isa_triton.checkpoints import from_mmseg, from_openseg, from_paddleseg
 from reference import long_range_attention, short_range_attention
-from tests.cases import NCHWBatchNorm, relative_error
+from tests.cases import relative_error
 
 C, K, V, O, CLASSES = 6, 16, 5, 7, 3  # the authors' module takes four widths
 BACKBONE, HEAD = 9, 20  # the heads have one, which is that of the values too
@@ -42,7 +42,7 @@ class Published:
         """Batch normalisation and the activation behind it."""
         parts = ("running_mean", "running_var", "weight", "bias")
         mean, variance, scale, shift = (self.weights[f"{name}.{part}"] for part in parts)
-        x = x.contiguous()  # see NCHWBatchNorm
+        x = x.contiguous()  # as it is accurate, see isa_triton/norm.py
         if self.abn:
             x = F.batch_norm(x, mean, variance, scale.abs() + ABN_EPS, shift, self.training)
             return F.leaky_relu(x, 0.01)
@@ -176,7 +176,7 @@ def activation(abn: bool) -> dict[str, Any]:
 @pytest.mark.parametrize("ps", [[P], [P, (2, 3)]], ids=["one", "two"])
 def test_the_authors_module(size: tuple[int, int], training: bool, abn: bool, ps: list[tuple[int, int]]) -> None:
     weights = openseg_weights((C, K, V, O), len(ps), abn)
-    module = ISAModule(C, K, V, O, partition_size=ps, dropout=0.0, norm_layer=NCHWBatchNorm, **activation(abn))
+    module = ISAModule(C, K, V, O, partition_size=ps, dropout=0.0, **activation(abn))
     convert = partial(from_openseg, inplace_abn=abn)
     theirs = partial(openseg_module, prefix="net.", ps=ps)
     net = Published({f"net.{name}": x for name, x in weights.items()}, training, abn)
@@ -188,16 +188,7 @@ def test_the_authors_module(size: tuple[int, int], training: bool, abn: bool, ps
 @pytest.mark.parametrize("abn", [False, True])
 def test_the_authors_network(size: tuple[int, int], training: bool, abn: bool) -> None:
     net, convert = Published(openseg_network(1, abn), training, abn), partial(from_openseg, inplace_abn=abn)
-    head = ISAHead(
-        BACKBONE,
-        HEAD,
-        CLASSES,
-        key_channels=K,
-        partition_size=P,
-        dropout=0.0,
-        norm_layer=NCHWBatchNorm,
-        **activation(abn),
-    )
+    head = ISAHead(BACKBONE, HEAD, CLASSES, key_channels=K, partition_size=P, dropout=0.0, **activation(abn))
     assert_same(
         head, convert, partial(openseg_head, ps=[P]), net, torch.randn(1 if size == (97, 97) else 2, BACKBONE, *size)
     )
@@ -205,7 +196,7 @@ def test_the_authors_network(size: tuple[int, int], training: bool, abn: bool) -
 
 def test_the_authors_network_with_several_down_factors_and_without_a_bias() -> None:
     net, ps = Published(openseg_network(branches=2, bias=False)), [P, (2, 3)]
-    head = ISAHead(BACKBONE, HEAD, CLASSES, key_channels=K, partition_size=ps, dropout=0.0, norm_layer=NCHWBatchNorm)
+    head = ISAHead(BACKBONE, HEAD, CLASSES, key_channels=K, partition_size=ps, dropout=0.0)
     assert_same(head, from_openseg, partial(openseg_head, ps=ps), net, torch.randn(1, BACKBONE, 9, 13))
 
 
@@ -265,7 +256,7 @@ def as_published(weights: Weights, layout: str) -> Weights:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_other_peoples_heads(size: tuple[int, int], training: bool, layout: str) -> None:
     *names, _, convert = LAYOUTS[layout]
-    head = ISAHead(BACKBONE, HEAD, CLASSES, key_channels=K, partition_size=P, dropout=0.0, norm_layer=NCHWBatchNorm)
+    head = ISAHead(BACKBONE, HEAD, CLASSES, key_channels=K, partition_size=P, dropout=0.0)
     theirs = partial(published_head, conv=names[0], norm=names[1], classifier=names[2])
     net = Published(head_weights(*names), training)
     assert_same(

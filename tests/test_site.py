@@ -27,6 +27,7 @@ MODULES = (  # where it is what has an example
     "models.ianet",
     "models.resnet",
     "models.timm",
+    "norm",
     "tiles",
     "backend",
     "backend.contract",

@@ -37,6 +37,7 @@ from bench.train.evaluation import intersection_over_union, probabilities
 from bench.train.recipe import InputError, Recipe, Stream, seed_of
 from bench.train.saved import read_checkpoint, restore, write_checkpoint
 from isa_triton.models.ianet import IANet, ianet
+from isa_triton.norm import BatchNorm2d
 from isa_triton.sharding import ShardedBatchNorm2d
 
 T = TypeVar("T")
@@ -116,7 +117,7 @@ def synchronise_batch_norm(network: nn.Module, device: torch.device) -> nn.Modul
         return nn.SyncBatchNorm.convert_sync_batchnorm(network)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for norm in network.modules():
-        if type(norm) is nn.BatchNorm2d:
+        if type(norm) in (BatchNorm2d, nn.BatchNorm2d):
             norm.__class__ = ShardedBatchNorm2d
             norm.mesh = mesh  # type: ignore[assignment]
     return network

@@ -16,6 +16,7 @@ from .._state_dict import find_prefix, plain_tensor, under
 from .._tracing import is_proxy
 from ..maps import Conv1x1, ConvNormReLU, NormLayer
 from ..modules import ISAHead
+from ..norm import BatchNorm2d
 from .resnet import resnet
 
 _DILATED = {8: (False, True, True), 16: (False, False, True), 32: (False, False, False)}  # stages 2 to 4
@@ -97,7 +98,7 @@ def ianet(
     deep_stem: bool = False,
     weights: Any = None,
     align_corners: bool = False,
-    norm_layer: NormLayer = nn.BatchNorm2d,
+    norm_layer: NormLayer = BatchNorm2d,
     **options: Any,
 ) -> IANet:
     """IANet on a torchvision ResNet: the network of the paper with "resnet101".
@@ -141,7 +142,7 @@ def resnet_backbone(
     output_stride: int = 8,
     deep_stem: bool = False,
     weights: Any = None,
-    norm_layer: NormLayer = nn.BatchNorm2d,
+    norm_layer: NormLayer = BatchNorm2d,
 ) -> nn.Module:
     """A torchvision ResNet up to its last map, dilated where it would go on striding.
 
@@ -194,7 +195,7 @@ def _deep_stem(channels: int, norm_layer: NormLayer) -> nn.Sequential:
 
 
 def fcn_head(
-    in_channels: int, channels: int, num_classes: int, norm_layer: NormLayer = nn.BatchNorm2d, dropout: float = 0.1
+    in_channels: int, channels: int, num_classes: int, norm_layer: NormLayer = BatchNorm2d, dropout: float = 0.1
 ) -> nn.Sequential:
     """The auxiliary head: conv3x3 + BN + ReLU, dropout of channels, classifier.
 

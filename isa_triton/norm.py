@@ -1,0 +1,100 @@
+"""Batch normalisation whose statistics are accurate on channels_last maps of a CPU too."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ._tracing import has_modes, is_differentiated_forward, wants_torch_operators
+
+MANY = 256  # pixels of a channel: the sum of fewer, one after the other, is within some roundings
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """`torch.nn.BatchNorm2d`, the default of our layers, as accurate on channels_last maps of a CPU as on others.
+
+    There PyTorch (2.14) adds up a channel's pixels one after the other in fp32, and mean, variance and gradients lose
+    a digit or two, which later layers amplify. Here pixels are added up in runs, and then the runs. Elsewhere
+    (evaluation, GPUs, other dtypes and layouts, small maps, compiled graphs, transforms) it is PyTorch's own.
+
+    Examples:
+        >>> x = torch.randn(2, 8, 6, 10).to(memory_format=torch.channels_last)
+        >>> bool(BatchNorm2d(8)(x).mean((0, 2, 3)).abs().max() < 1e-6)
+        True
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self._sums_in_runs(x):
+            return super().forward(x)
+        y, mean, var = _BatchNorm.apply(x, self.weight, self.bias, self.eps)
+        if self.training and self.track_running_stats and self.running_mean is not None:
+            self._remember(mean, var, x.numel() // x.shape[1])
+        return y
+
+    def _sums_in_runs(self, x: Tensor) -> bool:
+        if torch.compiler.is_compiling() or wants_torch_operators() or type(x) not in (Tensor, nn.Parameter):
+            return False
+        if not (self.training or self.running_mean is None) or has_modes() or is_differentiated_forward():
+            return False
+        on_cpu = x.is_cpu and x.dim() == 4 and x.shape[1] == self.num_features
+        if not on_cpu or x.numel() < MANY * x.shape[1] or x.is_contiguous():
+            return False
+        fp32 = all(t is None or t.dtype == torch.float32 for t in (x, self.weight, self.running_mean))
+        return fp32 and x.is_contiguous(memory_format=torch.channels_last)
+
+    @torch.no_grad()
+    def _remember(self, mean: Tensor, var: Tensor, pixels: int) -> None:
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked.add_(1)
+        factor = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        for running, value in ((self.running_mean, mean), (self.running_var, var * (pixels / (pixels - 1)))):
+            assert running is not None
+            running.lerp_(value, factor)
+
+
+class _BatchNorm(torch.autograd.Function):
+    """x [B, C, H, W] channels_last -> y, and the mean and the biased variance [C] of its pixels."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, ...]:
+        runs, C = _runs(x), x.shape[1]
+        means, variances = torch.batch_norm_update_stats(_in_runs(x, runs), None, None, 0.0)
+        between, mean = torch.var_mean(means.view(runs, C), 0, correction=0)
+        var = variances.view(runs, C).mean(0).add_(between)
+        ctx.save_for_backward(x, weight, mean, (var + eps).rsqrt_())
+        ctx.eps = eps
+        ctx.mark_non_differentiable(mean, var)
+        ctx.set_materialize_grads(False)
+        return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps), mean, var
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+        x, weight, mean, invstd = ctx.saved_tensors
+        needed = [*ctx.needs_input_grad[:3]]
+        dy = dy.contiguous(memory_format=torch.channels_last)
+        native = torch.ops.aten.native_batch_norm_backward
+        if torch.is_grad_enabled():  # PyTorch knows its derivative
+            return *native(dy, x, weight, None, None, mean, invstd, True, ctx.eps, needed), None
+        dx = dweight = dbias = None
+        if needed[0]:
+            dx, *_ = native(dy, x, weight, None, None, mean, invstd, True, ctx.eps, [True, False, False])
+        if needed[1] or needed[2]:
+            runs = _runs(x)
+            pairs, statistics = (_in_runs(t, runs) for t in (dy, x)), (s.repeat(runs) for s in (mean, invstd))
+            _, *sums = native(*pairs, None, None, None, *statistics, True, ctx.eps, [False, *needed[1:]])
+            dweight, dbias = (s if s is None else s.view(runs, -1).sum(0) for s in sums)
+        return dx, dweight, dbias, None
+
+
+def _runs(x: Tensor) -> int:
+    """Into how many runs the pixels of x [B, C, H, W] are divided: of few pixels each, and not too many."""
+    B, _, H, W = x.shape
+    return min((H * W, W, H, B), key=lambda runs: runs + B * H * W // runs)
+
+
+def _in_runs(x: Tensor, runs: int) -> Tensor:
+    """x [B, C, H, W], channels_last, seen as one map [1, runs C, pixels of a run, 1]: every so many-th is of a run."""
+    return x.permute(0, 2, 3, 1).reshape(-1, runs * x.shape[1]).t()[None, :, :, None]
