@@ -19,7 +19,14 @@ What a user calls, and below it what it rests on; a file imports from lower line
 from .axis import Axis
 from .functional import missing_tokens, partitioned_attention, partitioned_attention_with_lse
 from .maps import set_backend
-from .modules import InterlacedSparseSelfAttention, ISAHead, ISAModule, SelfAttention2d
+from .modules import (
+    InterlacedSparseSelfAttention,
+    ISAHead,
+    ISAModule,
+    SelfAttention1d,
+    SelfAttention2d,
+    SelfAttention3d,
+)
 from .partition import Partition
 
 __version__ = "0.1.0"
@@ -29,7 +36,9 @@ __all__ = [
     "ISAModule",
     "InterlacedSparseSelfAttention",
     "Partition",
+    "SelfAttention1d",
     "SelfAttention2d",
+    "SelfAttention3d",
     "missing_tokens",
     "partitioned_attention",
     "partitioned_attention_with_lse",

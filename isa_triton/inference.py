@@ -15,8 +15,8 @@ from ._tracing import is_plain, leaf_of_fx
 from .backend import plain
 from .backend.contract import Call, Inputs
 from .maps import (
+    POINTWISE,
     Attends,
-    Conv1x1,
     ConvNormReLU,
     attend_maps,
     check_map,
@@ -26,8 +26,8 @@ from .maps import (
     pad_to_multiple,
     pads,
 )
-from .modules import InterlacedSparseSelfAttention, SelfAttention2d
-from .norm import BatchNorm2d
+from .modules import STAGES, InterlacedSparseSelfAttention, SelfAttention
+from .norm import BATCH_NORMS
 
 
 @torch.no_grad()
@@ -60,7 +60,7 @@ def fuse(module: nn.Module) -> nn.Module:
     # Tensors are copied by hand: fake ones have no deepcopy, and gradients stay behind.
     copies: dict[int, Any] = {id(x): nn.Parameter(x.clone(), requires_grad=False) for x in module.parameters()}
     copies |= {id(x): x.clone() for x in module.buffers()}
-    ours = (SelfAttention2d, InterlacedSparseSelfAttention, ConvNormReLU, FoldedAttention)
+    ours = (*STAGES.values(), InterlacedSparseSelfAttention, ConvNormReLU, FoldedAttention)
     if not any(isinstance(layer, ours) for layer in module.modules()):
         raise ValueError(f"module must hold a layer of isa_triton, got {type(module).__name__} without one")
     folding = _Folding()
@@ -85,7 +85,7 @@ class _Folding:
         if module in self.folded:
             return self.folded[module]
         self.folded[module] = module
-        if isinstance(module, (SelfAttention2d, InterlacedSparseSelfAttention)):
+        if isinstance(module, (*STAGES.values(), InterlacedSparseSelfAttention)):
             stages = module.stages if isinstance(module, InterlacedSparseSelfAttention) else (module,)
             obstacle = _obstacle_to_call(module) or next(filter(None, map(_obstacle_to_stage, stages)), None)
             if obstacle is None and whole_stages:
@@ -112,12 +112,14 @@ class _Folding:
         return module
 
 
-_OURS = (SelfAttention2d, InterlacedSparseSelfAttention, ConvNormReLU, Conv1x1)
+_TORCHS_NORMS = nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm
+_OURS = (*STAGES.values(), InterlacedSparseSelfAttention, ConvNormReLU, *POINTWISE.values())
 
 
 def _obstacle_to_call(module: nn.Module) -> str | None:
     """Why a module is not exactly what its class says."""
-    kind = next((kind for kind in (*_OURS, nn.Sequential, nn.Conv2d) if type(module) is kind), None)
+    others = nn.Sequential, nn.Conv1d, nn.Conv2d, nn.Conv3d
+    kind = next((kind for kind in (*_OURS, *others) if type(module) is kind), None)
     if kind is None:
         return f"a {type(module).__name__} in place of a layer of ours"
     return None if is_plain(module, kind) else f"hooks of a {type(module).__name__}"
@@ -130,15 +132,14 @@ def _obstacle_to_unit(unit: nn.Module) -> str | None:
     assert isinstance(unit, ConvNormReLU)
     norm = unit.norm
     of_batches = (
-        any(is_plain(norm, kind) for kind in (BatchNorm2d, nn.BatchNorm2d, nn.SyncBatchNorm))
-        and norm.running_mean is not None
+        any(is_plain(norm, kind) for kind in (*BATCH_NORMS.values(), *_TORCHS_NORMS)) and norm.running_mean is not None
     )
     if not of_batches and not isinstance(norm, nn.Identity):
         return f"{type(norm).__name__} is no plain batch normalisation with running statistics"
     return _obstacle_to_call(unit.conv)
 
 
-def _obstacle_to_stage(stage: SelfAttention2d) -> str | None:
+def _obstacle_to_stage(stage: Any) -> str | None:
     """Why a stage cannot be folded as a whole; None where it can."""
     units = (*stage.query.children(), *stage.key.children(), stage.output)
     plain = (_obstacle_to_call(part) for part in (stage, stage.query, stage.key, stage.value))
@@ -148,15 +149,15 @@ def _obstacle_to_stage(stage: SelfAttention2d) -> str | None:
 class FoldedAttention(Attends):
     """Folded stages of attention in cascade: x [B, C, H, W] -> [B, out_channels, H, W], channels_last."""
 
-    def __init__(self, *stages: SelfAttention2d) -> None:
+    def __init__(self, *stages: SelfAttention) -> None:
         super().__init__()
         self.padded, self.partition_size = pads(stages[0].pattern, stages[0].padding), stages[0].partition_size
-        self.in_channels = stages[0].value.in_channels
+        self.in_channels, self.axes = stages[0].value.in_channels, stages[0].axes
         self.stages = nn.ModuleList(map(FoldedStage, stages))
 
     @leaf_of_fx
     def forward(self, x: Tensor) -> Tensor:
-        check_map(x, self.in_channels)
+        check_map(x, self.in_channels, self.axes)
         size = x.shape[2:]
         if self.padded:
             x = pad_to_multiple(x, self.partition_size)
@@ -171,7 +172,7 @@ class FoldedAttention(Attends):
 class FoldedStage(Attends):
     """What `SelfAttention2d` computes between padding and cropping, in evaluation mode."""
 
-    def __init__(self, stage: SelfAttention2d) -> None:
+    def __init__(self, stage: SelfAttention) -> None:
         super().__init__()
         self.pattern, self.partition_size, self._backend = stage.pattern, stage.partition_size, stage._backend
         self.num_heads = stage.num_heads
@@ -197,7 +198,7 @@ class FoldedStage(Attends):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The stage's output."""
-        partition = make_partition(self.pattern, (q.shape[2], q.shape[3]), self.partition_size)
+        partition = make_partition(self.pattern, q.shape[2:], self.partition_size)
         return self.output(_writable(attend_maps(q, k, v, partition, self.num_heads, self._backend)))
 
 
@@ -233,10 +234,12 @@ def _matrix(unit: nn.Module) -> tuple[Tensor, Tensor]:
     return weight.flatten(1), bias
 
 
-def _conv1x1(weight: Tensor, bias: Tensor, like: Tensor) -> Conv1x1:
-    """A 1x1 convolution with this weight [out, in] and bias [out], of the dtype and on the device of another tensor."""
-    conv = Conv1x1(weight.shape[1], weight.shape[0], bias=True)
-    conv.weight, conv.bias = nn.Parameter(weight[..., None, None].to(like)), nn.Parameter(bias.to(like))
+def _conv1x1(weight: Tensor, bias: Tensor, like: Tensor) -> Any:
+    """A pointwise convolution with this weight [out, in] and bias [out]; else as one whose weight is like another."""
+    of_pixels = like.shape[2:]
+    conv = POINTWISE[len(of_pixels)](weight.shape[1], weight.shape[0], bias=True)
+    conv.weight = nn.Parameter(weight.view(*weight.shape, *of_pixels).to(like))
+    conv.bias = nn.Parameter(bias.to(like))
     return conv
 
 

@@ -1,7 +1,8 @@
 """What layers of feature maps are made of: projections over pixels, padding, attention between maps, their checks.
 
-Feature maps are [B, C, H, W]. NCHW and channels_last inputs are both read as they lie; everything in between is
-channels_last, so that the attention's [B, H, W, heads, width] tensors are views of the projections' outputs.
+Feature maps are [B, C, H, W], lines [B, C, L] and volumes [B, C, D, H, W] likewise. NCHW and channels_last inputs are
+both read as they lie; everything in between is channels_last, so that the attention's [B, H, W, heads, width] tensors
+are views of the projections' outputs.
 """
 
 from __future__ import annotations
@@ -18,19 +19,19 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ._tracing import is_known_to_be, is_proxy, is_transformed, leaf_of_fx, wants_torch_operators
-from .axis import Axis, ceil_div, pair
+from .axis import MOST_AXES, Axis, ceil_div, pair
 from .backend import check_backend
 from .functional import partitioned_attention
-from .norm import BatchNorm2d
+from .norm import BATCH_NORMS, as_map, from_map
 from .partition import Partition
 
-PartitionSize = int | tuple[int, int]  # P, or (P_h, P_w)
+PartitionSize = int | tuple[int, ...]  # P, or (P_h, P_w), of every axis
 NormLayer = Callable[[int], nn.Module]  # from channels
 Activation = Callable[[], nn.Module]
 Model = TypeVar("Model", bound=nn.Module)
 RELU = partial(nn.ReLU, inplace=True)
 
-PATTERNS: dict[str, Callable[[tuple[int, int], tuple[int, int]], Partition]] = {
+PATTERNS: dict[str, Callable[[Sequence[int], Sequence[int]], Partition]] = {
     "interlaced": lambda size, partition_size: Partition(*map(Axis.interlaced, size, partition_size)),
     "local": lambda size, partition_size: Partition(*map(Axis.local, size, partition_size)),
     "rows": lambda size, partition_size: Partition.rows(size),
@@ -41,20 +42,13 @@ MOST, LONGEST = 2**20, 2**15  # of channels, and of a partition size: more is a 
 PARTITIONED = ("interlaced", "local")  # the patterns that a partition size shapes
 
 
-class Conv1x1(nn.Conv2d):
-    """A 1x1 convolution as a GEMM over pixels, of one input or of several that stand for their concatenation.
+class Pointwise(nn.Module):
+    """What a convolution of single pixels does, whose parameters a subclass has: a GEMM."""
 
-    [B, C_i, H, W], ... -> [B, out_channels, H, W], channels_last. The parameters are those of `nn.Conv2d`.
+    weight: Tensor
+    bias: Tensor | None
 
-    >>> Conv1x1(5, 7)(torch.randn(2, 3, 4, 6), torch.randn(2, 2, 4, 6)).shape
-    torch.Size([2, 7, 4, 6])
-    """
-
-    def __init__(self, in_channels: int, out_channels: int, bias: bool = False) -> None:
-        super().__init__(in_channels, out_channels, kernel_size=1, bias=bias)
-
-    @leaf_of_fx
-    def forward(self, *inputs: Tensor) -> Tensor:
+    def product(self, *inputs: Tensor) -> Tensor:
         weights = self._matrix().split([x.shape[1] for x in inputs], dim=1)  # [out, C_i]
         if torch.compiler.is_compiling() or wants_torch_operators():
             return self._convolved(inputs, weights)
@@ -77,9 +71,12 @@ class Conv1x1(nn.Conv2d):
         Optimisers' fused paths and DDP's buckets copy gradients of others. What squeezes a dimension of one element
         gives the gradient of it a neighbour's stride; in a parameter that is channels_last, that is another one.
         """
-        if self.weight.stride(3) == 1:
-            return self.weight.squeeze(3).squeeze(2)
-        return self.weight.permute(0, 2, 3, 1).squeeze(2).squeeze(1)
+        weight = self.weight
+        if weight.dim() != 4:
+            return weight.flatten(1)
+        if weight.stride(3) == 1:
+            return weight.squeeze(3).squeeze(2)
+        return weight.permute(0, 2, 3, 1).squeeze(2).squeeze(1)
 
     def _convolved(self, inputs: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
         """For graphs of any batch and size: inductor (torch 2.14) cannot keep a view, nor tracers `expand`."""
@@ -88,6 +85,56 @@ class Conv1x1(nn.Conv2d):
         for x, weight in zip(others, weights[1:], strict=True):
             y = y + F.conv2d(x, weight[..., None, None])
         return y
+
+
+class Conv1x1(Pointwise, nn.Conv2d):
+    """A 1x1 convolution as a GEMM over pixels, of one input or of several that stand for their concatenation.
+
+    [B, C_i, H, W], ... -> [B, out_channels, H, W], channels_last. The parameters are those of `nn.Conv2d`.
+
+    >>> Conv1x1(5, 7)(torch.randn(2, 3, 4, 6), torch.randn(2, 2, 4, 6)).shape
+    torch.Size([2, 7, 4, 6])
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, bias: bool = False) -> None:
+        super().__init__(in_channels, out_channels, kernel_size=1, bias=bias)
+
+    @leaf_of_fx
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.product(*inputs)
+
+
+class PointwiseConv1d(Pointwise, nn.Conv1d):
+    """`Conv1x1` of lines [B, C_i, L]; the parameters are those of `nn.Conv1d`.
+
+    >>> PointwiseConv1d(5, 7)(torch.randn(2, 5, 9)).shape
+    torch.Size([2, 7, 9])
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, bias: bool = False) -> None:
+        super().__init__(in_channels, out_channels, kernel_size=1, bias=bias)
+
+    @leaf_of_fx
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return from_map(self.product(*map(as_map, inputs)), inputs[0].shape[2:])
+
+
+class PointwiseConv3d(Pointwise, nn.Conv3d):
+    """`Conv1x1` of volumes [B, C_i, D, H, W]; the parameters are those of `nn.Conv3d`.
+
+    >>> PointwiseConv3d(5, 7)(torch.randn(2, 5, 3, 4, 6)).shape
+    torch.Size([2, 7, 3, 4, 6])
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, bias: bool = False) -> None:
+        super().__init__(in_channels, out_channels, kernel_size=1, bias=bias)
+
+    @leaf_of_fx
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return from_map(self.product(*map(as_map, inputs)), inputs[0].shape[2:])
+
+
+POINTWISE: dict[int, Callable[..., Any]] = {1: PointwiseConv1d, 2: Conv1x1, 3: PointwiseConv3d}  # by the axes of a map
 
 
 def _added(x: Tensor, y: Tensor) -> Tensor:
@@ -174,9 +221,10 @@ def _stages(network: nn.Module) -> list[Attends]:
 class ConvNormReLU(nn.Sequential):
     """Convolution without bias, normalisation, activation: batch normalisation and ReLU unless told otherwise."""
 
-    def __init__(self, conv: nn.Conv2d, norm_layer: NormLayer = BatchNorm2d, activation: Activation = RELU) -> None:
+    def __init__(self, conv: Any, norm_layer: NormLayer | None = None, activation: Activation = RELU) -> None:
         super().__init__()
         self.conv = conv
+        norm_layer = BATCH_NORMS[conv.weight.dim() - 2] if norm_layer is None else norm_layer
         self.norm: Any = made("norm_layer", norm_layer, conv.out_channels)
         self.relu: Any = made("activation", activation)
 
@@ -210,16 +258,17 @@ def check_options(layer: nn.Module, options: Mapping[str, Any], valid: type) -> 
         )
 
 
-def check_map(x: Any, channels: int) -> None:
+def check_map(x: Any, channels: int, axes: int = 2) -> None:
     """Raises TypeError or ValueError where x is not [B, channels, H, W]; what `torch.fx` hands on is not looked at."""
     if is_proxy(x):
         return
+    sides = ("L", "H, W", "D, H, W")[axes - 1]
     if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a torch.Tensor [B, {channels}, H, W], got {type(x).__name__}")
+        raise TypeError(f"x must be a torch.Tensor [B, {channels}, {sides}], got {type(x).__name__}")
     if not x.is_floating_point() or x.layout != torch.strided or x.is_nested:
         raise TypeError(f"x must be a dense tensor of real floating-point numbers, got {x.dtype}, {x.layout}")
-    if x.dim() != 4 or x.shape[1] != channels or x.shape[2] < 1 or x.shape[3] < 1:
-        raise ValueError(f"x must be [B, {channels}, H, W] with H, W of at least 1, got {tuple(x.shape)}")
+    if x.dim() != 2 + axes or x.shape[1] != channels or any(side < 1 for side in x.shape[2:]):
+        raise ValueError(f"x must be [B, {channels}, {sides}] with {sides} of at least 1, got {tuple(x.shape)}")
 
 
 def check_size(size: Any) -> None:
@@ -233,9 +282,9 @@ def check_size(size: Any) -> None:
         raise ValueError(f"size must be at least (1, 1) and have less than 2**40 pixels, got {(height, width)}")
 
 
-def make_partition(pattern: str, size: tuple[int, int], partition_size: tuple[int, int]) -> Partition:
+def make_partition(pattern: str, size: Sequence[int], partition_size: Sequence[int]) -> Partition:
     """The partition of a map of (H, W) pixels by the name of its pattern; P is clamped to the map."""
-    return PATTERNS[pattern](size, (at_most(partition_size[0], size[0]), at_most(partition_size[1], size[1])))
+    return PATTERNS[pattern](size, [at_most(part, extent) for part, extent in zip(partition_size, size, strict=True)])
 
 
 def at_most(part: int, size: int) -> int:
@@ -252,25 +301,31 @@ def pads(pattern: str, padding: str) -> bool:
 
 def attend_maps(q: Tensor, k: Tensor, v: Tensor, partition: Partition, num_heads: int, backend: str) -> Tensor:
     """Attention between maps: q, k [B, K, H, W] and v [B, V, H, W] -> context [B, V, H, W], K and V of all heads."""
-    q, k, v = (x.permute(0, 2, 3, 1).unflatten(3, (num_heads, -1)) for x in (q, k, v))  # [B, H, W, heads, width]
-    return partitioned_attention(q, k, v, partition, backend=backend).flatten(3).permute(0, 3, 1, 2)
+    axes = range(1, q.dim() - 1)
+    q, k, v = (_channels_last(x).unflatten(-1, (num_heads, -1)) for x in (q, k, v))  # [B, H, W, heads, width]
+    context = partitioned_attention(q, k, v, partition, backend=backend).flatten(-2)  # [B, H, W, V]
+    return context.permute(0, -1, *axes)
 
 
-def pad_to_multiple(x: Tensor, partition_size: tuple[int, int]) -> Tensor:
-    """x [B, C, H, W] with zeros around it, centred, low side floor(pad / 2), up to a multiple of P on both axes."""
-    P_h, P_w = partition_size
-    pad_h, pad_w = ceil_div(x.shape[2], P_h) * P_h - x.shape[2], ceil_div(x.shape[3], P_w) * P_w - x.shape[3]
-    return x if is_known_to_be(pad_h + pad_w == 0) else F.pad(x, _around(pad_h, pad_w))
+def _channels_last(x: Tensor) -> Tensor:
+    return x.permute(0, *range(2, x.dim()), 1)
+
+
+def pad_to_multiple(x: Tensor, partition_size: Sequence[int]) -> Tensor:
+    """x [B, C, H, W] with zeros around it, centred, low side floor(pad / 2), up to a multiple of P on every axis."""
+    pads = [ceil_div(extent, part) * part - extent for extent, part in zip(x.shape[2:], partition_size, strict=True)]
+    return x if is_known_to_be(sum(pads) == 0) else F.pad(x, _around(pads))
 
 
 def crop(x: Tensor, size: Sequence[int]) -> Tensor:
     """The inverse of `pad_to_multiple`: the centre of x [B, C, H, W]."""
-    pad_h, pad_w = x.shape[2] - size[0], x.shape[3] - size[1]
-    return x if is_known_to_be(pad_h + pad_w == 0) else unpad(x, _around(pad_h, pad_w))
+    pads = [padded - extent for padded, extent in zip(x.shape[2:], size, strict=True)]
+    return x if is_known_to_be(sum(pads) == 0) else unpad(x, _around(pads))
 
 
-def _around(pad_h: int, pad_w: int) -> tuple[int, int, int, int]:
-    return pad_w // 2, pad_w - pad_w // 2, pad_h // 2, pad_h - pad_h // 2
+def _around(pads: Sequence[int]) -> list[int]:
+    """As `F.pad` takes it: the last axis first, the low side before the high one."""
+    return [side for pad in reversed(pads) for side in (pad // 2, pad - pad // 2)]
 
 
 def unpad(x: Tensor, padding: Sequence[int]) -> Tensor:
@@ -319,23 +374,29 @@ def one_of(name: str, value: str, valid: Collection[str]) -> str:
     return value
 
 
-def check_partition_size(value: Any) -> tuple[int, int]:
+def check_partition_size(value: Any, axes: int = 2) -> tuple[int, ...]:
     """(P_h, P_w) of a pair, or of one integer for both. Raises ValueError where it is neither."""
-    both = (value, value) if type(value) is int else value
-    if not isinstance(both, Sequence) or len(both) != 2 or not all(type(p) is int and p >= 1 for p in both):
-        raise ValueError(
-            f"partition_size must be two integers (P_h, P_w) of at least 1, or one for both, got {short(value)}"
-        )
-    if max(both) > LONGEST:
+    every = (value,) * axes if type(value) is int else value
+    if not isinstance(every, Sequence) or len(every) != axes or not all(type(p) is int and p >= 1 for p in every):
+        wanted = ("one integer (P,)", "two integers (P_h, P_w)", "three integers (P_d, P_h, P_w)")[axes - 1]
+        raise ValueError(f"partition_size must be {wanted} of at least 1, or one for all axes, got {short(value)}")
+    if max(every) > LONGEST:
         raise ValueError(f"partition_size must be at most {LONGEST}, got {short(value)}")
-    return both[0], both[1]
+    return tuple(every)
 
 
-def each_partition_size(value: PartitionSize | Sequence[PartitionSize]) -> tuple[tuple[int, int], ...]:
+def each_partition_size(value: PartitionSize | Sequence[PartitionSize], axes: int = 2) -> tuple[tuple[int, ...], ...]:
     """One partition size or several, as several. Raises ValueError where there is none."""
     several = isinstance(value, Sequence) and len(value) > 0 and isinstance(value[0], Sequence)
     sizes: Any = value if several else (value,)
-    return tuple(map(check_partition_size, sizes))
+    return tuple(check_partition_size(size, axes) for size in sizes)
+
+
+def check_axes(axes: Any) -> int:
+    """The number of axes of a map. Raises ValueError where it is none of 1, 2 and 3."""
+    if type(axes) is not int or not 1 <= axes <= MOST_AXES:
+        raise ValueError(f"axes must be 1, 2 or 3, got {short(axes)}")
+    return axes
 
 
 def check_heads(num_heads: int, **widths: int) -> None:

@@ -6,7 +6,7 @@ They project and compose; `maps` has what they are made of, and says how feature
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypedDict, Unpack
+from typing import ClassVar, TypedDict, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from ._tracing import leaf_of_fx
 from .backend import check_backend
 from .maps import (
     PATTERNS,
+    POINTWISE,
     RELU,
     Activation,
     Attends,
@@ -24,6 +25,7 @@ from .maps import (
     NormLayer,
     PartitionSize,
     attend_maps,
+    check_axes,
     check_flag,
     check_heads,
     check_map,
@@ -41,7 +43,6 @@ from .maps import (
     recomputed,
     unit_options,
 )
-from .norm import BatchNorm2d
 from .partition import Partition
 
 
@@ -51,7 +52,7 @@ class StageOptions(TypedDict, total=False):
     num_heads: int
     padding: str
     backend: str
-    norm_layer: NormLayer
+    norm_layer: NormLayer | None
     activation: Activation
     recompute: bool
 
@@ -62,7 +63,72 @@ class ISAOptions(StageOptions, total=False):
     order: str
 
 
-class SelfAttention2d(Attends):
+class SelfAttention(Attends):
+    """The paper's stage over maps of any number of axes: of `SelfAttention1d`, `SelfAttention2d`, `SelfAttention3d`."""
+
+    axes: ClassVar[int]
+
+    def __init__(
+        self,
+        in_channels: int,
+        key_channels: int,
+        value_channels: int,
+        out_channels: int | None = None,
+        *,
+        pattern: str,
+        partition_size: PartitionSize = 8,
+        num_heads: int = 1,
+        padding: str = "zeros",
+        backend: str = "auto",
+        norm_layer: NormLayer | None = None,
+        activation: Activation = RELU,
+        recompute: bool = False,
+    ) -> None:
+        super().__init__()
+        out_channels = in_channels if out_channels is None else out_channels
+        check_widths(in_channels=in_channels, out_channels=out_channels)
+        check_widths(key_channels=key_channels, value_channels=value_channels)
+        check_heads(num_heads, key_channels=key_channels, value_channels=value_channels)
+        self.num_heads = num_heads
+        self.pattern = one_of("pattern", pattern, PATTERNS if self.axes > 1 else ("interlaced", "local", "dense"))
+        self.partition_size = check_partition_size(partition_size, self.axes)
+        self.padding = one_of("padding", padding, ("zeros", "mask"))
+        self._backend = check_backend(backend)
+        self.recompute = check_flag("recompute", recompute)
+
+        pointwise = POINTWISE[self.axes]
+
+        def project(c: int, out: int) -> ConvNormReLU:
+            return ConvNormReLU(pointwise(c, out), norm_layer, activation)
+
+        self.query = nn.Sequential(project(in_channels, key_channels), project(key_channels, key_channels))
+        self.key = nn.Sequential(project(in_channels, key_channels), project(key_channels, key_channels))
+        self.value = pointwise(in_channels, value_channels)
+        self.output = project(value_channels, out_channels)
+
+    @leaf_of_fx
+    def forward(self, x: Tensor) -> Tensor:
+        check_map(x, self.value.in_channels, self.axes)
+        size = x.shape[2:]
+        padded = pads(self.pattern, self.padding)
+        if padded:
+            x = pad_to_multiple(x, self.partition_size)
+        recompute = self.recompute and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        q, k = (recomputed(f, x) if recompute else f(x) for f in (self.query, self.key))
+        partition = self.partition(x.shape[2:])
+        y = self.output(attend_maps(q, k, self.value(x), partition, self.num_heads, self._backend))
+        return crop(y, size) if padded else y
+
+    def partition(self, size: Sequence[int]) -> Partition:
+        """The partition of a map of (H, W) pixels, after any padding."""
+        return make_partition(self.pattern, size, self.partition_size)
+
+    def extra_repr(self) -> str:
+        heads = f", num_heads={self.num_heads}" if self.num_heads > 1 else ""
+        return f"pattern={self.pattern!r}, partition_size={self.partition_size}{heads}, padding={self.padding!r}"
+
+
+class SelfAttention2d(SelfAttention):
     """One attention stage over a partition of the map: projections, attention, output projection.
 
     The paper's stage (arXiv 1907.12273, section 3.1; the authors' SelfAttentionBlock2D): key and query are two
@@ -81,7 +147,7 @@ class SelfAttention2d(Attends):
             result; padded pixels are keys and enter batch statistics, as in every published model. "mask" attends the
             real pixels only, with P clamped to the map.
         backend: of `partitioned_attention`; an attribute too, that may be set at any time.
-        norm_layer: makes a normalisation from its channels; by default `isa_triton.norm.BatchNorm2d`.
+        norm_layer: makes a normalisation from its channels; by default that of `isa_triton.norm` for as many axes.
         activation: makes an activation.
         recompute: in training, keep nothing of what is inside the key and query projections and compute it again in
             backward: fewer bytes, more time. An attribute too. Under torch.compile the compiler decides what to keep.
@@ -98,76 +164,53 @@ class SelfAttention2d(Attends):
         torch.Size([2, 64, 12, 20])
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        key_channels: int,
-        value_channels: int,
-        out_channels: int | None = None,
-        *,
-        pattern: str,
-        partition_size: PartitionSize = (8, 8),
-        num_heads: int = 1,
-        padding: str = "zeros",
-        backend: str = "auto",
-        norm_layer: NormLayer = BatchNorm2d,
-        activation: Activation = RELU,
-        recompute: bool = False,
-    ) -> None:
-        super().__init__()
-        out_channels = in_channels if out_channels is None else out_channels
-        check_widths(in_channels=in_channels, out_channels=out_channels)
-        check_widths(key_channels=key_channels, value_channels=value_channels)
-        check_heads(num_heads, key_channels=key_channels, value_channels=value_channels)
-        self.num_heads = num_heads
-        self.pattern = one_of("pattern", pattern, PATTERNS)
-        self.partition_size = check_partition_size(partition_size)
-        self.padding = one_of("padding", padding, ("zeros", "mask"))
-        self._backend = check_backend(backend)
-        self.recompute = check_flag("recompute", recompute)
+    axes = 2
 
-        def project(c: int, out: int) -> ConvNormReLU:
-            return ConvNormReLU(Conv1x1(c, out), norm_layer, activation)
 
-        self.query = nn.Sequential(project(in_channels, key_channels), project(key_channels, key_channels))
-        self.key = nn.Sequential(project(in_channels, key_channels), project(key_channels, key_channels))
-        self.value = Conv1x1(in_channels, value_channels)
-        self.output = project(value_channels, out_channels)
+class SelfAttention1d(SelfAttention):
+    """`SelfAttention2d` of lines: x [B, in_channels, L] -> [B, out_channels, L].
 
-    @leaf_of_fx
-    def forward(self, x: Tensor) -> Tensor:
-        check_map(x, self.value.in_channels)
-        size = x.shape[2:]
-        padded = pads(self.pattern, self.padding)
-        if padded:
-            x = pad_to_multiple(x, self.partition_size)
-        recompute = self.recompute and torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        q, k = (recomputed(f, x) if recompute else f(x) for f in (self.query, self.key))
-        partition = self.partition((x.shape[2], x.shape[3]))
-        y = self.output(attend_maps(q, k, self.value(x), partition, self.num_heads, self._backend))
-        return crop(y, size) if padded else y
+    Its parameters are those of `nn.Conv1d`; a partition size is (P,) or P, a pattern "interlaced", "local" or "dense".
 
-    def partition(self, size: tuple[int, int]) -> Partition:
-        """The partition of a map of (H, W) pixels, after any padding."""
-        return make_partition(self.pattern, size, self.partition_size)
+    Examples:
+        >>> layer = SelfAttention1d(64, 32, 64, pattern="local", partition_size=16)
+        >>> layer(torch.randn(2, 64, 100)).shape
+        torch.Size([2, 64, 100])
+    """
 
-    def extra_repr(self) -> str:
-        heads = f", num_heads={self.num_heads}" if self.num_heads > 1 else ""
-        return f"pattern={self.pattern!r}, partition_size={self.partition_size}{heads}, padding={self.padding!r}"
+    axes = 1
+
+
+class SelfAttention3d(SelfAttention):
+    """`SelfAttention2d` of volumes: x [B, in_channels, D, H, W] -> [B, out_channels, D, H, W], channels_last.
+
+    Its parameters are those of `nn.Conv3d`; a partition size is (P_d, P_h, P_w), or P for all axes.
+
+    Examples:
+        >>> layer = SelfAttention3d(64, 32, 64, pattern="interlaced", partition_size=(2, 4, 4))
+        >>> layer(torch.randn(2, 64, 4, 12, 20)).shape
+        torch.Size([2, 64, 4, 12, 20])
+    """
+
+    axes = 3
+
+
+STAGES: dict[int, type[SelfAttention]] = {1: SelfAttention1d, 2: SelfAttention2d, 3: SelfAttention3d}  # by axes
 
 
 class InterlacedSparseSelfAttention(Attends):
     """Interlaced sparse self-attention: a long-range and a short-range stage, cascaded without a residual.
 
     Every output pixel sees every input pixel through exactly one intermediate pixel, at O(HW sqrt(HW)) cost instead
-    of O((HW)^2) (arXiv 1907.12273, section 3.2).
+    of O((HW)^2) (arXiv 1907.12273, section 3.2); on lines and in volumes too.
 
     Args:
         in_channels: C, of the map.
         key_channels: K, width of the queries and keys of either stage; each has its own weights.
         value_channels: V, width of the values of either stage.
         out_channels: width of both stages' results; default in_channels.
-        partition_size: (P_h, P_w), or P for both axes, of both stages.
+        axes: of the maps; 1 for lines [B, C, L], 3 for volumes [B, C, D, H, W].
+        partition_size: (P_h, P_w), or P for all axes, of both stages.
         order: "long-short", as published, or "short-long".
         **options: num_heads, padding, backend, norm_layer, activation and recompute of `SelfAttention2d`. The map is
             padded once, before both stages.
@@ -191,25 +234,26 @@ class InterlacedSparseSelfAttention(Attends):
         value_channels: int,
         out_channels: int | None = None,
         *,
-        partition_size: PartitionSize = (8, 8),
+        axes: int = 2,
+        partition_size: PartitionSize = 8,
         order: str = "long-short",
         **options: Unpack[StageOptions],
     ) -> None:
         super().__init__()
         check_options(self, options, StageOptions)
         out_channels = in_channels if out_channels is None else out_channels
-        self.order = one_of("order", order, ("long-short", "short-long"))
+        self.order, kind = one_of("order", order, ("long-short", "short-long")), STAGES[check_axes(axes)]
         long_in, short_in = (in_channels, out_channels) if order == "long-short" else (out_channels, in_channels)
 
-        def stage(pattern: str, stage_in: int) -> SelfAttention2d:
+        def stage(pattern: str, stage_in: int) -> SelfAttention:
             widths = stage_in, key_channels, value_channels, out_channels
-            return SelfAttention2d(*widths, pattern=pattern, partition_size=partition_size, **options)
+            return kind(*widths, pattern=pattern, partition_size=partition_size, **options)
 
         self.long_range = stage("interlaced", long_in)
         self.short_range = stage("local", short_in)
 
     @property
-    def stages(self) -> tuple[SelfAttention2d, SelfAttention2d]:
+    def stages(self) -> tuple[SelfAttention, SelfAttention]:
         """Both, in the order in which they run."""
         stages = self.long_range, self.short_range
         return stages if self.order == "long-short" else stages[::-1]
@@ -217,7 +261,7 @@ class InterlacedSparseSelfAttention(Attends):
     @leaf_of_fx
     def forward(self, x: Tensor) -> Tensor:
         first, second = self.stages
-        check_map(x, first.value.in_channels)
+        check_map(x, first.value.in_channels, first.axes)
         size = x.shape[2:]
         if first.padding == "zeros":  # once for both: the second stage's keys include what became of the padding
             x = pad_to_multiple(x, first.partition_size)
@@ -228,6 +272,9 @@ class InterlacedSparseSelfAttention(Attends):
         return f"order={self.order!r}"
 
 
+DROPOUTS: dict[int, type[nn.Module]] = {1: nn.Dropout1d, 2: nn.Dropout2d, 3: nn.Dropout3d}  # of channels, by axes
+
+
 class ISAModule(Attends):
     """The block the paper inserts into a network: ISA beside its input, fused by conv1x1 + BN + ReLU + dropout.
 
@@ -236,7 +283,8 @@ class ISAModule(Attends):
         key_channels: K, width of queries and keys.
         value_channels: V, width of values.
         out_channels: width of the result.
-        partition_size: (P_h, P_w), P for both axes, or several pairs for parallel branches; then x is expanded to as
+        axes: of the maps; 1 for lines [B, C, L], 3 for volumes [B, C, D, H, W].
+        partition_size: (P_h, P_w), P for all axes, or several tuples for parallel branches; then x is expanded to as
             many times out_channels by a conv1x1 + BN + ReLU before it is fused with the branches.
         dropout: probability that a channel of the result is dropped in training.
         **options: order and all options of `InterlacedSparseSelfAttention`.
@@ -259,26 +307,28 @@ class ISAModule(Attends):
         value_channels: int,
         out_channels: int,
         *,
-        partition_size: PartitionSize | Sequence[PartitionSize] = (8, 8),
+        axes: int = 2,
+        partition_size: PartitionSize | Sequence[PartitionSize] = 8,
         dropout: float = 0.05,
         **options: Unpack[ISAOptions],
     ) -> None:
         super().__init__()
         check_options(self, options, ISAOptions)
         check_widths(out_channels=out_channels)
-        widths, sizes = (in_channels, key_channels, value_channels, out_channels), each_partition_size(partition_size)
+        sizes = each_partition_size(partition_size, check_axes(axes))
+        widths = in_channels, key_channels, value_channels, out_channels
         self.branches = nn.ModuleList(
-            InterlacedSparseSelfAttention(*widths, partition_size=size, **options) for size in sizes
+            InterlacedSparseSelfAttention(*widths, axes=axes, partition_size=size, **options) for size in sizes
         )
         n = len(sizes)
         expanded = in_channels if n == 1 else n * out_channels
 
         def project(c: int, out: int) -> ConvNormReLU:
-            return ConvNormReLU(Conv1x1(c, out), **unit_options(options))
+            return ConvNormReLU(POINTWISE[axes](c, out), **unit_options(options))
 
         self.expand = nn.Identity() if n == 1 else project(in_channels, expanded)
         self.fuse = project(expanded + n * out_channels, out_channels)
-        self.dropout = nn.Dropout2d(check_probability("dropout", dropout))
+        self.dropout = DROPOUTS[axes](check_probability("dropout", dropout))
 
     def forward(self, x: Tensor) -> Tensor:
         contexts = [branch(x) for branch in self.branches]
@@ -316,7 +366,7 @@ class ISAHead(Attends):
         num_classes: int,
         *,
         key_channels: int = 256,
-        partition_size: PartitionSize | Sequence[PartitionSize] = (8, 8),
+        partition_size: PartitionSize | Sequence[PartitionSize] = 8,
         dropout: float = 0.1,
         align_corners: bool = False,
         **options: Unpack[ISAOptions],

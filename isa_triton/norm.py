@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,7 +14,67 @@ from ._tracing import has_modes, is_differentiated_forward, wants_torch_operator
 MANY = 256  # pixels of a channel: the sum of fewer, one after the other, is within some roundings
 
 
-class BatchNorm2d(nn.BatchNorm2d):
+def as_map(x: Tensor) -> Tensor:
+    """A line [B, C, L] or a volume [B, C, D, H, W] as a map of the same pixels, a view; a map as it is."""
+    return x if x.dim() == 4 else x.unsqueeze(2) if x.dim() == 3 else x.flatten(2, 3)
+
+
+def from_map(y: Tensor, size: Sequence[int]) -> Tensor:
+    """The inverse of `as_map`, for lines, maps or volumes of this size."""
+    return y if len(size) == 2 else y.squeeze(2) if len(size) == 1 else y.unflatten(2, tuple(size[:2]))
+
+
+class _BatchNormOfRuns(nn.modules.batchnorm._BatchNorm):
+    """Batch normalisation of lines, maps or volumes, all of which are maps for it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self._sums_in_runs(x):
+            return super().forward(x)
+        y, mean, var = _BatchNorm.apply(as_map(x), self.weight, self.bias, self.eps)
+        if self.training and self.track_running_stats and self.running_mean is not None:
+            self._remember(mean, var, x.numel() // x.shape[1])
+        return from_map(y, x.shape[2:])
+
+    def _sums_in_runs(self, x: Tensor) -> bool:
+        if torch.compiler.is_compiling() or wants_torch_operators() or type(x) not in (Tensor, nn.Parameter):
+            return False
+        if not (self.training or self.running_mean is None) or has_modes() or is_differentiated_forward():
+            return False
+        on_cpu = x.is_cpu and 3 <= x.dim() <= 5 and x.shape[1] == self.num_features
+        if not on_cpu or x.numel() < MANY * x.shape[1] or x.is_contiguous():
+            return False
+        fp32 = all(t is None or t.dtype == torch.float32 for t in (x, self.weight, self.running_mean))
+        return fp32 and x.movedim(1, -1).is_contiguous()
+
+    @torch.no_grad()
+    def _remember(self, mean: Tensor, var: Tensor, pixels: int) -> None:
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked.add_(1)
+        factor = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        for running, value in ((self.running_mean, mean), (self.running_var, var * (pixels / (pixels - 1)))):
+            assert running is not None
+            running.lerp_(value, factor)
+
+
+class BatchNorm1d(_BatchNormOfRuns, nn.BatchNorm1d):
+    """`BatchNorm2d` of lines [B, C, L].
+
+    Examples:
+        >>> BatchNorm1d(8)(torch.randn(2, 8, 60)).shape
+        torch.Size([2, 8, 60])
+    """
+
+
+class BatchNorm3d(_BatchNormOfRuns, nn.BatchNorm3d):
+    """`BatchNorm2d` of volumes [B, C, D, H, W].
+
+    Examples:
+        >>> BatchNorm3d(8)(torch.randn(2, 8, 6, 10, 4)).shape
+        torch.Size([2, 8, 6, 10, 4])
+    """
+
+
+class BatchNorm2d(_BatchNormOfRuns, nn.BatchNorm2d):
     """`torch.nn.BatchNorm2d`, the default of our layers, as accurate on channels_last maps of a CPU as on others.
 
     There PyTorch (2.14) adds up a channel's pixels one after the other in fp32, and mean, variance and gradients lose
@@ -26,33 +87,8 @@ class BatchNorm2d(nn.BatchNorm2d):
         True
     """
 
-    def forward(self, x: Tensor) -> Tensor:
-        if not self._sums_in_runs(x):
-            return super().forward(x)
-        y, mean, var = _BatchNorm.apply(x, self.weight, self.bias, self.eps)
-        if self.training and self.track_running_stats and self.running_mean is not None:
-            self._remember(mean, var, x.numel() // x.shape[1])
-        return y
 
-    def _sums_in_runs(self, x: Tensor) -> bool:
-        if torch.compiler.is_compiling() or wants_torch_operators() or type(x) not in (Tensor, nn.Parameter):
-            return False
-        if not (self.training or self.running_mean is None) or has_modes() or is_differentiated_forward():
-            return False
-        on_cpu = x.is_cpu and x.dim() == 4 and x.shape[1] == self.num_features
-        if not on_cpu or x.numel() < MANY * x.shape[1] or x.is_contiguous():
-            return False
-        fp32 = all(t is None or t.dtype == torch.float32 for t in (x, self.weight, self.running_mean))
-        return fp32 and x.is_contiguous(memory_format=torch.channels_last)
-
-    @torch.no_grad()
-    def _remember(self, mean: Tensor, var: Tensor, pixels: int) -> None:
-        assert self.num_batches_tracked is not None
-        self.num_batches_tracked.add_(1)
-        factor = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
-        for running, value in ((self.running_mean, mean), (self.running_var, var * (pixels / (pixels - 1)))):
-            assert running is not None
-            running.lerp_(value, factor)
+BATCH_NORMS: dict[int, type[nn.Module]] = {1: BatchNorm1d, 2: BatchNorm2d, 3: BatchNorm3d}  # by the axes of a map
 
 
 class _BatchNorm(torch.autograd.Function):

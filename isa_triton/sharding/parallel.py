@@ -111,6 +111,8 @@ def _check(module: nn.Module) -> None:
         names = ", ".join(kind.__name__ for kind in valid)
         raise TypeError(f"module must be one of {names}, not yet sharded, got {type(module).__name__}")
     for name, part in module.named_modules():
+        if getattr(part, "axes", 2) != 2:
+            raise ValueError(f"maps of two axes alone are spread over devices, and {name or 'module'} has {part.axes}")
         if isinstance(part, SelfAttention2d) and part.pattern == "dense":
             raise ValueError("pattern 'dense' is one group, which cannot be spread over devices")
         if isinstance(part, ConvNormReLU):

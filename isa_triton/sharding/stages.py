@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.func import functional_call
 
 from ..maps import attend_maps, make_partition, pads, recomputed
-from ..modules import SelfAttention2d
+from ..modules import SelfAttention
 from .exchange import exchange
 from .layouts import Layout, Region, columns, groups, slabs, windows
 from .norm import counted_rows, counting
@@ -46,7 +46,7 @@ class Shards(NamedTuple):
         return self.cuts[self.rank + 1]
 
 
-def cascade(stages: Sequence[SelfAttention2d], shards: Shards, x: Tensor) -> Tensor:
+def cascade(stages: Sequence[SelfAttention], shards: Shards, x: Tensor) -> Tensor:
     """Stages one after another on this device's rows x [B, C, h, w], padded once before all of them."""
     (P_h, P_w), (height, width) = stages[0].partition_size, x.shape[2:]
     top = left = 0
@@ -65,7 +65,7 @@ def cascade(stages: Sequence[SelfAttention2d], shards: Shards, x: Tensor) -> Ten
     return x[:, :, top : top + height, left : left + width]
 
 
-def _stage(stage: SelfAttention2d, x: Tensor, shards: Shards, here: Layout, there: Layout) -> Tensor:
+def _stage(stage: SelfAttention, x: Tensor, shards: Shards, here: Layout, there: Layout) -> Tensor:
     """One stage, from x as it lies `here` to y as it lies `there`: slabs, or the windows they touch."""
     size = shards.height, here[0].columns.end
     rows, grouped = slabs(shards.cuts, size[1]), _group_layout(stage, size, shards)
@@ -97,26 +97,28 @@ def _stage(stage: SelfAttention2d, x: Tensor, shards: Shards, here: Layout, ther
         return stage.output(o)
 
 
-def _group_layout(stage: SelfAttention2d, size: tuple[int, int], shards: Shards) -> Layout:
+def _group_layout(stage: SelfAttention, size: tuple[int, int], shards: Shards) -> Layout:
     """The layout in which every group of a stage lies on one device."""
+    P_h, P_w = stage.partition_size
     layouts: dict[str, Callable[[], Layout]] = {
-        "interlaced": lambda: groups(size, stage.partition_size, shards.devices),
-        "local": lambda: windows(shards.cuts, stage.partition_size[0], size[1]),
+        "interlaced": lambda: groups(size, (P_h, P_w), shards.devices),
+        "local": lambda: windows(shards.cuts, P_h, size[1]),
         "rows": lambda: slabs(shards.cuts, size[1]),
         "columns": lambda: columns(size, shards.devices),
     }
     return layouts[stage.pattern]()
 
 
-def _local_partition_size(stage: SelfAttention2d, region: Region) -> tuple[int, int]:
+def _local_partition_size(stage: SelfAttention, region: Region) -> tuple[int, int]:
     """The partition size of a stage on the smaller map that a region is."""
     if stage.pattern != "interlaced":
-        return stage.partition_size
+        P_h, P_w = stage.partition_size
+        return P_h, P_w
     rows, columns = region
     return rows.last - rows.first, columns.last - columns.first
 
 
-def _project(stage: SelfAttention2d, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _project(stage: SelfAttention, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """q, k [B, K, h, w] and v [B, V, h, w]."""
     if stage.recompute and torch.is_grad_enabled():
         q, k = (recomputed(_WithCurrentTensors(layers), x) for layers in (stage.query, stage.key))
@@ -139,7 +141,7 @@ class _WithCurrentTensors(nn.Module):
             return functional_call(self.layers[0], self.current_parameters | dict(self.named_buffers()), (x,))
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, stage: SelfAttention2d, step: tuple[int, int]) -> Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, stage: SelfAttention, step: tuple[int, int]) -> Tensor:
     """Attention [B, V, h, w] on what may be no pixels at all: then that of a batch of no maps, for the graph's sake."""
     B, V, h, w = v.shape
     if h * w > 0:
