@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import reference
 from isa_triton import InterlacedSparseSelfAttention, ISAModule, SelfAttention1d, SelfAttention2d, SelfAttention3d
-from isa_triton.inference import fuse
+from isa_triton.inference import FoldedAttention, fuse
 from isa_triton.sharding import parallel
 from tests.cases import assert_same, outputs_and_gradients, relative_error
 
@@ -53,7 +53,8 @@ def test_folded_and_compiled_they_are_the_same(size: tuple[int, ...], p: tuple[i
     layer = randomised(ISAModule(6, 4, 5, 7, axes=len(p), partition_size=(p, tuple(2 for _ in p)), num_heads=1)).eval()
     x = torch.randn(2, 6, *size, dtype=torch.float64)
     folded = fuse(copy.deepcopy(layer))
-    assert [type(branch).__name__ for branch in folded.branches.children()] == ["FoldedAttention"] * 2
+    parts = dict(folded.named_modules())
+    assert {type(parts[f"branches.{i}"]) for i in (0, 1)} == {FoldedAttention}
     assert relative_error(folded(x), layer(x)) < 1e-12
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     assert relative_error(compiled(x), layer(x)) < 1e-12
