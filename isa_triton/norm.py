@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._tracing import has_modes, is_differentiated_forward, wants_torch_operators
+from ._tracing import has_modes, is_differentiated_forward, leaf_of_fx, wants_torch_operators
 
 MANY = 256  # pixels of a channel: the sum of fewer, one after the other, is within some roundings
 
@@ -26,6 +26,7 @@ class BatchNorm2d(nn.BatchNorm2d):
         True
     """
 
+    @leaf_of_fx
     def forward(self, x: Tensor) -> Tensor:
         if not self._sums_in_runs(x):
             return super().forward(x)

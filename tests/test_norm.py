@@ -75,7 +75,7 @@ def test_options_mean_what_they_mean_to_pytorch(options: dict[str, Any], trainin
 @pytest.mark.parametrize("frozen", ["x", "weight", "bias"])
 def test_what_needs_no_gradient_gets_none(frozen: str) -> None:
     ours, x = norm(BatchNorm2d), channels_last(2, 16, 20, 30).requires_grad_()
-    leaves = {"x": x} | dict(ours.named_parameters())
+    leaves: dict[str, Tensor] = {"x": x, **dict(ours.named_parameters())}
     leaves[frozen].requires_grad_(False)
     expected = {name: leaf.detach().double().requires_grad_(name != frozen) for name, leaf in leaves.items()}
     upstream = torch.randn(x.shape)  # NCHW
