@@ -163,7 +163,7 @@ def test_a_group_as_large_as_its_block_is_loaded_as_if_it_were_smaller() -> None
 
 @pytest.mark.parametrize("form", FORMS)
 def test_more_heads_than_partial_sums_have_one_each(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the group kernels, forward with a bias and backward, and of the pass over pairs: none has no program at all."""
+    """Forward with a bias, backward of a group, the pass over pairs: none has a grid of no programs."""
     monkeypatch.setattr(plan, "PARTIAL_SUMS", 1)
     case = of_groups("local", TOKENS[form], (1, 2), heads=3, bias=True)
     assert_within_budget(case, tiles_of(form, case.partition.tokens))
