@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.mutations.__main__ import DEFECTS, ROOT, copy_to, outcome, planted
+from tests.mutations.__main__ import DEFECTS, REPORT, ROOT, copy_to, outcome, planted
 from tests.mutations.defect import Defect
 from tests.mutations.of_kernels import KNOWN
 
@@ -31,7 +31,7 @@ def test_the_list_is_long_and_says_each_once() -> None:
 def test_without_a_defect_all_of_these_tests_pass(tmp_path: Path) -> None:
     copy_to(tmp_path)
     ended = outcome(tmp_path, sorted({test for defect in KNOWN for test in defect.tests}))
-    assert ended == pytest.ExitCode.OK, (tmp_path / "report.txt").read_text()
+    assert ended == pytest.ExitCode.OK, (tmp_path / REPORT).read_text()
 
 
 @pytest.mark.slow
@@ -40,4 +40,4 @@ def test_a_planted_defect_is_found(defect: Defect, tmp_path: Path) -> None:
     copy_to(tmp_path)
     with planted(defect, tmp_path):
         ended = outcome(tmp_path, defect.tests)
-    assert ended == pytest.ExitCode.TESTS_FAILED, (tmp_path / "report.txt").read_text()
+    assert ended == pytest.ExitCode.TESTS_FAILED, (tmp_path / REPORT).read_text()

@@ -13,7 +13,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from multiprocessing import active_children
 from pathlib import Path
 
 import pytest
@@ -24,7 +26,8 @@ from tests.processes import fresh_processes
 
 ROOT = Path(__file__).parent.parent.parent
 COPIED = ("isa_triton", "reference", "bench", "tests", "pyproject.toml")
-LONGEST = 300.0  # seconds that tests may take: a mistake may be that they never end
+LONGEST = 300.0  # seconds that a test may take: a mistake may be that it never ends
+REPORT = "report.xml"
 DEFECTS = (*of_kernels.KNOWN, *of_kernels.OTHERS, *of_the_library.DEFECTS)
 
 
@@ -61,25 +64,16 @@ def _write(file: Path, text: str) -> None:
 
 def outcome(folder: Path, tests: Sequence[str]) -> int | None:
     """How pytest ends in a new process, into which nothing of ours was imported yet; None if it does not."""
-    process = fresh_processes().Process(target=_run, args=(folder, tests))
-    process.start()
-    process.join(LONGEST)
-    if process.is_alive():
-        process.kill()
-        process.join()
-        return None
-    return process.exitcode
-
-
-def _run(folder: Path, tests: Sequence[str]) -> None:
-    os.chdir(folder)
-    with (folder / "report.txt").open("w") as report:
-        os.dup2(report.fileno(), 1)
-        os.dup2(report.fileno(), 2)
-        arguments = ["-n", "0", "-x", "-q", "-p", "no:cacheprovider", "--tb=short", "--show-capture=no"]
-        ended = pytest.main([*arguments, *(f"{folder}/tests/{test}" for test in tests)])
-        sys.stdout.flush()
-    os._exit(ended)
+    plugins = ["-p", "no:cacheprovider", "-p", "no:terminal", f"--junitxml={folder / REPORT}"]
+    arguments = ["-n", "0", "-x", *plugins, *(f"{folder}/tests/{test}" for test in tests)]
+    with ProcessPoolExecutor(1, mp_context=fresh_processes()) as pool:
+        ended = pool.submit(pytest.main, arguments)
+        try:
+            return ended.result(LONGEST * len(tests))
+        except TimeoutError:
+            for child in active_children():
+                child.kill()
+            return None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -89,13 +83,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = [d for d in DEFECTS if not words or any(word in f"{d.name} {d.file}" for word in words)]
     if not chosen:
         parser.error(f"{' and '.join(words)} must be part of a name or file, and is of none of {len(DEFECTS)}")
+    os.environ["TRITON_INTERPRET"] = "1"  # what new processes begin with is Triton, which asks when it is imported
     begin, left = time.perf_counter(), list[Defect]()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         copy_to(folder)
         tests = sorted({test for defect in chosen for test in defect.tests})
         if outcome(folder, tests) != pytest.ExitCode.OK:
-            print((folder / "report.txt").read_text(), "The tests fail without a defect.", sep="\n")
+            print((folder / REPORT).read_text(), "The tests fail without a defect.", sep="\n")
             return 2
         for defect in chosen:
             start = time.perf_counter()
