@@ -10,6 +10,7 @@ import argparse
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -85,14 +86,10 @@ def _cost(rows: list[Row]) -> str:
 
 def layers(channels: int) -> dict[str, dict[str, Callable[[], nn.Module]]]:
     """What is compared, by layer and norm."""
-    half = max(1, channels // 2)
+    widths, alone = (channels, max(1, channels // 2), channels), NORMS | {NCHW: nn.BatchNorm2d}
     return {
-        "norm": {name: lambda kind=kind: kind(channels) for name, kind in NORMS.items()}  # type: ignore[misc]
-        | {NCHW: lambda: nn.Sequential(nn.Identity(), nn.BatchNorm2d(channels))},
-        "ISA": {
-            name: lambda kind=kind: InterlacedSparseSelfAttention(channels, half, channels, norm_layer=kind)
-            for name, kind in NORMS.items()
-        },
+        "norm": {name: partial(kind, channels) for name, kind in alone.items()},
+        "ISA": {name: partial(InterlacedSparseSelfAttention, *widths, norm_layer=kind) for name, kind in NORMS.items()},
     }
 
 

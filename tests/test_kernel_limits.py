@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from math import ceil, prod
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -150,9 +151,10 @@ def test_a_group_as_large_as_its_block_is_loaded_as_if_it_were_smaller() -> None
     out, lse, delta = torch.empty_like(v), torch.empty(q.shape[:4]), torch.empty(q.shape[:4])
     dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
     tiles = BackwardTiles(None, tile, tile, None, tile)
-    with guard.watch() as memory:
+    with guard.watch() as memory, patch.object(launch, "interpret", wraps=launch.interpret) as interpreted:
         launch.forward(q, k, v, None, out, lse, case.scale, case.partition, tile)
         launch.backward(q, k, v, None, out, lse, do, None, dq, dk, dv, delta, None, case.scale, case.partition, tiles)
+    assert [call.args[0].arguments["ONE_BLOCK"] for call in interpreted.call_args_list] == [True, True, True]
     one_each = lse.numel()
     assert [launched.loaded for launched in memory.launches] == [
         q.numel() + k.numel() + v.numel(),
