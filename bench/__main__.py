@@ -14,6 +14,7 @@ COMMANDS = {  # modules of this folder, imported when they are chosen
     "scaling": "FLOPs, memory and time across resolutions: scaling.csv, flops.png, memory.png, time.png",
     "paper": "FLOPs of the paper's heads under the authors' conventions and exactly: paper.csv",
     "partitions": "cost by partition size, order and parallel sizes: partitions.csv, partition_sizes_*.png",
+    "norm": "how exact training is on a CPU with our batch normalisation, and what it costs: norm.csv",
     "inference": "folded inference against the authors' layout, timm's MaxViT and Swin: inference.csv",
     "pictures": "partitions, constructors, supports, attention on a photograph: partitions.png, constructors.png, ...",
     "photograph": "IANet on a photograph, ISA's head beside the dense one, in seconds and bytes: photograph.csv",

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._tracing import has_modes, is_differentiated_forward, wants_torch_operators
+from ._tracing import has_modes, is_differentiated_forward, leaf_of_fx, wants_torch_operators
 
 MANY = 256  # pixels of a channel: the sum of fewer, one after the other, is within some roundings
 
@@ -27,6 +27,7 @@ def from_map(y: Tensor, size: Sequence[int]) -> Tensor:
 class _BatchNormOfRuns(nn.modules.batchnorm._BatchNorm):
     """Batch normalisation of lines, maps or volumes, all of which are maps for it."""
 
+    @leaf_of_fx
     def forward(self, x: Tensor) -> Tensor:
         if not self._sums_in_runs(x):
             return super().forward(x)

@@ -164,6 +164,7 @@ class Memory:
         sizes = [np.full(a.size, t.element_size(), np.int8) for a, t in zip(addresses, tensors, strict=True)]
         self.address, first = np.unique(np.concatenate(addresses), return_index=True)
         self.size = np.concatenate(sizes)[first]
+        self.loaded = 0  # elements, as often as they were
         self.reader = np.full(self.address.size, NOBODY, np.int32)
         self.writer = np.full(self.address.size, NOBODY, np.int32)
 
@@ -179,6 +180,7 @@ class Memory:
 
     def read(self, program: int, pointers: Array, mask: Array) -> None:
         seats = self.seats(pointers, mask, "load")
+        self.loaded += seats.size
         if ((self.writer[seats] != NOBODY) & (self.writer[seats] != program)).any():
             self.fail(f"program {program} reads what another wrote")
         reader = self.reader[seats]

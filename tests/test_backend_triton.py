@@ -210,6 +210,23 @@ def test_the_target_is_the_device_s_architecture(monkeypatch: pytest.MonkeyPatch
     assert target(gcnArchName="gfx942:sramecc+:xnack-") == "gfx942"
 
 
+def test_what_runs_for_a_tensor_runs_on_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two, the second; tiles are those of its architecture, launches on it and not on the current one."""
+    architectures = {torch.device("cuda", 0): (8, 0), torch.device("cuda", 1): (9, 0)}
+    asked: list[int | None] = []
+
+    def properties(device: torch.device) -> SimpleNamespace:
+        major, minor = architectures[device]
+        return SimpleNamespace(major=major, minor=minor)
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
+    monkeypatch.setattr(torch.accelerator, "device_index", asked.append)
+    second = torch.device("cuda", 1)
+    assert triton_backend.target_of(second) == "sm_90"
+    triton_backend._on(second)
+    assert asked == [1]
+
+
 @pytest.fixture
 def hints(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
     """What was hinted at so far, as if no problem had been seen before."""

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -83,3 +89,68 @@ def test_two_processes_learn_what_one_does(tmp_path: Path, monkeypatch: pytest.M
         assert torch.equal(first[name], second[name]), name
         assert relative_error(first[name].double(), tensor.double()) < 1e-4, name
         assert not torch.equal(tensor, start[name])
+
+
+HURRIED = """
+import sys
+from datetime import timedelta
+from bench.__main__ import main
+from bench.train import peers, trainer
+from tests.small_network import small
+peers.PATIENCE, peers.BEAT, trainer.ianet = timedelta(seconds=4), 0.3, small
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGSTOP])
+def test_who_is_left_names_the_rank_that_is_dead_or_stopped(victim: int, sent: signal.Signals, tmp_path: Path) -> None:
+    folder, checkpoint = segmentation_data.cityscapes(tmp_path / "data"), tmp_path / "checkpoint.pt"
+    arguments = [
+        "train",
+        "--data",
+        str(folder),
+        "--data-set",
+        "cityscapes",
+        "--out",
+        str(tmp_path),
+        "--weights",
+        "none",
+    ]
+    arguments += ["--crop", "32x64", "--batch", "2", "--iterations", "100000", "--save-every", "1", "--workers", "0"]
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", HURRIED, *arguments],
+            cwd=Path(__file__).parent.parent,
+            env={**os.environ, **address, "RANK": str(rank)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        deadline = time.monotonic() + 120
+        while not checkpoint.exists():
+            assert all(process.poll() is None for process in ranks), [process.communicate() for process in ranks]
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        ranks[victim].send_signal(sent)
+        left = ranks[1 - victim]
+        _, said = left.communicate(timeout=60)
+    finally:
+        for process in ranks:
+            process.kill()
+            process.communicate()
+    last = said.strip().splitlines()[-1]
+    assert left.returncode == 2, said
+    assert f"error: rank {victim} of 2 has died or does not move, rank {1 - victim} waited for it: " in last
+    assert "Traceback" not in said
+
+
+def free_port() -> int:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return int(listening.getsockname()[1])

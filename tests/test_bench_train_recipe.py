@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 from bench.compared import modules
+from bench.train import trainer
 from bench.train.data import batches
 from bench.train.recipe import IGNORED, InputError
+from bench.train.saved import read_checkpoint
 from bench.train.trainer import Process, Trainer, build
 from tests.cases import relative_error
-from tests.small_network import recipe
+from tests.small_network import recipe, small
 
 
 def test_the_learning_rate_is_torchs_polynomial() -> None:
@@ -73,3 +77,27 @@ def test_backbones_that_cannot_be_are_named() -> None:
         mine = recipe(**changes)
         with pytest.raises(InputError, match=message):
             build(mine, mine.weights)
+
+
+@pytest.fixture
+def small_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer, "ianet", small)
+
+
+def test_every_process_and_iteration_has_dice_of_its_own(small_network: None) -> None:
+    seeds = []
+    for rank in (0, 1, 2):
+        training = Trainer(recipe(), Process(torch.device("cpu"), rank))
+        for _ in range(2):
+            training.step(torch.randn(2, 3, 32, 64), torch.randint(19, (2, 32, 64)))
+            seeds.append(torch.initial_seed())
+    assert len(set(seeds)) == 6
+
+
+def test_a_run_that_goes_on_has_the_loss_scale_that_it_had(small_network: None, tmp_path: Path) -> None:
+    training = Trainer(recipe(dtype="float16"), Process(torch.device("cpu")))
+    training.scaler.scale(torch.ones(1))  # which makes it
+    training.scaler.update(2.0**7)
+    training.save(tmp_path / "checkpoint.pt")
+    saved = read_checkpoint(tmp_path / "checkpoint.pt", torch.device("cpu"))
+    assert Trainer(training.recipe, training.process, saved).scaler.get_scale() == 2.0**7

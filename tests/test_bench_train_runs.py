@@ -209,3 +209,30 @@ def test_another_recipe_and_a_loss_that_is_none_leave_the_checkpoint(
     with pytest.raises(SystemExit):
         main([*common, "--iterations", "3"])
     assert "must be a checkpoint that this command wrote" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (b"\xff\xfe\x00\x01" * 30, "is not a CSV"),
+        (b"3,0.1,word,0.2\n", "line 2, must hold one iteration,learning_rate,loss,seconds"),
+        (b"3,0.1\n", "line 2, must hold one iteration,learning_rate,loss,seconds"),
+        (None, "must have the columns iteration,learning_rate,loss,seconds, got once upon a time"),
+    ],
+)
+def test_a_log_that_is_none_is_one_line(
+    line: bytes | None, words: str, city: Path, tmp_path: Path, small_network: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = command(city, tmp_path, "--workers", "0")
+    arguments[arguments.index("--iterations") + 1] = "1"
+    main(arguments)
+    log = tmp_path / "log.csv"
+    header = log.read_bytes().splitlines(keepends=True)[0]
+    log.write_bytes(b"once upon a time\n" if line is None else header + line)
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    _, _, message = capsys.readouterr().err.strip().partition("error: ")
+    assert str(log) in message
+    assert words in message
+    assert len(message.splitlines()) == 1

@@ -125,22 +125,29 @@ def test_a_full_disk_leaves_what_was_there(path: Path, monkeypatch: pytest.Monke
 
 
 def test_what_killed_processes_left_is_removed(path: Path) -> None:
+    """Ten processes that are killed while they write: no file of theirs stays, and the checkpoint is whole."""
     write = (
-        "import sys; from pathlib import Path; from bench.records import replacing\n"
+        "import os, sys; from pathlib import Path; from bench.records import replacing\n"
+        "for _ in range(10):\n"
+        "    if not os.fork():\n"
+        "        with replacing(Path(sys.argv[1])) as temporary:\n"
+        "            temporary.write_text('half'); print('writing', flush=True); os.kill(os.getpid(), 9)\n"
+        "    os.wait()\n"
         "with replacing(Path(sys.argv[1])) as temporary:\n"
         "    temporary.write_text('half'); print('writing', flush=True); sys.stdin.read()"
     )
-    for _ in range(3):
-        process = subprocess.Popen(
-            [sys.executable, "-c", write, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        assert process.stdout is not None
-        assert process.stdout.readline() == "writing\n"
-        with replacing(path.with_name("other")) as temporary:
-            temporary.write_text("other")
-        assert len(list(path.parent.glob(".checkpoint.pt.*"))) == 1  # it is being written: nobody takes it away
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
+    process = subprocess.Popen(
+        [sys.executable, "-c", write, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert [process.stdout.readline() for _ in range(11)] == ["writing\n"] * 11
+    with replacing(path.with_name("other")) as temporary:
+        temporary.write_text("other")
+    assert [left.suffix for left in path.parent.glob(".checkpoint.pt.*")] == [
+        f".{process.pid}"
+    ]  # which is being written
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
     assert is_whole(path)
     write_checkpoint(path, recipe(), 7, {"network": NETWORK})
     assert sorted(os.listdir(path.parent)) == ["checkpoint.pt", "other"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from math import ceil, prod
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from isa_triton.backend.kernels import launch, plan
 from isa_triton.partition import Partition
 from isa_triton.tiles import BackwardTiles, Tile
 from tests import guard
-from tests.kernel_cases import formula, inputs_of, launched, of_groups, tiles_of
+from tests.kernel_cases import assert_within_budget, formula, inputs_of, launched, of_groups, tiles_of
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
@@ -101,11 +102,14 @@ def test_an_empty_batch_launches_nothing() -> None:
 @pytest.mark.parametrize("form", [FORMS[0], pytest.param(FORMS[2], marks=pytest.mark.slow)])
 @pytest.mark.parametrize("far", ["batch", "row", "column", "head", "channel"])
 def test_offsets_may_exceed_31_bits(far: str, form: str) -> None:
-    case = of_groups("local", (3, 4), (2, 2), (1, 1), (2, 2), heads=2, maps=2, dtype=torch.float16)
-    shape = (case.maps, *case.size, case.heads, 2)
+    """Of every index there are three or more: a stride is within 31 bits, and the largest index times it is not."""
+    case = of_groups("local", (3, 4), (2, 2), (1, 1), (3, 3), heads=3, maps=3, dtype=torch.float16)
+    shape = (case.maps, *case.size, case.heads, 3)
     dim = ["batch", "row", "column", "head", "channel"].index(far)
     strides = torch.empty(shape).stride()
-    distant = tuple((3 << 30) // (shape[dim] - 1) if i == dim else 2 * s for i, s in enumerate(strides))
+    # odd, or kernels would count it in units of several elements
+    distant = tuple((3 << 30) // (shape[dim] - 1) - 2 | 1 if i == dim else 2 * s for i, s in enumerate(strides))
+    assert distant[dim] < 2**31 < (shape[dim] - 1) * distant[dim]
 
     def spread(tensor: Tensor) -> Tensor:
         try:
@@ -136,3 +140,56 @@ def test_partial_sums_of_dbias_stay_bounded() -> None:
         slots, heads, *pairs = plan.bias_partials_shape(64, 8, partition, tiles)
         programs = slots * heads * prod(ceil(n / 64) for n in pairs)
         assert slots == 1 or programs <= plan.PARTIAL_SUMS
+
+
+@pytest.mark.usefixtures("interpreter")
+def test_a_group_as_large_as_its_block_is_loaded_as_if_it_were_smaller() -> None:
+    """16 tokens in blocks of 16, in three chunks of either width: scores are formed once, not chunk by chunk."""
+    case = of_groups("local", (4, 4), (1, 2), widths=(39, 39), heads=2)
+    inputs, tile = inputs_of(case), Tile(16, 16, 16, 16)
+    q, k, v, do = (inputs[name] for name in ("q", "k", "v", "do"))
+    out, lse, delta = torch.empty_like(v), torch.empty(q.shape[:4]), torch.empty(q.shape[:4])
+    dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+    tiles = BackwardTiles(None, tile, tile, None, tile)
+    with guard.watch() as memory, patch.object(launch, "interpret", wraps=launch.interpret) as interpreted:
+        launch.forward(q, k, v, None, out, lse, case.scale, case.partition, tile)
+        launch.backward(q, k, v, None, out, lse, do, None, dq, dk, dv, delta, None, case.scale, case.partition, tiles)
+    assert [call.args[0].arguments["ONE_BLOCK"] for call in interpreted.call_args_list] == [True, True, True]
+    one_each = lse.numel()
+    assert [launched.loaded for launched in memory.launches] == [
+        q.numel() + k.numel() + v.numel(),
+        q.numel() + 2 * k.numel() + v.numel() + do.numel() + one_each,  # lse; k for the scores, and for dq
+        2 * q.numel() + k.numel() + v.numel() + 2 * do.numel() + 2 * one_each,  # lse and delta; q for dk, do for dv
+    ]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_more_heads_than_partial_sums_have_one_each(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward with a bias, backward of a group, the pass over pairs: none has a grid of no programs."""
+    monkeypatch.setattr(plan, "PARTIAL_SUMS", 1)
+    case = of_groups("local", TOKENS[form], (1, 2), heads=3, bias=True)
+    assert_within_budget(case, tiles_of(form, case.partition.tokens))
+
+
+@pytest.mark.parametrize("form", FORMS[:2])
+@pytest.mark.parametrize("odd", ["batch", "row", "column", "head", "bias"])
+def test_strides_that_nothing_divides_are_taken(odd: str, form: str) -> None:
+    """All strides but one are multiples of 8, which kernels count in; a bias is cut out of one of more tokens."""
+    case = of_groups("interlaced", TOKENS[form], (2, 2), widths=(16, 16), heads=2, maps=3, bias=True)
+    inputs = inputs_of(case)
+    dims = ["batch", "row", "column", "head"]
+
+    def spread(x: Tensor) -> Tensor:
+        strides, step = [1], 16
+        for size in reversed(x.shape[:-1]):
+            strides.insert(0, step + (dims[x.dim() - 1 - len(strides)] == odd))
+            step = size * (step + 16)
+        memory = torch.full((1 + sum((n - 1) * s for n, s in zip(x.shape, strides, strict=True)),), float("nan"))
+        return memory.as_strided(x.shape, strides).copy_(x)
+
+    for name in ("q", "k", "v", "do"):
+        inputs[name] = spread(inputs[name])
+    tokens, wide = case.partition.tokens, 32
+    bias = torch.full((case.heads, wide, wide), float("nan"))[:, :tokens, :tokens]
+    inputs["bias"] = bias.copy_(inputs["bias"]) if odd == "bias" else inputs["bias"]
+    assert_within_budget(case, tiles_of(form, tokens), inputs)

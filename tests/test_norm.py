@@ -75,7 +75,7 @@ def test_options_mean_what_they_mean_to_pytorch(options: dict[str, Any], trainin
 @pytest.mark.parametrize("frozen", ["x", "weight", "bias"])
 def test_what_needs_no_gradient_gets_none(frozen: str) -> None:
     ours, x = norm(BatchNorm2d), channels_last(2, 16, 20, 30).requires_grad_()
-    leaves: dict[str, Any] = {"x": x, **dict(ours.named_parameters())}
+    leaves: dict[str, Tensor] = {"x": x, **dict(ours.named_parameters())}
     leaves[frozen].requires_grad_(False)
     expected = {name: leaf.detach().double().requires_grad_(name != frozen) for name, leaf in leaves.items()}
     upstream = torch.randn(x.shape)  # NCHW
@@ -84,9 +84,10 @@ def test_what_needs_no_gradient_gets_none(frozen: str) -> None:
     y.backward(upstream.double())
     assert leaves.pop(frozen).grad is None
     for name, leaf in leaves.items():
-        found, wanted = leaf.grad, expected[name].grad
-        assert found is not None and wanted is not None  # noqa: PT018
-        assert max(errors({name: found}, {name: wanted}).values()) < 8 * EPS
+        gradient, exact = leaf.grad, expected[name].grad
+        assert gradient is not None
+        assert exact is not None
+        assert max(errors({name: gradient}, {name: exact}).values()) < 8 * EPS
 
 
 def test_derivatives_of_second_order_and_in_forward_mode_are_pytorchs() -> None:

@@ -103,15 +103,17 @@ def test_a_lazy_negation_is_a_negation(backend: str) -> None:
     partition = Partition.local((3, 5), window=(2, 3))
     q, k, v = qkv(partition, dtype=torch.float32)
     do, bias = torch.randn_like(v), torch.randn(2, partition.tokens, partition.tokens)
+    dlse = torch.randn(v.shape[:4])
     assert lazily_negated(q).is_neg()
 
-    def derivatives(*inputs: Tensor, do: Tensor) -> tuple[Tensor, ...]:
+    def derivatives(*inputs: Tensor, upstream: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
         leaves = [x.detach().requires_grad_() for x in inputs]
-        out = partitioned_attention(*leaves[:3], partition, bias=leaves[3], backend=backend)
-        return out, *torch.autograd.grad(out, leaves, do)
+        out = partitioned_attention_with_lse(*leaves[:3], partition, bias=leaves[3], backend=backend)
+        return *out, *torch.autograd.grad(out, leaves, upstream)
 
-    expected = derivatives(-q, -k, -v, -bias, do=-do)
-    got = derivatives(*map(lazily_negated, (q, k, v, bias)), do=lazily_negated(do))
+    expected = derivatives(-q, -k, -v, -bias, upstream=(-do, -dlse))
+    negated = lazily_negated(do), lazily_negated(dlse)
+    got = derivatives(*map(lazily_negated, (q, k, v, bias)), upstream=negated)
     assert all(relative_error(g, e) < 1e-6 for g, e in zip(got, expected, strict=True))
 
 

@@ -31,6 +31,7 @@ SMALL = {
     "train --data data/ --data-set folder --check": "",
     "predict": "--device cpu",
     "inference": f"--sizes 8 --models --rounds 1 {WIDTHS}",
+    "norm": "--sizes 17x20 --channels 16 --rounds 1",
     "photograph": "--sizes 33x49 --rounds 1",
     "sharding": "--size 16 --channels 16 --partition-size 2 --rounds 1 --devices 1 2 --simulated-sizes 64",
     "check": "--backends eager --cases 5",

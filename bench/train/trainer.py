@@ -34,6 +34,7 @@ from bench.terminal import Table, Terminal
 from bench.train.checking import check
 from bench.train.data import RandomSamples, Samples, batches, data_set
 from bench.train.evaluation import intersection_over_union, probabilities
+from bench.train.peers import joined
 from bench.train.recipe import InputError, Recipe, Stream, seed_of
 from bench.train.saved import read_checkpoint, restore, write_checkpoint
 from isa_triton.models.ianet import IANet, ianet
@@ -80,11 +81,8 @@ def join(device: str) -> Iterator[Process]:
     if here.type == "cuda":
         here = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(here)
-    dist.init_process_group("nccl" if here.type == "cuda" else "gloo")
-    try:
-        yield Process(here, dist.get_rank(), dist.get_world_size())
-    finally:
-        dist.destroy_process_group()
+    with joined("nccl" if here.type == "cuda" else "gloo") as (rank, world_size):
+        yield Process(here, rank, world_size)
 
 
 def build(recipe: Recipe, weights: str | None = None) -> IANet:
