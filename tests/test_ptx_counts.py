@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from math import gcd
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ import pytest
 from bench.ptx_machine import counts
 from bench.ptx_machine.counts import Requests, Wavefronts
 from bench.tiles import assembly
+from tests.compiling import run_compiling
 from tests.ptx_kernels import registers, run
 
 LANES = np.arange(32)
@@ -171,3 +174,36 @@ def test_units_are_those_of_machine_code() -> None:
     for name, opcodes in of.items():
         for opcode in opcodes.split():
             assert counts.unit(opcode) == name, opcode
+
+
+# -- tiles report --execute --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_a_report_counts_what_a_launch_asks_for(target: str, tmp_path: Path) -> None:
+    """Windows of 8x8, K = 64, V = 128, 2 heads: a program reads q, k and v of its group once, and writes out."""
+    problem = "--tokens", "64", "--widths", "64", "128", "--heads", "2", "--partition", "local", "--maps", "3"
+    file, programs = tmp_path / "report.json", 5
+    words = "report", "--target", target, *problem, "--execute", str(programs), "--jobs", "1", "--json", str(file)
+    done = run_compiling("-m", "bench", "tiles", *words, "--cache", str(tmp_path), "--format", "csv")
+    assert done.returncode == 0, done.stderr
+    (kernel,) = json.loads(file.read_text())
+    counted, sizes = kernel["executed"], {"load q": 64, "load k": 64, "load v": 128, "store out": 128}
+    assert (counted["programs"], counted["warps"]) == (programs, programs * kernel["warps"])
+    assert counted["flops"] == programs * 2 * 64 * 64 * (64 + 128)
+    assert kernel["flops_done"] == counted["flops"] * kernel["programs"] / programs
+    requests = {f"{each['kind']} {each['of']}": each for each in counted["requests"]}
+    assert {*requests} == {*sizes}
+    for name, width in sizes.items():
+        asked = requests[name]
+        assert asked["bytes"] == programs * 64 * width * 2
+        assert asked["sectors"] == asked["bytes"] // 32  # no byte of a sector is moved for nothing
+        assert asked["bytes"] // 128 <= asked["lines"] <= asked["sectors"]
+    assert counted["instructions"].keys() == kernel["instructions"].keys()
+    for unit in ("matrix", "global"):  # which ptxas leaves as they are
+        assert counted["instructions"][unit] == counted["warps"] * kernel["instructions"][unit][2]
+    for each in counted["wavefronts"]:
+        assert each["wavefronts"] >= each["ideal"] >= each["requests"] > 0
+    title = f"# Executed by an emulator: forward on {'A100' if target == 'sm_80' else 'H100'} ({target}): local, 64 "
+    assert any(line.startswith(title) for line in done.stdout.splitlines())

@@ -21,6 +21,7 @@ from bench.ptx_machine.driver import installed
 from bench.ptx_machine.global_memory import ALIGNED
 from bench.terminal import Table
 from bench.tiles.compile import Launch, Tensors
+from bench.tiles.roofline import LAUNCH
 from isa_triton.backend.kernels import launch, plan
 from isa_triton.partition import ceil_div
 
@@ -166,7 +167,11 @@ def _facts(kernel: Kernel, counted: Counted) -> Iterator[tuple[str, str, str]]:
     yield "wavefronts per CTA", f"{in_shared:.0f}", f"{served.wavefronts / done.programs:.0f}"
     yield "  of conflicts", "-", f"{(served.wavefronts - served.ideal) / done.programs:.0f}"
     yield "", "", ""
-    for unit, seconds in counted.seconds(gpu).items():
+    busy, unhidden = counted.seconds(gpu), prediction.seconds - LAUNCH - max(prediction.busy.values())
+    for unit, seconds in busy.items():
         read = prediction.busy.get(unit)
         yield f"us of {unit}", "-" if read is None else f"{1e6 * read:.1f}", f"{1e6 * seconds:.1f}"
-    yield "bound by", prediction.bound, max((busy := prediction.busy | counted.seconds(gpu)), key=busy.__getitem__)
+    busy = prediction.busy | busy
+    slowest = max(busy, key=busy.__getitem__)
+    yield "bound by", prediction.bound, "latency" if unhidden > busy[slowest] else slowest
+    yield "PREDICTED us", f"{1e6 * prediction.seconds:.1f}", f"{1e6 * (LAUNCH + busy[slowest] + unhidden):.1f}"

@@ -65,6 +65,8 @@ def run(args: argparse.Namespace) -> None:
             _show_bounds(said, binaries)
         return
     gpu, problem = options.machine(args), options.problem(args)
+    if args.execute and not gpu.target.startswith("sm_"):
+        raise argparse.ArgumentError(None, f"--execute is for NVIDIA's targets, got {gpu.target}")
     launches = _launches(args, problem, gpu)
     with TemporaryDirectory() as scratch:
         dump = args.dump or (Path(scratch) if args.sass else None)
@@ -95,7 +97,7 @@ def _executed(found: Sequence[Kernel], programs: int) -> list[Counted]:
     """Some programs of each kernel, on the machine."""
     try:
         return [execute(kernel.launch, programs) for kernel in found]
-    except (Fault, Unsupported, ValueError) as error:
+    except (Fault, Unsupported) as error:
         raise argparse.ArgumentError(None, f"--execute: {error}") from error
 
 
