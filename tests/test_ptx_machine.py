@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+import triton
 
 from bench.__main__ import main
 from bench.ptx_machine import command
@@ -14,7 +15,7 @@ from bench.ptx_machine.mutants import CHANGES, possible
 from bench.ptx_machine.problems import TARGETS, cases, shipped
 from bench.tiles.binaries import LIMITS
 from isa_triton import tiles
-from tests.compiling import run_compiling
+from tests.compiling import ROOT, run_compiling
 from tests.ptx_kernels import text
 
 
@@ -41,28 +42,38 @@ def check(path: Path, capsys: pytest.CaptureFixture[str], *arguments: str) -> st
     return capsys.readouterr().out
 
 
+def read(path: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(path.read_text().splitlines()))
+
+
 @pytest.mark.slow
 def test_our_kernels_are_right_and_what_was_checked_is_not_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = "--device", "ptx:sm_90", "--first", "4"
     said = check(tmp_path, capsys, *arguments)
-    assert "4 cases, 0 beyond the error budget. 12 launches of 6 kernels, " in said
+    assert "4 cases, 0 beyond the error budget. 16 launches of 6 kernels, " in said
     assert "instructions, no fault." in said
-    rows = list(csv.DictReader((tmp_path / "ptx_sm_90.csv").read_text().splitlines()))
+    rows = read(tmp_path / "ptx_sm_90.csv")
     assert all(float(row[name]) <= 1 for row in rows for name in ("out", "lse", "dq", "dk", "dv"))
     assert "4 of 4 checks were made before." in check(tmp_path, capsys, *arguments)
 
 
 @pytest.mark.slow
-def test_mutants_are_noticed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    said = check(tmp_path, capsys, "--device", "ptx:sm_80", "--first", "1", "--mutants", "8")
-    rows = list(csv.DictReader((tmp_path / "ptx_sm_80_mutants.csv").read_text().splitlines()))
-    noticed = [row for row in rows if row["outcome"] != "survived"]
-    assert len(rows) == 8
-    assert len({row["change"] for row in rows}) == 8
-    assert len(noticed) >= 5
-    assert f"8 mutants, {len(noticed)} noticed." in said
+def test_mutants_are_noticed_or_compute_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Why each that is not noticed computes the same, bench/results/ptx_survivors.csv says, as found in its PTX."""
+    said = check(tmp_path, capsys, "--device", "ptx:sm_80", "--first", "4", "--mutants", "60")
+    rows, reasons = read(tmp_path / "ptx_sm_80_mutants.csv"), read(ROOT / "bench" / "results" / "ptx_survivors.csv")
+    survivors = [row for row in rows if row["outcome"] == "survived"]
+    assert len(rows) == 60
+    assert len({row["change"] for row in rows}) >= 12
+    assert len(survivors) <= 15
+    assert f"60 mutants, {60 - len(survivors)} noticed." in said
+    known = {(row["change"], row["case"], row["kernel"]) for row in reasons}
+    new = [row for row in survivors
+           if not known & {(row["change"], row["case"], kernel) for kernel in (row["kernel"], "every")}]  # fmt: skip
+    if triton.__version__.startswith("3.8."):  # what others write was not looked into
+        assert not new, "find out why, and say it in bench/results/ptx_survivors.csv, or mend the machine"
 
 
 @pytest.mark.slow
