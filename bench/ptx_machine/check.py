@@ -76,7 +76,7 @@ def of(head: int, name: str, x: Tensor) -> Tensor:
 
 
 def launched(work: Work, inputs: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
-    """Outputs and gradients by the launchers: out twice, of a pass that writes lse too, and of one that does not."""
+    """Outputs and gradients by the launchers; of cases out twice, the second time of a pass that does not write lse."""
     case, nan, precision = work.case, float("nan"), "tf32" if work.arithmetic == "tf32" else "ieee"
     partition, tiles = case.partition, work.backward
     q, k, v, do = (inputs[name] for name in ("q", "k", "v", "do"))
@@ -86,11 +86,12 @@ def launched(work: Work, inputs: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
     partials: Any = None
     if bias is not None:
         partials = torch.full(plan.bias_partials_shape(case.maps, case.heads, partition, tiles), nan)
-    for to, saved_ in ((out, lse), (alone, None)):
-        launch.forward(q, k, v, bias, to, saved_, case.scale, partition, work.forward, precision)
+    passes: list[tuple[Tensor, Tensor | None]] = [(out, lse)] if work.entries else [(out, lse), (alone, None)]
+    for to, logs in passes:
+        launch.forward(q, k, v, bias, to, logs, case.scale, partition, work.forward, precision)
     saved = (None, None, None) if plan.in_one_kernel(tiles, partition) else (out, lse, delta)
     run: Any = launch.backward
     run(q, k, v, bias, *saved[:2], do, dlse, dq, dk, dv, saved[2], partials, case.scale, partition, tiles,
                     precision)  # fmt: skip
-    results = [("out", out), ("out", alone), ("lse", lse), ("dq", dq), ("dk", dk), ("dv", dv)]
+    results = [*(("out", to) for to, _ in passes), ("lse", lse), ("dq", dq), ("dk", dk), ("dv", dv)]
     return results if partials is None else [*results, ("dbias", partials.sum(0))]
