@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 import triton
 
+from bench import records
 from bench.__main__ import main
 from bench.ptx_machine import command
 from bench.ptx_machine.mutants import CHANGES, possible
 from bench.ptx_machine.problems import TARGETS, cases, shipped
+from bench.ptx_machine.results import Summary
 from bench.tiles.binaries import LIMITS
 from isa_triton import tiles
 from tests.compiling import ROOT, run_compiling
@@ -22,14 +24,14 @@ from tests.ptx_kernels import text
 @pytest.mark.parametrize(
     "targets",
     [pytest.param(["sm_90"], id="sm_90", marks=pytest.mark.slow),
-     pytest.param(["sm_80", "sm_86", "sm_89", "sm_100", "sm_120"], id="others", marks=pytest.mark.slow)],
+     pytest.param(["sm_80", "sm_86", "sm_89", "sm_100", "sm_103", "sm_120"], id="others", marks=pytest.mark.slow)],
 )  # fmt: skip
 def test_kernels_that_are_not_ours_give_numpy_s_results(targets: list[str]) -> None:
     done = run_compiling("-m", "tests.triton_kernels", *targets)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert len(lines) == 11 * len(targets)
-    units = {"sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma"}
+    units = {"sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "sm_103": "tcgen05.mma"}
     for target in targets:  # products are those of the target's matrix unit, and copies overlap them
         of_target = [line for line in lines if line.startswith(target)]
         assert sum(units.get(target, "mma.sync") in line for line in of_target) == 4
@@ -198,3 +200,20 @@ def test_every_change_of_a_mutant_changes_a_line() -> None:
 def test_a_device_is_one_of_this_machine_or_a_target() -> None:
     assert command.device("cpu") == "cpu"
     assert command.device("ptx:sm_100") == "ptx:sm_100"
+
+
+def test_the_page_has_the_rows_of_its_results() -> None:
+    """And all are right; what is printed there is `ptx.csv`."""
+    rows = records.read(ROOT / "bench" / "results" / "ptx.csv", Summary)
+    assert {row.target for row in rows} == {*TARGETS}
+    for row in rows:
+        assert (row.beyond, row.faults) == (0, 0)
+        assert row.largest <= 1
+    lines = []
+    for row in rows:
+        what = f"{row.tiles} shipped tiles in {row.checks} checks" if row.tiles else f"{row.checks} cases"
+        cells = row.target, row.triton, what, row.launches, row.instructions, f"{row.largest:.2f}", row.noted
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    page = (ROOT / "bench" / "README.md").read_text()
+    table = page.partition("<!-- ptx.csv -->\n")[2].partition("<!-- end -->")[0].strip().splitlines()[2:]
+    assert table == lines
