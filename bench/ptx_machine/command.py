@@ -104,7 +104,7 @@ def _summarise(path: Path, target: str, works: list[Work], rows: list[Row]) -> P
         known = {each.key: each for each in records.read(path, Summary)}
     except ValueError as error:
         raise argparse.ArgumentError(None, str(error)) from error
-    records.write(path, Summary, sorted((known | {new.key: new}).values(), key=lambda each: each.key))
+    records.write(path, Summary, sorted((known | {new.key: new}).values(), key=lambda each: each.order))
     return path
 
 

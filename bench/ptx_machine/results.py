@@ -99,6 +99,10 @@ class Summary:
     def key(self) -> tuple[str, str, str]:
         return self.target, self.triton, self.of
 
+    @property
+    def order(self) -> tuple[int, str, str]:
+        return int(self.target.removeprefix("sm_")), self.triton, self.of
+
 
 @cache
 def made_by() -> str:
