@@ -30,7 +30,7 @@ def text(body: str, arrays: int, threads: int = 32) -> str:
 
 
 def aligned(x: Array) -> Array:
-    """A copy of an array that begins at a multiple of 256 bytes, as a tensor on a GPU does, with as many free around."""
+    """A copy of an array that begins at a multiple of 256 bytes, as a tensor on a GPU does; some around it are free."""
     room = np.zeros(x.nbytes + 3 * 256, np.uint8)
     start = 256 + -room.ctypes.data % 256
     copy = room[start : start + x.nbytes].view(x.dtype).reshape(x.shape)

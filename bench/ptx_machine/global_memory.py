@@ -36,6 +36,7 @@ class GlobalMemory:
     def __init__(self, regions: list[Region], done: Execution) -> None:
         self.regions = sorted(regions, key=lambda region: region.start)
         self.starts = np.array([region.start for region in self.regions], np.int64)
+        self.ends = self.starts + [region.data.size for region in self.regions]
         phases = [region.start % ALIGNED for region in self.regions]
         sizes = [-(-(phase + region.data.size) // ALIGNED) * ALIGNED
                  for phase, region in zip(phases, self.regions, strict=True)]  # fmt: skip
@@ -110,10 +111,9 @@ class GlobalMemory:
         if not len(self.regions) and len(address):
             raise Fault("global memory: outside every tensor")
         which = np.maximum(np.searchsorted(self.starts, address, "right") - 1, 0)
-        offset = address - self.starts[which] + self.bases[which]
-        if ((offset < 0) | (offset >= self.data.size)).any() or (address < self.starts[which]).any():
+        if ((address < self.starts[which]) | (address + size > self.ends[which])).any():
             raise Fault("global memory: outside every tensor")
-        rows = offset // size
+        rows = (address - self.starts[which] + self.bases[which]) // size
         if not self.exists.reshape(-1, size)[rows].all():
             raise Fault("global memory: outside every tensor")
         for region in np.unique(which):
