@@ -1,24 +1,33 @@
 """One process interprets Triton kernels or compiles them, never both: here they are interpreted.
 
 `pytest --device cuda` compiles them instead: tests of what the kernels compute (fixture `kernels`) then run on a GPU,
-those that look into the interpreter (fixture of its name) are skipped, and all others run on the CPU as ever.
+those that look into the interpreter (fixture of its name) are skipped, and all others run on the CPU as ever. With
+`--device ptx:sm_90` no GPU is needed: tensors stay on the CPU, and an emulator executes what was compiled for the
+target (fixture `machine`, which says what it did).
 """
+
+from __future__ import annotations
 
 import os
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's, read when it is imported: one core each, as torch below
 
+import argparse
 import secrets
 import sys
 from collections.abc import Iterator
 from importlib import import_module
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
+if TYPE_CHECKING:
+    from bench.ptx_machine.driver import Device
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    what = "where tests of the kernels run: cpu interprets them, a GPU compiles them (default: cpu)"
+    what = "where tests of the kernels run: cpu interprets them, a GPU compiles them, ptx:TARGET emulates one"
     parser.addoption("--device", default="cpu", metavar="DEVICE", help=what)
 
 
@@ -43,6 +52,14 @@ def choose_device(name: str) -> None:
         return
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise pytest.UsageError(f"--device {name} compiles kernels, but TRITON_INTERPRET=1 interprets them: unset it")
+    if name.startswith("ptx:"):
+        from bench.ptx_machine.command import device
+
+        try:
+            device(name)
+        except argparse.ArgumentTypeError as error:
+            raise pytest.UsageError(f"--device {error}") from error
+        return
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
@@ -71,19 +88,36 @@ def interpreter() -> None:
     from tests import guard  # loads triton, which most tests do without
 
     if guard.COMPILED:
-        pytest.skip(f"looks into Triton's interpreter, and --device {guard.DEVICE} compiles the kernels")
+        pytest.skip(f"looks into Triton's interpreter, and --device {guard.NAME} compiles the kernels")
     guard.install()
 
 
 @pytest.fixture
+def machine() -> Iterator[Device]:
+    """The emulator that launches on CPU tensors go to; its `executions` say what each did."""
+    from bench.ptx_machine.driver import installed
+    from tests import guard
+
+    if guard.MACHINE is None:
+        pytest.skip("executes compiled kernels on the PTX machine: pytest --device ptx:sm_90")
+    with installed(guard.MACHINE) as device:
+        yield device
+
+
+@pytest.fixture
 def kernels(request: pytest.FixtureRequest) -> Iterator[None]:
-    """The kernels: interpreted, or with `--device` on a GPU, where tensors are made unless a test says otherwise."""
+    """The kernels: interpreted, or with `--device` on a GPU, where tensors are made unless a test says otherwise.
+
+    With ptx:TARGET they are compiled and executed by `machine`.
+    """
     from tests import guard
 
     if not guard.COMPILED:
         request.getfixturevalue("interpreter")
         yield
         return
+    if guard.MACHINE:
+        request.getfixturevalue("machine")
     with torch.device(guard.DEVICE):
         yield
 

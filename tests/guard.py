@@ -8,8 +8,8 @@ Import after TRITON_INTERPRET=1 is set. `install()` mends the interpreter for th
 
 `shuffled(seed)` runs the programs of every launch inside in a random order, as a GPU may.
 
-Where kernels are compiled (`pytest --device cuda`) nothing is watched: `unwritten` then counts the NaN in a tensor that
-was all NaN before.
+Where kernels are compiled (`pytest --device cuda`, or ptx:sm_90) nothing is watched here: `unwritten` then counts the
+NaN in a tensor that was all NaN before.
 
 A launch fails on the spot when a lane outside its mask touches an address that no element of the launch's tensors has
 (a view's gaps count as outside), when one store writes an address twice, and when a program writes what another has
@@ -34,7 +34,9 @@ from triton.language import core  # noqa: F401  # see install
 Array = np.ndarray[Any, Any]
 Builder, Handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
 NOBODY, MANY = -1, -2
-DEVICE = os.environ.get("ISA_TRITON_DEVICE", "cpu")  # of tests of the kernels, as `tests/conftest.py` was told
+NAME = os.environ.get("ISA_TRITON_DEVICE", "cpu")  # of the device of tests of the kernels, by `tests/conftest.py`
+MACHINE = NAME.removeprefix("ptx:") if NAME.startswith("ptx:") else None  # the target whose PTX is executed
+DEVICE = "cpu" if MACHINE else NAME  # of tensors
 COMPILED = os.environ.get("TRITON_INTERPRET") != "1"
 
 

@@ -186,6 +186,7 @@ def test_a_sound_way_is_preferred() -> None:
         ("report --vs shipped", "--step and --vs are for --tiles"),
         ("report --pass backward --step dv --tiles num_warps=4", "no tile of dv is shipped"),
         ("report --bounds --tokens 64 --bias", "takes no --tokens --bias"),
+        ("report --target gfx942 --execute", "--execute is for NVIDIA's targets, got gfx942"),
         ("report --dtype int8", "must be one of bfloat16, float16, tf32, float32, fp32, fp16, bf16, got 'int8'"),
         ("search --target sm_70", "invalid choice"),
         ("search --problems nowhere.json", "--problems nowhere.json is not a list of problems"),

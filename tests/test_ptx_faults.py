@@ -39,6 +39,14 @@ def test_global_memory_has_bounds() -> None:
     faults("ld.global.b32 %r1, [%rd0+2];", "misaligned")
 
 
+def test_behind_a_tensor_is_not_the_next_one() -> None:
+    """However the machine lays its copies out: here both begin and end at multiples of 256 bytes."""
+    x, y = (np.zeros(64, np.uint32) for _ in range(2))
+    for pointer in ("%rd0", "%rd1"):
+        for offset in (-4, 256):
+            faults(f"ld.global.b32 %r1, [{pointer}+{offset}];", "outside every tensor", x, y)
+
+
 def test_what_is_between_the_elements_of_a_tensor_is_outside() -> None:
     from bench.ptx_machine import machine
 

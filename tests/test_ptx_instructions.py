@@ -132,6 +132,9 @@ WHOLE += [
     ("xor.pred {d}, {a}, {b}", "pred pred pred", lambda a, b: a != b),
     ("not.pred {d}, {a}", "pred pred", lambda a: not a),
     ("mov.pred {d}, {a}", "pred pred", bool),
+    ("cvta.global.u64 {d}, {a}", "u64 u64", lambda a: a),  # all addresses are those of one space
+    ("cvta.to.global.u64 {d}, {a}", "u64 u64", lambda a: a),
+    ("cvta.shared.u32 {d}, {a}", "u32 u32", lambda a: a),
 ]
 
 

@@ -7,28 +7,31 @@ import json
 from pathlib import Path
 
 import pytest
+import triton
 
+from bench import records
 from bench.__main__ import main
 from bench.ptx_machine import command
 from bench.ptx_machine.mutants import CHANGES, possible
 from bench.ptx_machine.problems import TARGETS, cases, shipped
+from bench.ptx_machine.results import Summary
 from bench.tiles.binaries import LIMITS
 from isa_triton import tiles
-from tests.compiling import run_compiling
+from tests.compiling import ROOT, run_compiling
 from tests.ptx_kernels import text
 
 
 @pytest.mark.parametrize(
     "targets",
     [pytest.param(["sm_90"], id="sm_90", marks=pytest.mark.slow),
-     pytest.param(["sm_80", "sm_86", "sm_89", "sm_100", "sm_120"], id="others", marks=pytest.mark.slow)],
+     pytest.param(["sm_80", "sm_86", "sm_89", "sm_100", "sm_103", "sm_120"], id="others", marks=pytest.mark.slow)],
 )  # fmt: skip
 def test_kernels_that_are_not_ours_give_numpy_s_results(targets: list[str]) -> None:
     done = run_compiling("-m", "tests.triton_kernels", *targets)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert len(lines) == 11 * len(targets)
-    units = {"sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma"}
+    units = {"sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "sm_103": "tcgen05.mma"}
     for target in targets:  # products are those of the target's matrix unit, and copies overlap them
         of_target = [line for line in lines if line.startswith(target)]
         assert sum(units.get(target, "mma.sync") in line for line in of_target) == 4
@@ -41,28 +44,38 @@ def check(path: Path, capsys: pytest.CaptureFixture[str], *arguments: str) -> st
     return capsys.readouterr().out
 
 
+def read(path: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(path.read_text().splitlines()))
+
+
 @pytest.mark.slow
 def test_our_kernels_are_right_and_what_was_checked_is_not_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = "--device", "ptx:sm_90", "--first", "4"
     said = check(tmp_path, capsys, *arguments)
-    assert "4 cases, 0 beyond the error budget. 12 launches of 6 kernels, " in said
+    assert "4 cases, 0 beyond the error budget. 16 launches of 6 kernels, " in said
     assert "instructions, no fault." in said
-    rows = list(csv.DictReader((tmp_path / "ptx_sm_90.csv").read_text().splitlines()))
+    rows = read(tmp_path / "ptx_sm_90.csv")
     assert all(float(row[name]) <= 1 for row in rows for name in ("out", "lse", "dq", "dk", "dv"))
     assert "4 of 4 checks were made before." in check(tmp_path, capsys, *arguments)
 
 
 @pytest.mark.slow
-def test_mutants_are_noticed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    said = check(tmp_path, capsys, "--device", "ptx:sm_80", "--first", "1", "--mutants", "8")
-    rows = list(csv.DictReader((tmp_path / "ptx_sm_80_mutants.csv").read_text().splitlines()))
-    noticed = [row for row in rows if row["outcome"] != "survived"]
-    assert len(rows) == 8
-    assert len({row["change"] for row in rows}) == 8
-    assert len(noticed) >= 5
-    assert f"8 mutants, {len(noticed)} noticed." in said
+def test_mutants_are_noticed_or_compute_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Why each that is not noticed computes the same, bench/results/ptx_survivors.csv says, as found in its PTX."""
+    said = check(tmp_path, capsys, "--device", "ptx:sm_80", "--first", "4", "--mutants", "60")
+    rows, reasons = read(tmp_path / "ptx_sm_80_mutants.csv"), read(ROOT / "bench" / "results" / "ptx_survivors.csv")
+    survivors = [row for row in rows if row["outcome"] == "survived"]
+    assert len(rows) == 60
+    assert len({row["change"] for row in rows}) >= 12
+    assert len(survivors) <= 15
+    assert f"60 mutants, {60 - len(survivors)} noticed." in said
+    known = {(row["change"], row["case"], row["kernel"]) for row in reasons}
+    new = [row for row in survivors
+           if not known & {(row["change"], row["case"], kernel) for kernel in (row["kernel"], "every")}]  # fmt: skip
+    if triton.__version__.startswith("3.8."):  # what others write was not looked into
+        assert not new, "find out why, and say it in bench/results/ptx_survivors.csv, or mend the machine"
 
 
 @pytest.mark.slow
@@ -121,7 +134,7 @@ def test_what_does_not_go_together_is_said(arguments: list[str], said: str, caps
 
 
 def test_targets_are_those_of_nvidia_that_verify_knows() -> None:
-    assert {*TARGETS} == {target for target in LIMITS if target.startswith("sm_")} - {"sm_75", "sm_103"}
+    assert {*TARGETS} == {target for target in LIMITS if target.startswith("sm_")}
 
 
 @pytest.mark.filterwarnings("ignore:no tiles were made")
@@ -187,3 +200,20 @@ def test_every_change_of_a_mutant_changes_a_line() -> None:
 def test_a_device_is_one_of_this_machine_or_a_target() -> None:
     assert command.device("cpu") == "cpu"
     assert command.device("ptx:sm_100") == "ptx:sm_100"
+
+
+def test_the_page_has_the_rows_of_its_results() -> None:
+    """And all are right; what is printed there is `ptx.csv`."""
+    rows = records.read(ROOT / "bench" / "results" / "ptx.csv", Summary)
+    assert {row.target for row in rows} == {*TARGETS}
+    for row in rows:
+        assert (row.beyond, row.faults) == (0, 0)
+        assert row.largest <= 1
+    lines = []
+    for row in rows:
+        what = f"{row.tiles} shipped tiles in {row.checks} checks" if row.tiles else f"{row.checks} cases"
+        cells = row.target, row.triton, what, row.launches, row.instructions, f"{row.largest:.2f}", row.noted
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    page = (ROOT / "bench" / "README.md").read_text()
+    table = page.partition("<!-- ptx.csv -->\n")[2].partition("<!-- end -->")[0].strip().splitlines()[2:]
+    assert table == lines

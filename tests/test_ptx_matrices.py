@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from bench.ptx_machine.counts import Execution
 from tests.ptx_kernels import (
     Array,
     descriptor,
@@ -159,6 +160,13 @@ def test_tf32_has_ten_bits_of_fraction() -> None:
     assert (out == 8 * (1 + 2**-10)).all()
 
 
+def asked_of_units(done: Execution) -> tuple[int, int]:
+    """FLOPs, and the wavefronts in which matrix units read shared memory: no layout of theirs has conflicts."""
+    (of,) = (of for opcode, of in done.wavefronts.items() if "mma" in opcode)
+    assert of.wavefronts == of.ideal
+    return done.flops, of.wavefronts
+
+
 # -- wgmma -------------------------------------------------------------------------------------------------------------
 
 
@@ -186,8 +194,9 @@ def test_wgmma_with_both_matrices_in_shared_memory(
     text = wgmma(
         memory.size, columns, str(descriptor(0, *a_steps, swizzle)), descriptor(start, *b_steps, swizzle), kind, flags
     )
-    run(text, out, memory, threads=128, shared=memory.size)
+    done = run(text, out, memory, threads=128, shared=memory.size)
     assert (out == results_of_group(left @ right)).all()
+    assert asked_of_units(done) == (2 * 64 * columns * 16, (64 + columns) * 32 // 128)
 
 
 @pytest.mark.parametrize("swizzle", [0, 1, 2, 3])
@@ -281,8 +290,9 @@ def test_tcgen05_with_both_matrices_in_shared_memory(
     out = np.zeros(wanted.shape, np.float32)
     at = [descriptor(s, *steps, swizzle, tensor_cores=True) for s, steps in ((0, a_steps), (start, b_steps))]
     text = tcgen05(memory.size, columns, str(at[0]), at[1], shape, unit, rows)
-    run(text, out, memory, threads=128, shared=memory.size + 32)
+    done = run(text, out, memory, threads=128, shared=memory.size + 32)
     assert (out == wanted).all()
+    assert asked_of_units(done) == (2 * rows * columns * depth, (rows + columns) * 32 // 128)
 
 
 def test_tcgen05_with_its_left_matrix_in_tensor_memory() -> None:

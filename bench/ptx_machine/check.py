@@ -57,12 +57,12 @@ def errors(work: Work) -> dict[str, float]:
     rounded = torch.float16 if work.arithmetic == "tf32" else case.dtype  # tf32 has as many bits
     eager = derivatives({name: x.to(rounded) for name, x in inputs.items()}, case)
     of_scores = torch.finfo(rounded if work.arithmetic == "tf32" else torch.float32)
-    parts = dict.fromkeys(results, 0.0)
+    parts = dict.fromkeys((name for name, _ in results), 0.0)
     for head in range(case.heads):
         of_head = {name: of(head, name, x) for name, x in inputs.items()}
         natural = natural_scales(of_head, case.scale, case.maps * case.partition.groups)
         uncertain = of_scores.eps * float(of(head, "lse", exact["lse"]).abs().max())
-        for name, result in results.items():
+        for name, result in results:
             true, plain, found = (of(head, name, x) for x in (exact[name], eager[name], result))
             allowed = allowed_error(name, true, plain, rounded, natural.get(name, 0.0), uncertain)
             part = float((found.double() - true).abs().max()) / allowed
@@ -75,21 +75,23 @@ def of(head: int, name: str, x: Tensor) -> Tensor:
     return x[head : head + 1] if name in ("bias", "dbias") else x[:, :, :, head : head + 1]
 
 
-def launched(work: Work, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Outputs and gradients by the launchers."""
+def launched(work: Work, inputs: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
+    """Outputs and gradients by the launchers; of cases out twice, the second time of a pass that does not write lse."""
     case, nan, precision = work.case, float("nan"), "tf32" if work.arithmetic == "tf32" else "ieee"
     partition, tiles = case.partition, work.backward
     q, k, v, do = (inputs[name] for name in ("q", "k", "v", "do"))
     bias, dlse = inputs.get("bias"), inputs["dlse"] if work.dlse else None
-    out, dq, dk, dv = (torch.full(x.shape, nan, dtype=x.dtype) for x in (v, q, k, v))
+    out, alone, dq, dk, dv = (torch.full(x.shape, nan, dtype=x.dtype) for x in (v, v, q, k, v))
     lse, delta = (torch.full(q.shape[:4], nan) for _ in range(2))
     partials: Any = None
     if bias is not None:
         partials = torch.full(plan.bias_partials_shape(case.maps, case.heads, partition, tiles), nan)
-    launch.forward(q, k, v, bias, out, lse, case.scale, partition, work.forward, precision)
+    passes: list[tuple[Tensor, Tensor | None]] = [(out, lse)] if work.entries else [(out, lse), (alone, None)]
+    for to, logs in passes:
+        launch.forward(q, k, v, bias, to, logs, case.scale, partition, work.forward, precision)
     saved = (None, None, None) if plan.in_one_kernel(tiles, partition) else (out, lse, delta)
     run: Any = launch.backward
     run(q, k, v, bias, *saved[:2], do, dlse, dq, dk, dv, saved[2], partials, case.scale, partition, tiles,
                     precision)  # fmt: skip
-    results = {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
-    return results if partials is None else results | {"dbias": partials.sum(0)}
+    results = [*(("out", to) for to, _ in passes), ("lse", lse), ("dq", dq), ("dk", dk), ("dv", dv)]
+    return results if partials is None else [*results, ("dbias", partials.sum(0))]

@@ -21,7 +21,7 @@ from bench import arguments, records
 from bench.arguments import from_zero, positive
 from bench.cases import NAMES
 from bench.ptx_machine.problems import TARGETS, Work, cases, shipped
-from bench.ptx_machine.results import MutantRow, Row, made_by
+from bench.ptx_machine.results import MutantRow, Row, Summary, made_by
 from bench.terminal import Table, Terminal
 
 PREFIX = "ptx:"
@@ -91,8 +91,21 @@ def run(args: argparse.Namespace) -> bool:
     for row in wrong:
         said.say(f"{row.case}, {row.arithmetic}: {row.fault or f'{row.worst:.3g} of the budget'}", style="red")
     mutants = _mutants(args, said, works, path) if args.mutants and not wrong else []
-    said.end(" ".join([_sentence(found, works), *mutants[:1]]), path, *mutants[1:])
+    summary = [] if args.first else [_summarise(args.out / "ptx.csv", target, works, found)]
+    said.end(" ".join([_sentence(found, works), *mutants[:1]]), path, *mutants[1:], *summary)
     return bool(wrong)
+
+
+def _summarise(path: Path, target: str, works: list[Work], rows: list[Row]) -> Path:
+    """Put the line of a target and this Triton in the place of an older one."""
+    tiles = len({entry for work in works for entry in work.entries})
+    new = Summary.of_rows(target, "shipped tiles" if tiles else "cases", tiles, rows)
+    try:
+        known = {each.key: each for each in records.read(path, Summary)}
+    except ValueError as error:
+        raise argparse.ArgumentError(None, str(error)) from error
+    records.write(path, Summary, sorted((known | {new.key: new}).values(), key=lambda each: each.order))
+    return path
 
 
 def _key(of: Work | Row) -> tuple[str, ...]:

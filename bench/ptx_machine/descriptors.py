@@ -16,7 +16,7 @@ from bench.ptx_machine.faults import Unsupported
 from bench.ptx_machine.registers import Array, numbers
 from bench.ptx_machine.threads import Threads
 
-PIECE = 16  # bytes
+PIECE, CORE = 16, 8  # bytes, and lines that are read at once
 
 
 class Fields(NamedTuple):
@@ -63,6 +63,8 @@ def matrix(
         along = along * PIECE
         address = start + across // 8 * stride + across % 8 * line + along // line * leading + along % line
         address ^= (address >> 3) & (line - PIECE)
+    cores = address.reshape(len(address), -1, CORE, pieces).swapaxes(2, 3)  # matrices that are read at once: phases
+    s.done.conflict(np.arange(cores.size), cores.reshape(-1), PIECE)
     held, places = s.shared.load_by_unit(program[:, None, None], address)  # [programs, across, pieces, 16]
     bits_of = held.reshape(*held.shape[:2], -1).view(np.uint32 if size == 4 else np.uint16)
     found = numbers(bits_of, kind).astype(np.float64)

@@ -27,10 +27,10 @@ from triton.runtime.driver import driver
 from bench.ptx_machine import machine
 from bench.ptx_machine.faults import Fault
 from bench.ptx_machine.global_memory import Region
+from bench.tiles.binaries import LIMITS
 from isa_triton import replays
 from isa_triton.backend import triton as backend
 
-SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB of a program at most, by compute capability
 FORMATS = {"i1": "b", "i8": "b", "i16": "h", "i32": "i", "i64": "q", "u1": "B", "u8": "B", "u16": "H", "u32": "I",
            "u64": "Q", "fp32": "f", "fp64": "d"}  # fmt: skip
 SCRATCH = ("*", None), ("*", None)  # pointers that Triton appends to every kernel's arguments
@@ -67,7 +67,7 @@ class Device(DriverBase):
         return torch.device("cpu")
 
     def get_device_properties(self, device: int) -> dict[str, int]:
-        return {"max_shared_mem": SHARED[self.target.arch] << 10}
+        return {"max_shared_mem": LIMITS[f"sm_{self.target.arch}"].shared_of_cta}
 
     def get_benchmarker(self) -> Any:
         raise RuntimeError("the machine's time says nothing of a GPU's")
@@ -148,7 +148,7 @@ def installed(target: str) -> Iterator[Device]:
     """
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise RuntimeError("kernels are interpreted in this process: unset TRITON_INTERPRET to compile them")
-    if target not in (known := [f"sm_{capability}" for capability in SHARED]):
+    if target not in (known := [name for name in LIMITS if name.startswith("sm_")]):
         raise ValueError(f"target must be one of {', '.join(known)}, got {target!r}")
     changed: dict[str, Any] = {
         "DEVICES": (*backend.DEVICES, "cpu"), "target_of": lambda device: target, "_on": lambda device: nullcontext(),

@@ -6,11 +6,11 @@ launch, nor another thread of the program without a barrier between.
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from bench.ptx_machine.counts import Execution
 from bench.ptx_machine.faults import Fault
 from bench.ptx_machine.registers import Array
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from bench.ptx_machine.threads import Threads
 
 ALIGNED = 256  # bytes that divide where a tensor's copy here begins, as they divide what an allocator gives
-NONE, SEVERAL = -1, -2  # programs that have touched a byte
+NONE, SEVERAL, FIRST = 0, -1, 1  # programs that have touched a byte: none, several, and the first of all
 
 
 class Region(NamedTuple):
@@ -31,27 +31,24 @@ class Region(NamedTuple):
 
 
 class GlobalMemory:
-    """Copies of regions, one behind the other.
+    """Copies of regions, one behind the other; what nobody touches of the watch takes no memory."""
 
-    Attributes:
-        loaded, stored: bytes, with repetition, by the name of a region.
-    """
-
-    def __init__(self, regions: list[Region]) -> None:
+    def __init__(self, regions: list[Region], done: Execution) -> None:
         self.regions = sorted(regions, key=lambda region: region.start)
         self.starts = np.array([region.start for region in self.regions], np.int64)
+        self.ends = self.starts + [region.data.size for region in self.regions]
         phases = [region.start % ALIGNED for region in self.regions]
         sizes = [-(-(phase + region.data.size) // ALIGNED) * ALIGNED
                  for phase, region in zip(phases, self.regions, strict=True)]  # fmt: skip
         self.bases = np.cumsum([0, *sizes[:-1]]) + phases if self.regions else np.zeros(0, np.int64)
         total = sum(sizes)
         self.data, self.exists = np.zeros(total, np.uint8), np.zeros(total, bool)
-        self.writer, self.reader = np.full((2, total), NONE, np.int32)
+        self.writer, self.reader = np.zeros(total, np.int32), np.zeros(total, np.int32)
         self.stamp = np.zeros(total, np.int64)  # who wrote it, and when its program's threads had last met
         for base, region in zip(self.bases, self.regions, strict=True):
             self.data[base : base + region.data.size] = region.data
             self.exists[base : base + region.data.size] = region.exists
-        self.loaded, self.stored = Counter[Any](), Counter[Any]()
+        self.done = done
 
     def write_back(self) -> None:
         """The tensors hold what was stored."""
@@ -60,15 +57,15 @@ class GlobalMemory:
 
     def load(self, s: Threads, lanes: Array, address: Array, size: int) -> Array:
         """[threads, size] bytes."""
-        rows = self._rows(address, size, self.loaded)
-        program = (s.first + s.program[lanes])[:, None]
+        rows = self._rows(lanes, address, size)
+        program = self._program(s, lanes)
         writer = self.writer.reshape(-1, size)[rows]
         written = writer != NONE
         if written.any():
             self._check(s, lanes, rows, size, written & (writer != program), written)
         readers = self.reader.reshape(-1, size)
         before = readers[rows]
-        readers[rows] = program.astype(np.int32)
+        readers[rows] = program
         several = (before != NONE) & (before != program) | (readers[rows] != program)
         if several.any():
             readers[rows] = np.where(several, SEVERAL, readers[rows])
@@ -77,8 +74,8 @@ class GlobalMemory:
     def store(self, s: Threads, lanes: Array, address: Array, data: Array) -> None:
         """[threads, size] bytes."""
         size = data.shape[1]
-        rows = self._rows(address, size, self.stored)
-        program = (s.first + s.program[lanes])[:, None].astype(np.int32)
+        rows = self._rows(lanes, address, size)
+        program = self._program(s, lanes)
         writers, readers = self.writer.reshape(-1, size), self.reader.reshape(-1, size)[rows]
         before = writers[rows]
         if ((before != NONE) & (before != program)).any() or ((readers != NONE) & (readers != program)).any():
@@ -92,6 +89,9 @@ class GlobalMemory:
         if (held[rows] != data).any() or (writers[rows] != program).any():
             raise Fault("global memory: two threads write one place at once")
 
+    def _program(self, s: Threads, lanes: Array) -> Array:
+        return (s.first + s.program[lanes] + FIRST)[:, None].astype(np.int32)
+
     def _stamp(self, s: Threads, lanes: Array) -> Array:
         return (s.shared.met[s.program[lanes]].astype(np.int64) * s.threads + s.thread[lanes])[:, None]
 
@@ -103,7 +103,7 @@ class GlobalMemory:
         if (own & (stamp // s.threads == mine // s.threads) & (stamp != mine)).any():
             raise Fault("global memory: touched where another thread writes, without a barrier")
 
-    def _rows(self, address: Array, size: int, count: Counter[Any]) -> Array:
+    def _rows(self, lanes: Array, address: Array, size: int) -> Array:
         """Where elements lie, by their number among elements of one size."""
         address = address.view(np.int64)
         if (address % size).any():
@@ -111,13 +111,12 @@ class GlobalMemory:
         if not len(self.regions) and len(address):
             raise Fault("global memory: outside every tensor")
         which = np.maximum(np.searchsorted(self.starts, address, "right") - 1, 0)
-        offset = address - self.starts[which] + self.bases[which]
-        if ((offset < 0) | (offset >= self.data.size)).any() or (address < self.starts[which]).any():
+        if ((address < self.starts[which]) | (address + size > self.ends[which])).any():
             raise Fault("global memory: outside every tensor")
-        rows = offset // size
+        rows = (address - self.starts[which] + self.bases[which]) // size
         if not self.exists.reshape(-1, size)[rows].all():
             raise Fault("global memory: outside every tensor")
-        for region, times in enumerate(np.bincount(which)):
-            if times:
-                count[self.regions[region].name] += int(times) * size
+        for region in np.unique(which):
+            here = which == region
+            self.done.request(lanes[here], address[here], size, self.regions[region].name)
         return rows

@@ -6,8 +6,6 @@ text go first, so they meet again where the branches do.
 
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -24,6 +22,7 @@ from bench.ptx_machine import (
     warp_groups,
     warps,
 )
+from bench.ptx_machine.counts import Execution
 from bench.ptx_machine.faults import Fault, Unsupported
 from bench.ptx_machine.forms import Execute, Operands, build, form
 from bench.ptx_machine.global_memory import GlobalMemory, Region
@@ -43,25 +42,6 @@ class Step(NamedTuple):
     instruction: Instruction
     execute: Execute
     jumps: bool
-
-
-@dataclass
-class Execution:
-    """What a launch did.
-
-    Attributes:
-        programs: of its grid.
-        instructions: how many warps executed each opcode, and some of whose threads.
-        loaded, stored: bytes of global memory, with repetition, by the name of a region.
-        notes: what is not as the PTX ISA has it, in what Triton writes, and how often.
-    """
-
-    kernel: str
-    programs: int
-    instructions: Counter[str] = field(default_factory=Counter)
-    loaded: Counter[Any] = field(default_factory=Counter)
-    stored: Counter[Any] = field(default_factory=Counter)
-    notes: Counter[str] = field(default_factory=Counter)
 
 
 @form(r"bra(?:\.uni)?", "a", "Control Flow Instructions: bra")
@@ -114,21 +94,20 @@ def execute(text: str, grid: tuple[int, int, int], shared: int, parameters: byte
         Fault: something is not as a GPU needs it.
     """
     module, steps = compiled(text)
-    memory, done = GlobalMemory(regions), Execution(module.name, int(np.prod(grid)))
+    count = int(np.prod(grid))
+    done = Execution(module.name, count, count * -(-module.threads // WARP))
+    memory = GlobalMemory(regions, done)
     programs = np.stack([x.reshape(-1) for x in np.meshgrid(*map(np.arange, grid), indexing="ij")], 1)
     together = max(1, min(TOGETHER // module.threads, SHARED // max(shared, 1)))
     with np.errstate(all="ignore"):
         for first in range(0, len(programs), together):
             some = programs[first : first + together]
-            threads = Threads(module, some, grid, shared, parameters, memory)
-            run(steps, threads, done.instructions)
-            done.notes += threads.shared.notes
+            run(steps, Threads(module, some, grid, shared, parameters, memory, done))
     memory.write_back()
-    done.loaded, done.stored = memory.loaded, memory.stored
     return done
 
 
-def run(steps: tuple[Step, ...], s: Threads, executed: Counter[str]) -> None:
+def run(steps: tuple[Step, ...], s: Threads) -> None:
     """Run some programs to their end."""
     leaders, jumps, happened = {*s.module.labels.values()}, 0, -1
     while s.on.any():
@@ -159,7 +138,10 @@ def run(steps: tuple[Step, ...], s: Threads, executed: Counter[str]) -> None:
                 if not holds.all():
                     s.lanes = s.numbers()[holds]
             if s.lanes is EVERY or len(s.lanes):
-                executed[instruction.opcode] += s.n // WARP if s.lanes is EVERY else len(np.unique(s.lanes // WARP))
+                s.done.opcode = instruction.opcode
+                s.done.instructions[instruction.opcode] += (
+                    s.n // WARP if s.lanes is EVERY else len(np.unique(s.lanes // WARP))
+                )
                 try:
                     function(s)
                 except Fault as fault:

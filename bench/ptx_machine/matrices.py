@@ -97,6 +97,7 @@ def multiply(operands: Operands, shape: str, kind: str) -> Execute:
         left = left_operand(s, a, kind)  # [warps, 16, k]
         right = np.concatenate(list(numbers(fragments(s, b), kind)), 2)  # [warps, 8, k]
         total = left @ right.astype(np.float64).swapaxes(1, 2)
+        s.done.multiply(len(left), 16, 8, left.shape[2])
         for i, get in enumerate(c):
             total[:, ROW + i // 2 * 8, 2 * COLUMN + i % 2] += s.by_warp(get(s))
         rounded = total.astype(np.float32)

@@ -14,7 +14,7 @@ from bench.cases import Case
 from isa_triton import tiles
 from isa_triton.tiles import BackwardTiles, Tile
 
-TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120")  # NVIDIA's of `tiles verify`
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "tf32": torch.float32, "float32": torch.float32}
 WIDEST = 520  # where an entry takes any width: more than any other has
 LONGER = 16  # tokens more than the largest entry with a limit has, where one has none

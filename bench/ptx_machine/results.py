@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
@@ -12,7 +13,7 @@ from bench.cases import NAMES
 
 ROOT = Path(__file__).parents[2]
 SURVIVED = "survived"
-BESIDE = "command.py", "mutants.py", "results.py"  # what no result depends on
+BESIDE = "command.py", "counted.py", "mutants.py", "results.py"  # what no result depends on
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,41 @@ class MutantRow:
     @property
     def survived(self) -> bool:
         return self.outcome == SURVIVED
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A line of ptx.csv: all checks of a target with a Triton, its cases or its shipped tiles."""
+
+    target: str
+    triton: str
+    of: str  # "cases" or "shipped tiles"
+    checks: int
+    tiles: int
+    launches: int
+    instructions: int
+    largest: float  # error, as a part of what is allowed
+    beyond: int
+    faults: int
+    noted: int  # checks in which what Triton wrote is not as the PTX ISA has it
+
+    @classmethod
+    def of_rows(cls, target: str, of: str, tiles: int, rows: Sequence[Row]) -> Summary:
+        """That of all rows of a target."""
+        return cls(
+            target, version("triton"), of, len(rows), tiles, sum(row.launches for row in rows),
+            sum(row.instructions for row in rows), max(row.worst for row in rows),
+            sum(not row.fault and not row.is_right for row in rows), sum(bool(row.fault) for row in rows),
+            sum(bool(row.notes) for row in rows),
+        )  # fmt: skip
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        return self.target, self.triton, self.of
+
+    @property
+    def order(self) -> tuple[int, str, str]:
+        return int(self.target.removeprefix("sm_")), self.triton, self.of
 
 
 @cache

@@ -8,11 +8,11 @@ covers all orders at once, and needs no luck.
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from bench.ptx_machine.counts import WARP, Execution
 from bench.ptx_machine.faults import Fault
 from bench.ptx_machine.registers import Array
 
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from bench.ptx_machine.threads import Threads
 
 LARGEST = 16  # bytes of an access
-WARP = 32
 MOST = 1 << 14  # more threads than a program has
 BY_THREADS, BY_COPIES = 1, 2
 NO_FENCE = "copies that a matrix unit reads without a proxy fence between"
@@ -54,10 +53,10 @@ class SharedMemory:
         unfenced: cells that matrix units do not see yet: written by threads, `BY_THREADS`, or copied, `BY_COPIES`.
         flying: copies under way to a cell.
         busy: matrix instructions under way that read a cell.
-        notes: what is not as the PTX ISA has it, in what Triton writes, and how often.
+        done: what is counted, and noted of what is not as the PTX ISA has it, in what Triton writes.
     """
 
-    def __init__(self, programs: int, threads: int, size: int, module: Module) -> None:
+    def __init__(self, programs: int, threads: int, size: int, module: Module, done: Execution) -> None:
         self.size, self.pitch, self.threads = size, max(1, -(-size // LARGEST)) * LARGEST, threads
         self.cell = smallest_access(module)
         self.data = np.zeros(programs * self.pitch, np.uint8)
@@ -66,7 +65,7 @@ class SharedMemory:
         self.writer, self.first_reader, self.last_reader = np.zeros((3, cells), np.int16)
         self.flying, self.busy = np.zeros((2, cells), np.int16)
         self.unfenced, self.reserved = np.zeros(cells, np.int8), np.zeros(cells, bool)
-        self.notes = Counter[str]()
+        self.done = done
         self.now, self.met = np.full((2, programs), BEGIN, np.int32)
         self.warp_met = np.full((programs, -(-threads // WARP)), BEGIN, np.int32)
 
@@ -126,6 +125,7 @@ class SharedMemory:
             if (recent & ~self._own(s, lanes, then, writer, writer)).any():
                 raise Fault("shared memory: read what another thread writes, without a barrier")
         self._note_readers(s, lanes, rows, size, met)
+        self.done.conflict(lanes, address, size)
         return self.bytes(rows, size)
 
     def _note_readers(self, s: Threads, lanes: Array, rows: Array, size: int, met: Array) -> None:
@@ -146,6 +146,7 @@ class SharedMemory:
 
     def check_write(self, s: Threads, lanes: Array, rows: Array, size: int, data: Array | None = None) -> None:
         """That nobody else uses what threads are about to write, or that it holds these bytes already."""
+        self.done.conflict(lanes, rows * size, size)  # where a program's row begins moves all banks alike
         if self.cells(self.reserved, rows, size).any():
             raise Fault("shared memory: a barrier is overwritten")
         if self.cells(self.flying, rows, size).any():
@@ -195,7 +196,7 @@ class SharedMemory:
         if (unfenced := self.cells(self.unfenced, rows, LARGEST)).any():
             if (unfenced == BY_THREADS).any():
                 raise Fault("shared memory: no proxy fence between a write and a matrix unit's read")
-            self.notes[NO_FENCE] += 1
+            self.done.notes[NO_FENCE] += 1
         if (then >= np.broadcast_to(met[program], rows.shape)[..., None]).any():
             raise Fault("shared memory: no barrier between a write and a matrix unit's read")
         np.add.at(self.busy.reshape(-1, LARGEST // self.cell), rows.reshape(-1), 1)

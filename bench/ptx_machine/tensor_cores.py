@@ -260,6 +260,7 @@ def _multiply(operands: Operands, kind: str, in_shared: bool) -> Execute:
         unit.check(s, program, first, first + columns)
         _ready(s, unit, program, halves, first, first + columns, written=False)
         old = unit.data[program[:, None], lane, first : first + columns].view(np.float32)
+        s.done.multiply(len(program), rows, columns, depth)
         keep = s.spread(keeps(s))
         if keep.any():
             _ready(s, unit, program[keep], halves, first, first + columns, written=True)

@@ -6,13 +6,14 @@ from typing import Any
 
 import numpy as np
 
+from bench.ptx_machine.counts import WARP, Execution
 from bench.ptx_machine.faults import Fault, Unsupported
 from bench.ptx_machine.global_memory import GlobalMemory
 from bench.ptx_machine.parse import Module
 from bench.ptx_machine.registers import STORED, Array
 from bench.ptx_machine.shared_memory import SharedMemory
 
-WARP, WARP_GROUP = 32, 128
+WARP_GROUP = 128
 EVERY = slice(None)
 LANE = np.arange(WARP)
 
@@ -30,12 +31,13 @@ class Threads:
         program, thread, warp: of every thread, among the programs here and within its own.
         global_memory: of all programs of the launch.
         shared: a row for each program.
+        done: what is counted of them.
         units: what instructions keep from one to the next: copies, matrix products, barriers under way.
     """
 
     def __init__(
         self, module: Module, programs: Array, grid: tuple[int, ...], shared: int, parameters: bytes,
-        memory: GlobalMemory,
+        memory: GlobalMemory, done: Execution,
     ) -> None:  # fmt: skip
         count, threads = len(programs), module.threads
         self.n, self.threads, self.programs = count * threads, threads, count
@@ -46,9 +48,9 @@ class Threads:
         self.waiting, self.spinning = np.zeros((2, self.n), bool)
         self.happened = 0
         self.registers = {width: np.zeros((n, self.n), STORED[width]) for width, n in module.registers.items()}
-        self.parameters, self.module = parameters, module
+        self.parameters, self.module, self.done = parameters, module, done
         self.global_memory, self.first = memory, int(programs[0] @ _pitches(grid))
-        self.shared = SharedMemory(count, threads, shared, module)
+        self.shared = SharedMemory(count, threads, shared, module, done)
         self.units: dict[type, Any] = {}
         self._special = {"%tid.x": self.thread}
         for axis, name in enumerate("xyz"):

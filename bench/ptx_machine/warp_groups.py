@@ -104,7 +104,7 @@ def watched(module: Module, instruction: Instruction, execute: Execute) -> Execu
         if unit.any and unit.users[unit.numbers(touched)][:, s.lanes].any():
             if not unit.loads:
                 raise Fault("a register is used before the wait for the matrix instruction that uses it")
-            s.shared.notes[LOADED] += 1
+            s.done.notes[LOADED] += 1
         for number in unit.numbers(written):
             unit.unfenced[number, s.lanes] = True
         execute(s)
@@ -234,12 +234,13 @@ def _product(operands: Operands, columns: int, depth: int, kind: str, turned: bo
         first, use = s.numbers()[::WARP_GROUP], s.unit(InUse)
         registers = use.numbers(own)
         if use.unfenced[registers][:, s.lanes].any():
-            s.shared.notes[UNFENCED] += 1
+            s.done.notes[UNFENCED] += 1
         a, rows = left(s, first)
         right, more = matrix(
             s, s.program[first], s.spread(b(s))[::WARP_GROUP], WARP_GROUPS, kind, (columns, depth), turned
         )
         total = (a @ right.swapaxes(1, 2)).reshape(4 * groups, 16, columns)
+        s.done.multiply(groups, 64, columns, depth)
         keep = s.by_warp(keeps(s))
         for i, (put, get) in enumerate(zip(puts, gets, strict=True)):
             new = total[:, ROW + i // 2 % 2 * 8, i // 4 * 8 + 2 * COLUMN + i % 2]

@@ -14,6 +14,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from bench.arguments import positive
+from bench.ptx_machine.counted import Counted, execute, tables
+from bench.ptx_machine.faults import Fault, Unsupported
 from bench.terminal import Table, Terminal
 from bench.tiles import options
 from bench.tiles.assembly import UNITS
@@ -45,6 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--step", choices=STEPS, help="the kernel that --tiles is for (default: the pass's first)")
     add("--vs", type=options.tile, metavar="TILE", help="what --tiles stands beside, as 'shipped' (default: its first)")
     add("--dump", type=Path, metavar="DIR", help="write each binary there, from Triton's IR to machine code")
+    what = "execute the first N CTAs of each kernel in an emulator too, and count what they ask for (default of N: 8)"
+    add("--execute", nargs="?", const=8, type=positive, metavar="N", help=what)
     add("--sass", action="store_true", help="show the machine code, with the lines of source that it serves")
     add("--bounds", action="store_true", help="instead: H100's predictions beside the bounds that are promised for it")
     add("--json", type=Path, metavar="FILE", help="write all figures there")
@@ -60,24 +65,40 @@ def run(args: argparse.Namespace) -> None:
             _show_bounds(said, binaries)
         return
     gpu, problem = options.machine(args), options.problem(args)
+    if args.execute and not gpu.target.startswith("sm_"):
+        raise argparse.ArgumentError(None, f"--execute is for NVIDIA's targets, got {gpu.target}")
     launches = _launches(args, problem, gpu)
     with TemporaryDirectory() as scratch:
         dump = args.dump or (Path(scratch) if args.sass else None)
         with options.compilers(args, said, dump) as binaries:
             found = kernels(launches, gpu, binaries)
+        counted = _executed(found, args.execute) if args.execute else []
         code = [dump_file(dump, launch).read_text() for launch in launches] if args.sass and dump else []
     title = f"{args.pass_} on {gpu.name} ({gpu.target}): {problem}"
     if args.tiles is None:
-        said.show(_table(title, [kernel.launch.label for kernel in found], found))
+        names = [kernel.launch.label for kernel in found]
+        said.show(_table(title, names, found))
     else:
+        title = f"{found[0].launch.label}, {title}"
         names = [f"tile {i}" if kernel.launch.origin == NOT_SHIPPED else "shipped" for i, kernel in enumerate(found, 1)]
-        said.show(_table(f"{found[0].launch.label}, {title}", names, found, found[0]))
+        said.show(_table(title, names, found, found[0]))
+    if counted:
+        said.show(*tables(title, names, found, counted))
     said.detail(*(f"{unit}: {what}" for unit, what in UNITS.items()))
     said.say(*code)
     if args.json is not None:
-        options.write_json(args.json, [kernel.as_dict() for kernel in found])
+        executed = [{"executed": each.as_dict()} for each in counted] or [{}] * len(found)
+        options.write_json(args.json, [kernel.as_dict() | more for kernel, more in zip(found, executed, strict=True)])
     end = Pass(problem, args.pass_, gpu, found).summary if args.tiles is None else _comparison(found)
     said.end(end, *filter(None, (args.json, args.dump)))
+
+
+def _executed(found: Sequence[Kernel], programs: int) -> list[Counted]:
+    """Some programs of each kernel, on the machine."""
+    try:
+        return [execute(kernel.launch, programs) for kernel in found]
+    except (Fault, Unsupported) as error:
+        raise argparse.ArgumentError(None, f"--execute: {error}") from error
 
 
 def _launches(args: argparse.Namespace, problem: Problem, gpu: Machine) -> list[Launch]:
@@ -193,6 +214,7 @@ class Kernel:
     binary: Binary
     violations: list[str]
     prediction: Prediction
+    gpu: Machine
 
     @property
     def limiter(self) -> str:
@@ -213,6 +235,12 @@ class Kernel:
                 counts[unit][bool(stretch.nest)] += count
                 counts[unit][2] += count * often(stretch.nest)
         return {unit: (int(outside), int(inside), run) for unit, (outside, inside, run) in counts.items()}
+
+    @property
+    def shared_bytes(self) -> float:
+        """What a CTA moves to or from shared memory."""
+        often = repeats(self.binary.loops, self.launch)
+        return self.binary.warps * sum(stretch.shared * often(stretch.nest) for stretch in self.binary.stretches)
 
     def as_dict(self) -> dict[str, Any]:
         launch, prediction, work = self.launch, self.prediction, self.prediction.work
@@ -240,7 +268,7 @@ def kernels(launches: Iterable[Launch], gpu: Machine, binaries: Binaries) -> lis
     for launch, binary, violations in binaries.verdicts(launches):
         if binary is None or not binary.ctas_per_sm:
             raise argparse.ArgumentError(None, f"{launch.label} for {launch.problem} {violations[0]}")
-        found.append(Kernel(launch, binary, violations, predict(launch, binary, gpu)))
+        found.append(Kernel(launch, binary, violations, predict(launch, binary, gpu), gpu))
     return found
 
 
