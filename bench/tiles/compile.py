@@ -132,6 +132,11 @@ class Launch(NamedTuple):
         return Tile(m, n, k, v, self.options["num_warps"], self.options["num_stages"])
 
     @property
+    def choices(self) -> dict[str, Any]:
+        """Its tile as kernels name it: what tables say first."""
+        return named(self.tile)
+
+    @property
     def origin(self) -> str:
         """Where its tile comes from."""
         entry, problem = shipped_entry(self.target, self.step, self.problem), self.problem

@@ -21,7 +21,7 @@ from triton.runtime.errors import OutOfResources
 from bench import measure, records
 from bench.arguments import positive
 from bench.terminal import Table, Terminal
-from bench.tiles import options, page
+from bench.tiles import grid, options, page
 from bench.tiles.binaries import LIMITS, Binaries, Binary, multiplies_fp32, occupancy
 from bench.tiles.compile import (
     FILED,
@@ -414,9 +414,9 @@ _KEY = ("step", "arithmetic", "key_width", "value_width", "tokens")
 
 
 def _entries(finding: Finding) -> list[dict[str, Any]]:
-    """What a file says of a choice: the tile serves groups of up to the next power of two of tokens."""
+    """What a file says of a choice: the tile serves groups of up to the next power of two of tokens, long ones all."""
     step, problem = FILED.get(finding.task.step, finding.task.step), finding.task.problem
-    limits = problem.key_width, problem.value_width, padded(problem.partition.tokens)
+    limits = problem.key_width, problem.value_width, grid.limit(problem.partition.tokens)
     serves = dict(zip(_KEY, (step, ARITHMETIC[problem.dtype], *limits), strict=True))
     evidence = {
         "us": round(1e6 * finding.seconds, 1),
@@ -427,7 +427,9 @@ def _entries(finding: Finding) -> list[dict[str, Any]]:
         "registers": getattr(finding.binary, "registers", None),
     }
     dv = [{**serves, "step": "values", "tile": None}] if finding.task.step == "keys" else []  # which comes with dk
-    return [{**serves, "tile": finding.tile, "evidence": evidence}, *dv]
+    is_apart = finding.task.step == "queries" and shipped_entry(finding.task.gpu.target, "group", problem) is not None
+    group = [{**serves, "step": "group", "tile": None}] if is_apart else []  # which would serve before
+    return [{**serves, "tile": finding.tile, "evidence": evidence}, *dv, *group]
 
 
 def _order(entry: dict[str, Any]) -> tuple[Any, ...]:
