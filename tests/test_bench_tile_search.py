@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shutil
 import subprocess
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -29,7 +30,7 @@ from bench.tiles.roofline import MACHINES
 from bench.tiles.search import Finding, Search, Task, choose, search
 from isa_triton import tiles
 from isa_triton.tiles import Tile
-from tests.compiling import run_compiling
+from tests.compiling import ROOT, run_compiling
 from tests.test_pages import COMMANDS
 
 H100, PROBLEM = MACHINES["H100"], make_problem(64, 64, 64)
@@ -287,6 +288,8 @@ def run_planted(folder: Path, commands: list[list[str]], *how: str) -> subproces
 def test_every_command_on_a_page_runs_to_its_last_output(tmp_path: Path) -> None:
     commands = [words for _, words in COMMANDS if words[0] == "tiles"]
     assert {words[1] for words in commands} == set(TOOLS)
+    (tmp_path / "bench" / "tiles").mkdir(parents=True)
+    shutil.copy(ROOT / "bench" / "tiles" / "textbook.py", tmp_path / "bench" / "tiles")
     done = run_planted(tmp_path, commands)
     assert done.returncode == 0, done.stdout + done.stderr
     _, *said = re.split(r"^\$ ", done.stdout, flags=re.MULTILINE)

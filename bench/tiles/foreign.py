@@ -13,7 +13,7 @@ import inspect
 import re
 from ast import literal_eval
 from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from math import prod
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,7 +26,7 @@ from triton.compiler import make_backend
 from triton.runtime.jit import JITFunction
 
 from bench.tiles.assembly import Nest
-from bench.tiles.binaries import Binary, compile_and_read
+from bench.tiles.binaries import Binaries, Binary, compile_and_read
 from bench.tiles.compile import gpu_target
 from bench.tiles.program import Work
 
@@ -158,18 +158,17 @@ class ForeignCall:
         return Work(flops, sum(asked.values()), round(moved), 1.0, 1.0)
 
 
-def read(call: ForeignCall, cache: Path, dump: Path | None) -> tuple[Binary, list[str]]:
+def read(call: ForeignCall, binaries: Binaries) -> tuple[Binary, list[str]]:
     """Its binary, and what may be wrong with it.
 
     Raises:
-        argparse.ArgumentError: it does not compile, or not one CTA fits on an SM.
+        argparse.ArgumentError: it does not compile.
     """
-    binary = compile_and_read(call, cache, dump)  # type: ignore[arg-type]  # it is all that this looks at
+    known = binaries.known(call)  # type: ignore[arg-type]  # its key is all that this looks at
+    binary = known or compile_and_read(call, binaries.cache, binaries.dump)  # type: ignore[arg-type]  # likewise
     if isinstance(binary, str):
         raise argparse.ArgumentError(None, f"{call.name} {binary}")
-    if not binary.ctas_per_sm:
-        raise argparse.ArgumentError(None, f"{call.name}: not one CTA of {binary.warps} warps fits on an SM")
-    found = []
+    found = [] if binary.ctas_per_sm else [f"not one CTA of {binary.warps} warps fits on an SM"]
     if binary.spill_accesses:
         found.append(f"spills {binary.spill_bytes} bytes ({binary.spill_accesses} accesses)")
     if binary.atomics:
@@ -177,6 +176,7 @@ def read(call: ForeignCall, cache: Path, dump: Path | None) -> tuple[Binary, lis
     return binary, found
 
 
+@cache
 def kernel_of(file: Path, name: str) -> JITFunction[Any]:
     """The kernel in a file, out of what tunes it.
 

@@ -72,7 +72,8 @@ def _report_foreign(args: argparse.Namespace, gpu: Machine, said: Terminal) -> N
     if given := " ".join(filter(None, [options.given(args), *(name for name, value in ours.items() if value)])):
         raise argparse.ArgumentError(None, f"--kernel says all of its own, and takes no {given}")
     call = foreign.call(args, gpu.target)
-    binary, violations = foreign.read(call, args.cache, args.dump)
+    with options.compilers(args, said, args.dump) as binaries:
+        binary, violations = foreign.read(call, binaries)
     try:
         kernel = Kernel(call, binary, violations, predict(call, binary, gpu))
     except ValueError as error:

@@ -12,7 +12,8 @@ between, whichever of the two is longer. The CTAs that an SM runs at a time hide
 this remainder is paid once a wave: with many CTAs per SM only the slowest unit counts.
 
 Where it is off, as `python -m bench tiles calibrate` shows: clocks are those of the data sheet, but matrix units at
-full load draw more power than they may, which costs a fifth and more of them. Banks of shared memory never conflict
+full load draw more power than they may, which costs a fifth and more of them, and exponentials overlap with them less
+than is assumed here. Banks of shared memory never conflict
 here, and schedulers are perfect. What is read again comes from L2, whatever its size, and L2 is one cache.
 """
 

@@ -28,8 +28,18 @@ from isa_triton import tiles
 from isa_triton.tiles import ARITHMETIC, Tile
 
 TOP = 4  # tiles of the leading cell that are tried on all
-SEEDS = 6  # tiles of other entries that a search starts from
-STARTS = Tile(128, 64, 128, 128, 4, 2), Tile(64, 64, 128, 128, 4, 2), Tile(64, 32, 128, 128, 4, 2)
+SEEDS = 4  # tiles of other entries that a search starts from
+STARTS = {  # of a step, as (queries, keys, channels, warps, stages): what was found good for one width or another
+    "forward": ((128, 64, 128, 4, 2), (64, 64, 128, 4, 2), (128, 128, 128, 8, 2), (64, 128, 128, 4, 3),
+                (16, 16, 128, 1, 2), (32, 32, 128, 2, 2), (64, 64, 32, 4, 3), (64, 64, 16, 2, 4)),
+    "group": ((16, 16, 128, 1, 2), (32, 32, 128, 2, 2), (64, 64, 128, 4, 2), (64, 64, 32, 4, 2), (64, 64, 16, 4, 4),
+              (64, 64, 32, 8, 2)),
+    "queries": ((128, 64, 128, 4, 2), (64, 64, 128, 4, 2), (128, 64, 128, 8, 2), (64, 32, 128, 4, 2)),
+    "keys": ((64, 128, 128, 8, 2), (64, 64, 128, 4, 2), (32, 128, 128, 4, 2), (32, 64, 128, 4, 2)),
+    "dk": ((64, 128, 128, 8, 2), (64, 64, 128, 4, 2)),
+    "dv": ((64, 128, 128, 8, 2), (64, 64, 128, 4, 2)),
+    "pairs": ((64, 64, 128, 4, 2), (128, 64, 128, 8, 2), (64, 128, 128, 4, 2), (64, 32, 128, 4, 2)),
+}  # fmt: skip
 WORTH = 0.03  # of a class's time, without which no entry is written
 ONE_KERNEL = 64  # tokens, up to which one kernel forms every gradient
 WIDE = 128  # channels, beyond which dk and dv may go apart
@@ -92,7 +102,8 @@ class ClassTask(Task):
         }  # fmt: skip
         own = [] if self.entry is None else [self.entry.tile, self.clipped(self.entry.tile)]
         near = dict.fromkeys(self.clipped(Tile(*tile)) for *_, tile in sorted(others, key=lambda other: other[:3]))
-        starts = filter(self.may_fit, map(self.clipped, STARTS))
+        planned = (Tile(m, n, width, width, warps, stages) for m, n, width, warps, stages in STARTS[self.step])
+        starts = filter(self.may_fit, map(self.clipped, planned))
         return list(dict.fromkeys([*own, *list(filter(self.may_fit, near))[:SEEDS], *starts]))
 
     def far(self, name: str, limit: int | None) -> float:
