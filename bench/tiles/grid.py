@@ -1,7 +1,7 @@
 """The widths and windows that the field uses: cells of a grid, and the classes of them that have their tiles together.
 
 A tile is not made for a cell. What a file holds for some widths serves groups of more tokens than the next smaller
-entry has, up to its own (`isa_triton.tiles`), with a bias and without: such cells are a class, with one tile a kernel.
+entry has, up to its own (`isa_triton.tiles`): such cells are a class, with one tile a kernel.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ FIRST = 32, 64, 30, 16, 80, 48, 128, 96, 256, 24  # widths of keys, as many peop
 
 
 class Class(NamedTuple):
-    """Cells that have one tile for each kernel of a pass."""
+    """Cells that have one tile for each kernel of a pass.
+
+    What is found with a bias serves calls without one too, unless they have a tile of their own.
+    """
 
     pass_: str
     tokens: int | None  # up to so many, None: any number
@@ -58,6 +61,5 @@ def classes(dtype: str, widths: Iterable[int] = FIRST, tokens: Iterable[int] = T
     """
     chosen = [pair for width in FIRST if width in set(widths) for pair in WIDTHS if pair[0] == width]
     by_limit = [(key, list(group)) for key, group in groupby(sorted(tokens), limit)]
-    for pair, (most, numbers), pass_ in product(chosen, by_limit, PASSES):
-        problems = (make_cell(n, pair, bias, dtype) for bias in (True, False) for n in reversed(numbers))
-        yield Class(pass_, most, tuple(problems))
+    for pair, (most, numbers), pass_, bias in product(chosen, by_limit, PASSES, (True, False)):
+        yield Class(pass_, most, tuple(make_cell(n, pair, bias, dtype) for n in reversed(numbers)))

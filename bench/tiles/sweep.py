@@ -1,7 +1,7 @@
 """Search tiles for every width and window of the field: `tiles search` over the grid (bench/tiles/grid.py).
 
-A class of cells has one tile a kernel: the one whose predicted times are least in the geometric mean over its cells,
-among those that are sound in all of them. An entry is written as soon as its class is done, and only where it gains
+A class of cells has one tile a kernel: the one that is sound in most of its cells, and of such the one whose predicted
+times are least in their geometric mean. An entry is written as soon as its class is done, and only where it gains
 something over the tile that serves the class without it. What was compiled is remembered: interrupted, or with more
 widths or targets, the same command goes on where it was.
 """
@@ -19,7 +19,16 @@ from bench.arguments import positive
 from bench.terminal import Terminal
 from bench.tiles import grid, options, search
 from bench.tiles.binaries import Binaries
-from bench.tiles.compile import FILED, PASSES, Problem, format_tile, forward_launches, pass_launches, shipped_entry
+from bench.tiles.compile import (
+    FILED,
+    PASSES,
+    Launch,
+    Problem,
+    format_tile,
+    forward_launches,
+    pass_launches,
+    shipped_entry,
+)
 from bench.tiles.grid import Class
 from bench.tiles.report import Pass
 from bench.tiles.roofline import Machine
@@ -34,6 +43,7 @@ STARTS = {  # of a step, as (queries, keys, channels, warps, stages): what was f
                 (16, 16, 128, 1, 2), (32, 32, 128, 2, 2), (64, 64, 32, 4, 3), (64, 64, 16, 2, 4)),
     "group": ((16, 16, 128, 1, 2), (32, 32, 128, 2, 2), (64, 64, 128, 4, 2), (64, 64, 32, 4, 2), (64, 64, 16, 4, 4),
               (64, 64, 32, 8, 2)),
+    "columns": ((256, 32, 128, 8, 2), (256, 64, 128, 8, 2), (256, 64, 128, 16, 2), (256, 32, 128, 8, 1)),
     "queries": ((128, 64, 128, 4, 2), (64, 64, 128, 4, 2), (128, 64, 128, 8, 2), (64, 32, 128, 4, 2)),
     "keys": ((64, 128, 128, 8, 2), (64, 64, 128, 4, 2), (32, 128, 128, 4, 2), (32, 64, 128, 4, 2)),
     "dk": ((64, 128, 128, 8, 2), (64, 64, 128, 4, 2)),
@@ -41,6 +51,7 @@ STARTS = {  # of a step, as (queries, keys, channels, warps, stages): what was f
     "pairs": ((64, 64, 128, 4, 2), (128, 64, 128, 8, 2), (64, 128, 128, 4, 2), (64, 32, 128, 4, 2)),
 }  # fmt: skip
 WORTH = 0.03  # of a class's time, without which no entry is written
+COLUMNS, NARROW = 256, 64  # tokens and channels, up to which dq, dk and dv may come from one kernel
 ONE_KERNEL = 64  # tokens, up to which one kernel forms every gradient
 WIDE = 128  # channels, beyond which dk and dv may go apart
 
@@ -78,7 +89,7 @@ def run(args: argparse.Namespace) -> None:
             done, gained = done + 1, gained + found.is_better
             said.say(found.result)
             if args.write and found.is_better:
-                search.write(found.news)
+                search.write(found.news, without_bias=not found.cells.problems[0].bias)
     said.end(f"PREDICTED: {done} of {len(wanted)} classes searched, {gained} of them with better tiles")
 
 
@@ -116,28 +127,41 @@ class ClassTask(Task):
 
 
 @dataclass(frozen=True)
+class Score:
+    """How good kernels are for a class: the less, the better. Those that are sound in more of its cells go first."""
+
+    unsound: int  # cells with a violation
+    ratio: float  # predicted / bound, the geometric mean over the cells
+
+    @property
+    def rank(self) -> tuple[int, float]:
+        return self.unsound, self.ratio
+
+    def __str__(self) -> str:
+        return f"{self.ratio:.2f}{f' ({self.unsound} cells not sound)' * bool(self.unsound)}"
+
+
+@dataclass(frozen=True)
 class Choice:
     """What was found for a class."""
 
     gpu: Machine
     cells: Class
-    now: float  # predicted / bound, the geometric mean over the cells; infinite where a kernel is not sound
-    then: float
+    now: Score
+    then: Score
     plan: tuple[Finding, ...]  # the kernels of the leading cell, with the tiles that all cells have
 
     @property
     def is_better(self) -> bool:
-        return self.then < (1 - WORTH) * self.now
+        return self.then.rank < (self.now.unsound, (1 - WORTH) * self.now.ratio)
 
     @property
     def news(self) -> list[Finding]:
         """The kernels whose tile is another than the one that serves now; all of them, where one kernel serves now."""
-        lead = self.plan[0]
-        if lead.task.step == "queries" and shipped_entry(self.gpu.target, "group", lead.task.problem) is not None:
+        lead, before = self.plan[0], ("group", "columns")
+        if any(shipped_entry(self.gpu.target, step, lead.task.problem) for step in before if step != lead.task.step):
             return list(self.plan)
-        return [
-            finding for finding in self.plan if any(_tile_now(finding, p) != finding.tile for p in self.cells.problems)
-        ]
+        return [f for f in self.plan if any(_tile_now(f, problem) != f.tile for problem in self.cells.problems)]
 
     @property
     def result(self) -> str:
@@ -145,7 +169,8 @@ class Choice:
         kernels = ", ".join(f"{finding.task.step} {format_tile(finding.tile)}" for finding in self.plan)
         return (
             f"{self.gpu.target}, {lead.dtype}, {self.cells.pass_}, K = {lead.key_width}, V = {lead.value_width}, up to "
-            f"{self.cells.tokens or 'any'} tokens: PREDICTED / bound {self.now:.2f} -> {self.then:.2f}, {kernels}"
+            f"{self.cells.tokens or 'any'} tokens{', bias' * lead.bias}: PREDICTED / bound {self.now} -> {self.then}, "
+            f"{kernels}"
         )
 
 
@@ -154,88 +179,92 @@ def _tile_now(finding: Finding, problem: Problem) -> Tile | None:
     return None if entry is None else entry.tile
 
 
+Found = dict[Problem, Finding]  # of one tile, or of one kernel of a plan
+
+
 def sweep(gpu: Machine, cells: Class, binaries: Binaries, known: bool = False) -> Choice:
     """The best tiles of a class."""
-    bounds = {problem: max(Pass(problem, cells.pass_, gpu, []).roofs.values()) for problem in cells.problems}
-    tried = dict[str, dict[Tile, dict[Problem, Finding]]]()
+    best = dict[str, Found]()
     for step in _steps(cells):
-        problems = [problem for problem in cells.problems if problem.bias or step != "pairs"]
-        tried[step] = _try(gpu, step, problems, binaries, known)
-        if step == "group" and tried[step]:
+        found = _best(gpu, step, cells.problems, binaries, known)
+        if found is not None:
+            best[step] = found
+        if step == "group" and found is not None and not _unsound([found]):
             break  # one kernel reads every tensor once, where several would read them again
-    best = {step: min(found.values(), key=_mean_seconds) for step, found in tried.items() if found}
-    plans = [
-        {step: best[step] for step in plan if step in best} for plan in PLANS if {*plan} - {"pairs"} <= {*best}
-    ]  # fmt: skip
-    now = _mean_ratio(bounds, _now(gpu, cells, binaries))
-    if not plans:
-        return Choice(gpu, cells, now, inf, ())
-    totals = [{problem: _total(plan, problem) for problem in cells.problems} for plan in plans]
-    then, plan = min(
-        zip((_mean_ratio(bounds, total) for total in totals), plans, strict=True), key=lambda each: each[0]
-    )
-    lead = cells.problems[0]
-    return Choice(gpu, cells, now, then, tuple(by_problem[lead] for by_problem in plan.values()))
+    needs = {"pairs"} & {*_steps(cells)}  # where there is a bias
+    plans = [[best[step] for step in plan if step in best] for plan in PLANS
+             if {*plan} - {"pairs"} <= {*best} and ({*plan} & needs <= {*best})]  # fmt: skip
+    now = _score(cells, gpu, _now(gpu, cells, binaries))
+    if not plans:  # no tile is sound in fp16 and bf16
+        return Choice(gpu, cells, now, now, ())
+    score, chosen = min(((_score(cells, gpu, plan), plan) for plan in plans), key=lambda each: each[0].rank)
+    return Choice(gpu, cells, now, score, tuple(found[cells.problems[0]] for found in chosen))
 
 
 def _steps(cells: Class) -> Iterator[str]:
     tokens, width = cells.problems[0].partition.tokens, cells.problems[0].key_width
-    for step in PASSES[cells.pass_]:
-        if tokens <= ONE_KERNEL if step == "group" else width > WIDE or step not in ("dk", "dv"):
-            yield step
+    serves = {
+        "group": tokens <= ONE_KERNEL,
+        "columns": ONE_KERNEL < tokens <= COLUMNS and width <= NARROW,
+        "pairs": cells.problems[0].bias,
+        "dk": width > WIDE,
+        "dv": width > WIDE,
+    }
+    return (step for step in PASSES[cells.pass_] if serves.get(step, True))
 
 
-def _try(
-    gpu: Machine, step: str, problems: Sequence[Problem], binaries: Binaries, known: bool
-) -> dict[Tile, dict[Problem, Finding]]:
-    """The best tile of those that are sound for every problem, and its findings; the leading problems are searched."""
-    of_bias = {problem.bias: problem for problem in reversed(problems)}  # which has kernels of its own in these steps
-    leads = list(of_bias.values()) if step in ("forward", "group") else problems[:1]
+def _best(gpu: Machine, step: str, problems: Sequence[Problem], binaries: Binaries, known: bool) -> Found | None:
+    """The findings of the best tile, for every problem; the first problem is searched, its best tiles tried on all."""
     tasks = {problem: ClassTask(gpu, problem, step, known) for problem in problems}
-    chosen = list[Tile]()
-    for lead in leads:
-        sound = [finding.tile for finding in search.search(tasks[lead], binaries) if not finding.violations]
-        chosen += sound[:TOP]
-        if (now := tasks[lead].entry) is not None and now.tile in sound:
-            chosen.append(now.tile)
-    found = dict[Tile, dict[Problem, Finding]]()
+    searched = search.search(tasks[problems[0]], binaries)
+    chosen = dict.fromkeys(finding.tile for finding in searched[:TOP])
+    if (now := tasks[problems[0]].entry) is not None:
+        chosen[now.tile] = None
+    by_tile = dict[Tile, Found]()
     for problem, task in tasks.items():
-        for finding in findings(task, dict.fromkeys(chosen), binaries):
-            if not finding.violations and finding.prediction is not None:
-                found.setdefault(finding.tile, {})[problem] = finding
-    everywhere = {tile: by_problem for tile, by_problem in found.items() if len(by_problem) == len(problems)}
-    ranked = sorted(everywhere, key=lambda tile: _mean_seconds(everywhere[tile]))
-    sound_too = next((tile for tile in ranked if _is_sound_otherwise(gpu, step, problems, tile, binaries)), None)
-    return {} if sound_too is None else {sound_too: everywhere[sound_too]}
+        for finding in findings(task, chosen, binaries):
+            if finding.prediction is not None:
+                by_tile.setdefault(finding.tile, {})[problem] = finding
+    ranked = sorted(
+        (found for found in by_tile.values() if len(found) == len(problems)),
+        key=lambda found: (_unsound([found]), mean(log(finding.seconds) for finding in found.values())),
+    )
+    return next((found for found in ranked if _is_sound_otherwise(gpu, step, found, binaries)), None)
 
 
-def _is_sound_otherwise(gpu: Machine, step: str, problems: Sequence[Problem], tile: Tile, binaries: Binaries) -> bool:
-    """Whether the tile is sound for fp16, which shares bf16's, and where a forward pass writes lse."""
-    leads = list({(problem.bias, problem.partition.tokens % 16): problem for problem in problems}.values())
-    halves = [replace(problem, dtype="float16") for problem in leads if problem.dtype == "bfloat16"]
-    launches = [launch for p in halves if (launch := ClassTask(gpu, p, step).launch(tile)) is not None]
-    if step == "forward":
-        launches += [launch for p in leads for launch in forward_launches(gpu.target, p, tile, with_lse=True)]
+def _is_sound_otherwise(gpu: Machine, step: str, found: Found, binaries: Binaries) -> bool:
+    """Whether the tile is sound for fp16 too, which shares bf16's, and where a forward pass writes lse."""
+    sound = {problem.partition.tokens % 16: f for problem, f in found.items() if not f.violations}
+    launches = list[Launch]()
+    for finding in sound.values():
+        problem = finding.task.problem
+        if problem.dtype == "bfloat16":
+            half = ClassTask(gpu, replace(problem, dtype="float16"), step).launch(finding.tile)
+            launches += [] if half is None else [half]
+        if step == "forward":
+            launches += forward_launches(gpu.target, problem, finding.tile, with_lse=True)
     return not any(verdict.violations for verdict in binaries.verdicts(launches))
 
 
-def _mean_seconds(found: dict[Problem, Finding]) -> float:
-    return mean(log(finding.seconds) for finding in found.values())
-
-
-def _total(plan: dict[str, dict[Problem, Finding]], problem: Problem) -> float:
-    return sum(found[problem].seconds for found in plan.values() if problem in found)
-
-
-def _now(gpu: Machine, cells: Class, binaries: Binaries) -> dict[Problem, float]:
-    """Seconds of what the run time would launch; infinite where that is not sound."""
-    seconds = dict[Problem, float]()
+def _now(gpu: Machine, cells: Class, binaries: Binaries) -> list[Found]:
+    """What the run time would launch, kernel by kernel."""
+    kernels = dict[str, Found]()
     for problem in cells.problems:
-        launches = pass_launches(gpu.target, problem, cells.pass_)
-        found = [f for each in launches for f in findings(Task(gpu, problem, each.step), [each.tile], binaries)]
-        seconds[problem] = inf if any(f.violations for f in found) else sum(f.seconds for f in found)
-    return seconds
+        for launch in pass_launches(gpu.target, problem, cells.pass_):
+            (finding,) = findings(Task(gpu, problem, launch.step), [launch.tile], binaries)
+            kernels.setdefault(launch.step, {})[problem] = finding
+    return list(kernels.values())
 
 
-def _mean_ratio(bounds: dict[Problem, float], seconds: dict[Problem, float]) -> float:
-    return exp(mean(log(seconds[problem] / bound) for problem, bound in bounds.items()))
+def _score(cells: Class, gpu: Machine, plan: Sequence[Found]) -> Score:
+    """Of all kernels of a pass together."""
+    ratios = []
+    for problem in cells.problems:
+        bound = max(Pass(problem, cells.pass_, gpu, []).roofs.values())
+        ratios.append(sum(found[problem].seconds for found in plan if problem in found) / bound)
+    return Score(_unsound(plan), exp(mean(map(log, ratios))))
+
+
+def _unsound(plan: Sequence[Found]) -> int:
+    """In how many cells some kernel has a violation."""
+    return len({problem for found in plan for problem, finding in found.items() if finding.violations})
