@@ -29,7 +29,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_what_is_written_is_found(folder: Path) -> None:
     before = json.loads((folder / "sm_90.json").read_text())
     tile = Tile(64, 64, 16, 16, 2, 5)
-    problem = make_problem(49, 80, 96)
+    problem = make_problem(50, 80, 96)
     chosen = [
         Finding(Task(H100, problem, step), tile, None, [], None, measured=1e-5) for step in ("queries", "keys", "pairs")
     ]

@@ -16,12 +16,12 @@ from bench.tiles import bounds, grid, sweep
 from bench.tiles.binaries import Binary
 from bench.tiles.bounds import HEADER, Cell
 from bench.tiles.compile import Launch, Problem, pass_launches
-from bench.tiles.grid import Class, classes, make_cell
+from bench.tiles.grid import make_cell
 from bench.tiles.options import make_problem
 from bench.tiles.report import Pass
 from bench.tiles.roofline import MACHINES
-from bench.tiles.search import Finding, write
-from bench.tiles.sweep import Choice, ClassTask, Score
+from bench.tiles.search import Finding, Search, write
+from bench.tiles.sweep import CellTask
 from isa_triton import tiles
 from isa_triton.tiles import Tile
 from tests.test_bench_tile_search import BEST, H100, Planted, PlantedLaunch, run_planted
@@ -77,9 +77,12 @@ def test_every_cell_has_about_as_many_pixels() -> None:
         assert 0.95 < problem.maps * height * width / grid.PIXELS < 1.05
 
 
-def test_classes_hold_every_cell_once() -> None:
-    found = [(problem, each.pass_) for each in classes("bf16") for problem in each.problems]
+def test_a_sweep_takes_every_cell_once_and_the_longest_groups_of_a_width_first() -> None:
+    found = list(grid.in_turn("bf16", {k for k, _ in grid.WIDTHS}, grid.TOKENS))
     assert sorted(map(str, found)) == sorted(map(str, grid.cells("bf16")))
+    for width in (32, 256):
+        tokens = [problem.partition.tokens for problem, _ in found if problem.key_width == width]
+        assert tokens == sorted(tokens, reverse=True)
 
 
 @pytest.fixture
@@ -92,109 +95,105 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "tiles"
 
 
-def test_what_is_written_for_a_class_serves_all_its_cells_and_no_others(folder: Path) -> None:
-    wanted = [each for each in classes("bf16", widths=(24, 256)) if each.pass_ == "forward"]
-    for number, each in enumerate(wanted, 1):  # every class another tile
-        tile, (lead, *_) = Tile(16, 16, 16, 16, 1, number), each.problems
-        found = Finding(ClassTask(H100, lead, "forward"), tile, None, [], None, measured=1e-6)
-        write([found], without_bias=not lead.bias)
-    for number, each in enumerate(wanted, 1):
-        served = {tiles.lookup("sm_90", "forward", *p.sizes, p.bias).num_stages for p in each.problems}
-        assert served == {number}
+def test_what_is_written_for_a_cell_serves_it_whatever_is_written_for_others(folder: Path) -> None:
+    wanted = [problem for problem, pass_ in grid.in_turn("bf16", (24, 256), grid.TOKENS) if pass_ == "forward"]
+    for number, problem in enumerate(wanted, 1):  # every cell another tile
+        tile = Tile(16, 16, 16, 16, 1, number)
+        found = Finding(CellTask(H100, problem, "forward"), tile, None, [], None, measured=1e-6)
+        write([found], without_bias=not problem.bias)
+    for number, p in enumerate(wanted, 1):
+        assert tiles.lookup("sm_90", "forward", *p.sizes, p.bias).num_stages == number
 
 
 # -- the sweep ---------------------------------------------------------------------------------------------------------
 
 
+class CellLaunch(PlantedLaunch):
+    """Its binary depends on the problem too."""
+
+    key = property(lambda self: f"{self.options['tile']} {self.problem}")
+
+
 @dataclass(frozen=True)
-class PlantedTask(ClassTask):
+class PlantedTask(CellTask):
     def launch(self, tile: Tile) -> Launch:
         kernel = "isa_triton.backend.kernels.forward", "forward_kernel"
-        return PlantedLaunch("sm_90", self.problem, *kernel, 132 * 100, {}, {"tile": tile})
+        return CellLaunch("sm_90", self.problem, *kernel, 132 * 100, {}, {"tile": tile})
 
 
 @dataclass
 class Spoilt(Planted):
-    """Stands in for compilers; problems of some dtypes and tokens spill with the best tile's number of warps."""
+    """Stands in for compilers; problems of a dtype spill with the best tile's number of warps."""
 
-    spoilt: tuple[tuple[str, int], ...] = ()
+    spoilt: str = ""
 
     def known(self, launch: Launch) -> Binary | None:
         tile, problem = launch.options["tile"], launch.problem
-        spills = (problem.dtype, problem.partition.tokens) in self.spoilt and tile.num_warps == BEST.num_warps
+        spills = problem.dtype == self.spoilt and tile.num_warps == BEST.num_warps
         return replace(self.binary(tile), spill_bytes=8, spill_accesses=2) if spills else self.binary(tile)
 
 
 @pytest.fixture
-def cells(monkeypatch: pytest.MonkeyPatch) -> Class:
-    """A class whose launches have the binaries of `Planted`, and which nothing serves yet."""
-    monkeypatch.setattr(sweep, "ClassTask", PlantedTask)
+def cell(monkeypatch: pytest.MonkeyPatch) -> Problem:
+    """A cell whose launches have the binaries of `Planted`, and whose shipped tile is slow."""
+    monkeypatch.setattr(sweep, "CellTask", PlantedTask)
+    monkeypatch.setattr(sweep, "Task", PlantedTask)
     monkeypatch.setattr(sweep, "forward_launches", lambda *_, **__: [])
-    now = Finding(PlantedTask(H100, make_problem(64, 64, 64), "forward"), BEST, None, ["spills"], None, measured=1.0)
-    monkeypatch.setattr(sweep, "_now", lambda _, cells, __: [dict.fromkeys(cells.problems, now)])
-    (found,) = (
-        each for each in classes("bf16", widths=(64,), tokens=(49, 64))
-        if each.pass_ == "forward" and not each.problems[0].bias
-    )  # fmt: skip
-    return found
+    monkeypatch.setattr(sweep, "pass_launches", lambda *_: [SLOW])
+    return make_cell(64, (64, 64), False, "bf16")
 
 
-def test_a_sweep_finds_the_best_tile_of_a_class(cells: Class) -> None:
-    found = sweep.sweep(H100, cells, Spoilt())
-    assert [finding.tile for finding in found.plan] == [BEST]
-    assert (found.now.unsound, found.then.unsound) == (2, 0)
-    assert found.is_better
-    assert [finding.tile for finding in found.news] == [BEST]
-    assert f"forward {sweep.format_tile(BEST)}" in found.result
+SLOW = PlantedTask(H100, make_cell(64, (64, 64), False, "bf16"), "forward").launch(Tile(16, 16, 16, 16, 8, 1))
+SLOW = SLOW._replace(arguments={"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 16, "BLOCK_V": 16},
+                     options={**SLOW.options, "num_warps": 8, "num_stages": 1})  # fmt: skip
 
 
-@pytest.mark.parametrize("spoilt", [("bfloat16", 64), ("bfloat16", 49), ("float16", 64)], ids=str)
-def test_a_tile_that_spills_in_one_cell_or_in_fp16_is_not_taken(spoilt: tuple[str, int], cells: Class) -> None:
-    found = sweep.sweep(H100, cells, Spoilt(spoilt=(spoilt,)))
-    assert all(finding.tile.num_warps != BEST.num_warps for finding in found.plan)
-    assert found.then.unsound == 0 if found.plan else not found.is_better
+def test_a_sweep_finds_the_best_tile_of_a_cell(cell: Problem) -> None:
+    found = sweep.sweep(H100, cell, "forward", Spoilt())
+    assert [finding.tile for finding in found.chosen] == [BEST]
+    assert [finding.tile for finding in sweep.worth_writing(found)] == [BEST]
 
 
-def test_where_no_tile_is_sound_in_all_cells_the_one_that_is_in_most_is_taken(cells: Class) -> None:
-    class Never(Spoilt):
-        def known(self, launch: Launch) -> Binary | None:
-            binary = self.binary(launch.options["tile"])
-            return replace(binary, spill_accesses=2) if launch.problem.partition.tokens == 49 else binary
-
-    found = sweep.sweep(H100, cells, Never())
-    assert [finding.tile for finding in found.plan] == [BEST]
-    assert found.then.unsound == 1
-    assert "(1 cells not sound)" in found.result
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_tile_that_spills_in_bf16_or_fp16_is_not_taken(dtype: str, cell: Problem) -> None:
+    found = sweep.sweep(H100, cell, "forward", Spoilt(spoilt=dtype))
+    assert all(finding.tile.num_warps != BEST.num_warps for finding in sweep.worth_writing(found))
 
 
-def test_known_tiles_alone_are_tried_where_that_is_wanted(cells: Class) -> None:
+def test_known_tiles_alone_are_tried_where_that_is_wanted(cell: Problem) -> None:
     planted = Spoilt()
-    sweep.sweep(H100, cells, planted, known=True)
-    assert planted.seen.keys() == {*PlantedTask(H100, cells.problems[0], "forward").shipped()}  # of the longest groups
+    sweep.sweep(H100, cell, "forward", planted, known=True)
+    assert planted.seen.keys() == {*PlantedTask(H100, cell, "forward").shipped(), SLOW.options["tile"]}
+
+
+def searched(problem: Problem, us: dict[str, float], now: float, *violations: str) -> Search:
+    """A search that found these kernels, where one of `now` microseconds serves."""
+    tile = Tile(64, 64, 16, 16, 2, 5)
+    chosen = [Finding(CellTask(H100, problem, step), tile, None, [], None, measured=1e-6 * t) for step, t in us.items()]
+    shipped = Finding(CellTask(H100, problem, "group"), BEST, None, list(violations), None, measured=1e-6 * now)
+    return Search(H100, problem, "backward", {}, chosen, [shipped])
 
 
 def test_a_way_that_is_not_one_kernel_is_written_so_that_it_is_taken(folder: Path) -> None:
-    cells = next(each for each in classes("bf16", widths=(64,), tokens=(64,)) if each.pass_ == "backward")
-    lead, tile = cells.problems[0], Tile(64, 64, 16, 16, 2, 5)
-    assert lead.bias
-    plan = tuple(
-        Finding(ClassTask(H100, lead, step), tile, None, [], None, measured=1e-5)
-        for step in ("queries", "keys", "pairs")
-    )
-    choice = Choice(H100, cells, Score(0, 3.0), Score(0, 2.0), plan)
-    assert choice.is_better
-    write(choice.news)
-    found = tiles.backward("sm_90", *lead.sizes)
+    problem, us = make_cell(64, (64, 64), True, "bf16"), {"queries": 3.0, "keys": 4.0, "pairs": 2.0}
+    write(sweep.worth_writing(searched(problem, us, now=10.0)))
+    found, tile = tiles.backward("sm_90", *problem.sizes), Tile(64, 64, 16, 16, 2, 5)
     assert (found.group, found.columns, found.queries, found.keys, found.values) == (None, None, tile, tile, None)
-    assert not Choice(H100, cells, Score(0, 2.0), Score(0, 1.99), plan).is_better
-    assert not Choice(H100, cells, Score(0, 2.0), Score(1, 1.0), plan).is_better
+
+
+def test_only_what_gains_something_is_worth_an_entry() -> None:
+    problem, us = make_cell(64, (64, 64), True, "bf16"), {"group": 9.0}
+    assert sweep.worth_writing(searched(problem, us, now=9.1)) == []
+    assert len(sweep.worth_writing(searched(problem, us, now=9.5))) == 1
+    assert len(sweep.worth_writing(searched(problem, us, 9.1, "spills 8 bytes"))) == 1  # a sound one is, at any price
+    assert sweep.worth_writing(searched(problem, {}, now=9.5)) == []
 
 
 def test_what_is_written_without_a_bias_serves_such_calls_alone(folder: Path) -> None:
     lead = make_cell(256, (64, 64), False, "bf16")
     before = tiles.backward("sm_90", *lead.sizes)
     tile = Tile(256, 64, 64, 64, 8, 5)
-    write([Finding(ClassTask(H100, lead, "columns"), tile, None, [], None, measured=1e-5)], without_bias=True)
+    write([Finding(CellTask(H100, lead, "columns"), tile, None, [], None, measured=1e-5)], without_bias=True)
     assert tiles.backward("sm_90", *lead.sizes) == before
     assert tiles.backward("sm_90", *lead.sizes, bias=False).columns == tile
     (launch,) = pass_launches("sm_90", lead, "backward")
@@ -265,6 +264,6 @@ def test_a_sweep_gains_nothing_the_second_time(tmp_path: Path) -> None:
     command = ["tiles", "sweep", "--widths", "16", "--tokens", "16", "100", "--write"]
     done = run_planted(tmp_path, [command, command])
     assert done.returncode == 0, done.stdout + done.stderr
-    first, second = (line for line in done.stdout.splitlines() if "classes searched" in line)
-    assert re.fullmatch("PREDICTED: 8 of 8 classes searched, [1-8] of them with better tiles", first)
-    assert second == "PREDICTED: 8 of 8 classes searched, 0 of them with better tiles"
+    first, second = (line for line in done.stdout.splitlines() if "cells searched" in line)
+    assert re.fullmatch("PREDICTED: 8 of 8 cells searched, [1-8] of them with better tiles", first)
+    assert second == "PREDICTED: 8 of 8 cells searched, 0 of them with better tiles"

@@ -296,7 +296,7 @@ def test_every_command_on_a_page_runs_to_its_last_output(tmp_path: Path) -> None
     assert len(said) == len(commands)
     last = {"verify": "0 with a violation", "calibrate": "predicted / published", "report": "PREDICTED",
             "search": "PREDICTED: now", "plot": "PREDICTED", "warm": "are in Triton's cache",
-            "bounds": "tile_bounds.png", "sweep": "classes searched"}  # fmt: skip
+            "bounds": "tile_bounds.png", "sweep": "cells searched"}  # fmt: skip
     for words, text in zip(commands, said, strict=True):
         assert last[words[1]] in "\n".join(text.splitlines()[-2:]), text
         for option in {"--html", "--json"} & set(words):

@@ -323,7 +323,7 @@ def choose(tried: Mapping[str, list[Finding]]) -> list[Finding]:
     best = {step: found[0] for step, found in tried.items() if found}
     served = (plan for plan in PLANS if {*plan} - {"pairs"} <= {*best})  # which only a bias needs
     plans = ([best[step] for step in plan if step in best] for plan in served)
-    return min(plans, key=lambda plan: (any(f.violations for f in plan), sum(f.seconds for f in plan)))
+    return min(plans, key=lambda plan: (any(f.violations for f in plan), sum(f.seconds for f in plan)), default=[])
 
 
 # -- a pass ------------------------------------------------------------------------------------------------------------
@@ -427,7 +427,7 @@ _KEY = ("step", "arithmetic", "key_width", "value_width", "tokens")
 
 
 def _entries(finding: Finding) -> list[dict[str, Any]]:
-    """What a file says of a choice: the tile serves groups of up to the next power of two of tokens, long ones all."""
+    """What a file says of a choice: the tile serves groups of up to as many tokens, one for long groups all of them."""
     step, problem = FILED.get(finding.task.step, finding.task.step), finding.task.problem
     limits = problem.key_width, problem.value_width, grid.limit(problem.partition.tokens)
     serves = dict(zip(_KEY, (step, ARITHMETIC[problem.dtype], *limits), strict=True))
