@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import shutil
 from collections import Counter
@@ -24,6 +25,7 @@ from bench.tiles.search import Finding, Search, write
 from bench.tiles.sweep import CellTask
 from isa_triton import tiles
 from isa_triton.tiles import Tile
+from tests.compiling import run_compiling
 from tests.test_bench_tile_search import BEST, H100, Planted, PlantedLaunch, run_planted
 
 # -- roofs -------------------------------------------------------------------------------------------------------------
@@ -199,6 +201,21 @@ def test_what_is_written_without_a_bias_serves_such_calls_alone(folder: Path) ->
     (launch,) = pass_launches("sm_90", lead, "backward")
     assert (launch.step, launch.tile, launch.origin) == ("columns", tile, "its own entry")
     assert launch.arguments["delta"] is None
+
+
+@pytest.mark.slow
+def test_dq_dk_and_dv_at_once_move_nine_tensors_at_most(tmp_path: Path) -> None:
+    """q, k, v, out, do, dq, dk and dv, and a number a token: where two passes ask for 16."""
+    problem = ["--tokens", "256", "--widths", "64", "64", "--heads", "4", "--partition", "local", "--maps", "16"]
+    tile = "BLOCK_M=256,BLOCK_N=64,BLOCK_K=64,BLOCK_V=64,num_warps=8,num_stages=3"
+    step = ["--pass", "backward", "--step", "columns", "--tiles", tile, "--json", str(tmp_path / "one.json")]
+    done = run_compiling("-m", "bench", "tiles", "report", *problem, *step, "--cache", str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    (found,) = json.loads((tmp_path / "one.json").read_text())
+    tensor = 16 * 64 * 256 * 4 * 64 * 2
+    assert 8 * tensor < found["bytes_asked"] < 8.1 * tensor
+    assert 8 * tensor < found["bytes_distinct"] < 8.1 * tensor
+    assert found["violations"] == []
 
 
 # -- files -------------------------------------------------------------------------------------------------------------
