@@ -416,11 +416,35 @@ def write(chosen: Sequence[Finding], without_bias: bool = False) -> Path:
             entries.pop(key({**entry, "arithmetic": finding.task.problem.dtype}), None)
             entries[key(entry)] = entry
             others = [other for other in others if key(other) != key(entry) or not tiles._is_for(other, target)]
-    lines = [f"  {json.dumps(entry)}" for entry in sorted([*entries.values(), *others], key=_order)]
+    kept = needed([*entries.values(), *others])
+    lines = [f"  {json.dumps(entry)}" for entry in sorted(kept, key=_order)]
     records.write_text(path, "[\n" + ",\n".join(lines) + "\n]\n")
     tiles._entries.cache_clear()
     tiles._lookup.cache_clear()
     return path
+
+
+def needed(entries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The entries without those in whose place another one would serve with the same tile: the next of the same widths.
+
+    Where one dtype, target or Triton has an entry to itself, all of these widths stay.
+    """
+    of_widths = dict[tuple[Any, ...], list[dict[str, Any]]]()
+    for entry in sorted(entries, key=_order):
+        family = ARITHMETIC.get(entry["arithmetic"], entry["arithmetic"])
+        of_widths.setdefault((entry["step"], family, entry["key_width"], entry["value_width"]), []).append(entry)
+    kept = list[dict[str, Any]]()
+    for (_, family, *_), same in of_widths.items():
+        stay = list[dict[str, Any]]()  # the longest groups first
+        special = any(tiles.ONLY & entry.keys() or entry["arithmetic"] != family for entry in same)
+        for entry in reversed(same):
+            general = next((other for other in reversed(stay) if "bias" not in other), None)
+            without_bias = stay[-1] if stay else None
+            following = [without_bias] if "bias" in entry else [without_bias, general]
+            if special or any(other is None or other["tile"] != entry["tile"] for other in following):
+                stay.append(entry)
+        kept += reversed(stay)
+    return kept
 
 
 _KEY = ("step", "arithmetic", "key_width", "value_width", "tokens")
@@ -444,7 +468,7 @@ def _entries(finding: Finding) -> list[dict[str, Any]]:
     before = first.get(finding.task.step, ())  # steps that would be taken in its place
     served = [step for step in before if shipped_entry(finding.task.gpu.target, step, problem) is not None]
     none = [{**serves, "step": step, "tile": None} for step in served]
-    return [{**serves, "tile": finding.tile, "evidence": evidence}, *dv, *none]
+    return [{**serves, "tile": [*finding.tile], "evidence": evidence}, *dv, *none]
 
 
 def _order(entry: dict[str, Any]) -> tuple[Any, ...]:
