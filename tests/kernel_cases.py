@@ -19,8 +19,8 @@ from tests import guard
 
 # How a group is cut: into one block, or into many where it has more than 16 tokens, the smallest block. In "whole
 # groups" a block of queries has all keys before it at once, and one of keys all queries. "split": dk and dv are passes
-# of their own.
-FORMS = ("one block", "many blocks", "whole groups", "many blocks, split", "whole groups, split")
+# of their own. "columns": dq, dk and dv come from one kernel, which has all queries on chip and keys block by block.
+FORMS = ("one block", "many blocks", "whole groups", "many blocks, split", "whole groups, split", "columns")
 
 
 def of_groups(
@@ -45,16 +45,19 @@ def tiles_of(form: str, tokens: int) -> tuple[Tile, BackwardTiles]:
     if form == "one block":
         tile = Tile(block, block, 64, 32)
         return tile, BackwardTiles(tile, tile, tile, None, tile)
-    if form.startswith("whole groups"):
+    columns = None
+    if form.startswith("whole groups") or form == "columns":
         small = max(16, block // 4)
         forward, pairs = Tile(small, block, 64, 64), Tile(block, small, 64, 64)
         queries, keys = Tile(small, block, 32, 128), Tile(block, small, 128, 32)
+        columns = Tile(block, small, 128, 128) if form == "columns" else None
     else:
         large = max(16, min(block // 2, 128))
         small = large if large <= 32 else large // 2
         forward, pairs = Tile(large, small, 64, 512), Tile(large, large, 64, 64)
         queries, keys = Tile(large, small, 128, 64), Tile(small, large, 64, 512)
-    return forward, BackwardTiles(None, queries, keys, keys if form.endswith("split") else None, pairs)
+    values = keys if form.endswith("split") else None
+    return forward, BackwardTiles(None, queries, keys, values, pairs, columns)
 
 
 def inputs_of(case: Case) -> dict[str, Tensor]:

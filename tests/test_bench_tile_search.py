@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shutil
 import subprocess
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -24,12 +25,12 @@ from bench.tiles.binaries import Access, Binaries, Binary
 from bench.tiles.compile import NOT_SHIPPED, STEPS, Launch, format_tile, named
 from bench.tiles.options import make_problem
 from bench.tiles.program import Op
-from bench.tiles.report import BOUNDS, Pass
+from bench.tiles.report import Pass
 from bench.tiles.roofline import MACHINES
 from bench.tiles.search import Finding, Search, Task, choose, search
 from isa_triton import tiles
 from isa_triton.tiles import Tile
-from tests.compiling import run_compiling
+from tests.compiling import ROOT, run_compiling
 from tests.test_pages import COMMANDS
 
 H100, PROBLEM = MACHINES["H100"], make_problem(64, 64, 64)
@@ -185,8 +186,11 @@ def test_a_sound_way_is_preferred() -> None:
         ("report --tiles num_warps=4 --step queries", "--step must be of the forward pass, forward, got 'queries'"),
         ("report --vs shipped", "--step and --vs are for --tiles"),
         ("report --pass backward --step dv --tiles num_warps=4", "no tile of dv is shipped"),
-        ("report --bounds --tokens 64 --bias", "takes no --tokens --bias"),
         ("report --target gfx942 --execute", "--execute is for NVIDIA's targets, got gfx942"),
+        ("bounds --targets gfx1100", "invalid choice"),
+        ("bounds --redraw --out nowhere", "there is no nowhere/tile_bounds.csv"),
+        ("sweep --widths 20", "invalid choice"),
+        ("sweep --tokens 50", "invalid choice"),
         ("report --dtype int8", "must be one of bfloat16, float16, tf32, float32, fp32, fp16, bf16, got 'int8'"),
         ("search --target sm_70", "invalid choice"),
         ("search --problems nowhere.json", "--problems nowhere.json is not a list of problems"),
@@ -205,16 +209,6 @@ def test_wrong_arguments_are_named(
     said = capsys.readouterr().err
     assert named in said.replace("\n", " ")
     assert f"usage: python -m bench tiles {arguments.split()[0]} " in said
-
-
-def test_the_promised_bounds_are_looked_at() -> None:
-    seen = {(p.partition.tokens, p.key_width, p.value_width, pass_): bound for p, pass_, bound in BOUNDS}
-    assert seen == {
-        (64, 256, 512, "forward"): 1.3, (256, 256, 512, "forward"): 1.3,
-        (64, 256, 512, "backward"): 2.0, (256, 256, 512, "backward"): 2.0,
-        (49, 32, 32, "forward"): 2.0, (64, 32, 32, "forward"): 2.0,
-        (49, 32, 32, "backward"): 3.0, (64, 32, 32, "backward"): 3.0,
-    }  # fmt: skip
 
 
 def test_problems_by_name_and_by_description_exclude_each_other() -> None:
@@ -295,15 +289,17 @@ def run_planted(folder: Path, commands: list[list[str]], *how: str) -> subproces
 def test_every_command_on_a_page_runs_to_its_last_output(tmp_path: Path) -> None:
     commands = [words for _, words in COMMANDS if words[0] == "tiles"]
     assert {words[1] for words in commands} == set(TOOLS)
+    (tmp_path / "bench" / "tiles").mkdir(parents=True)
+    shutil.copy(ROOT / "bench" / "tiles" / "textbook.py", tmp_path / "bench" / "tiles")
     done = run_planted(tmp_path, commands)
     assert done.returncode == 0, done.stdout + done.stderr
     _, *said = re.split(r"^\$ ", done.stdout, flags=re.MULTILINE)
     assert len(said) == len(commands)
     last = {"verify": "0 with a violation", "calibrate": "predicted / published", "report": "PREDICTED",
-            "search": "PREDICTED: now", "plot": "PREDICTED", "warm": "are in Triton's cache"}  # fmt: skip
+            "search": "PREDICTED: now", "plot": "PREDICTED", "warm": "are in Triton's cache",
+            "bounds": "tile_bounds.png", "sweep": "cells searched"}  # fmt: skip
     for words, text in zip(commands, said, strict=True):
-        wanted = ",yes," if "csv" in words else last[words[1]]  # what is no row of a CSV goes to stderr
-        assert wanted in "\n".join(text.splitlines()[-2:]), text
+        assert last[words[1]] in "\n".join(text.splitlines()[-2:]), text
         for option in {"--html", "--json"} & set(words):
             assert (tmp_path / words[words.index(option) + 1]).stat().st_size
     assert {path.name for path in tmp_path.glob("out/*.png")} == {"roofline-sm_90.png", "tiles-sm_90.png"}

@@ -41,6 +41,10 @@ NAMED: dict[str, tuple[str, Case]] = {
     "whole groups, dk and dv in passes of their own": (
         "whole groups, split", of_groups("interlaced", (5, 10), (1, 2), (0, 1))
     ),
+    "dq, dk and dv at once": ("columns", of_groups("interlaced", (5, 10), (2, 3), (1, 0), heads=3, bias=True)),
+    "dq, dk and dv at once, of shifted windows": (
+        "columns", of_groups("local", (4, 8), (2, 2), (0, 3), (24, 39), shift=(1, 6), maps=3, dtype=BF16)
+    ),
     "several heads and maps": ("one block", of_groups("local", (3, 5), (2, 1), heads=3, maps=2, bias=True)),
     "a bias": ("one block", of_groups("interlaced", (3, 5), (1, 2), (0, 1), bias=True)),
     "a bias over many blocks": ("many blocks", of_groups("interlaced", (5, 10), (1, 2), (0, 1), bias=True)),

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from tests.compiling import run_compiling
-from tests.test_planted_defects import NAMED, copied  # noqa: F401  # a fixture
+from tests.mutations.__main__ import copy_to
+from tests.mutations.of_kernels import NAMED
 
 pytestmark = pytest.mark.slow
 
@@ -42,7 +43,8 @@ DEFECTS = (
 
 
 @pytest.mark.parametrize("defect", DEFECTS, ids=lambda defect: defect.name)
-def test_a_defect_of_the_source_is_found(defect: Defect, copied: Path) -> None:  # noqa: F811
+def test_a_defect_of_the_source_is_found(defect: Defect, tmp_path: Path) -> None:
+    copy_to(copied := tmp_path)
     file = copied / COMMON
     text = file.read_text()
     assert defect.right in text, "the code has changed: plant the defect anew"

@@ -22,8 +22,8 @@ from bench.ptx_machine.global_memory import ALIGNED
 from bench.terminal import Table
 from bench.tiles.compile import Launch, Tensors
 from bench.tiles.roofline import LAUNCH
+from isa_triton.axis import ceil_div
 from isa_triton.backend.kernels import launch, plan
-from isa_triton.partition import ceil_div
 
 if TYPE_CHECKING:
     from bench.tiles.report import Kernel

@@ -61,11 +61,13 @@ def cases(target: str) -> list[Work]:
     one = BackwardTiles(small, small, small, None, small)
     many = BackwardTiles(None, small, Tile(16, 16, 32, 64, 4, 3), None, small)
     whole = BackwardTiles(None, across, down, down, across)
+    at_once = whole._replace(columns=Tile(64, 16, 32, 64, 4, 2))
     chosen = (
         (Case("interlaced", (7, 5), (3, 2), (24, 40), heads=2, bias=True, logits=60.0), small, one, True),
         (Case("local", (7, 6), (7, 4), (24, 40), heads=2, logits=60.0, shift=(1, 2)), longer, many, False),
         (Case("local", (14, 6), (7, 6), (24, 40), heads=2, bias=True), across, whole, True),
         (Case("grid", (16, 8), (8, 8), (64, 64), heads=2), wide, BackwardTiles(wide, wide, wide, None, wide), True),
+        (Case("interlaced", (7, 12), (1, 2), (24, 40), heads=2, bias=True), across, at_once, True),
     )
     return [
         Work(target, replace(case, dtype=dtype), arithmetic, forward, backward, dlse, partial_sums=4)
@@ -84,26 +86,37 @@ def shipped(target: str) -> list[Work]:
         arithmetic = {"16-bit": "bfloat16", "ieee": "float32"}.get(entry["arithmetic"], entry["arithmetic"])
         key, value = (limit or WIDEST for limit in limits[:2])
         tokens = limits[2] or _longer(entries, entry)
-        try:
-            found = tiles.entry(target, step, key, value, arithmetic, tokens)
-        except LookupError:
-            continue
-        if (found.key_width, found.value_width, found.tokens) != limits or list(found.tile) != entry["tile"]:
+        ways = (False,) if "bias" in entry else (tokens <= 256, True)  # without one, where it is large and may be
+        biased = next((bias for bias in ways if _is_found(target, entry, key, value, arithmetic, tokens, bias)), None)
+        if biased is None:
             continue  # an entry for another target or Triton, or one that another hides
         forward, backward = (
-            tiles.lookup(target, "forward", key, value, arithmetic, tokens),
-            tiles.backward(target, key, value, arithmetic, tokens),
+            tiles.lookup(target, "forward", key, value, arithmetic, tokens, biased),
+            tiles.backward(target, key, value, arithmetic, tokens, biased),
         )
-        in_passes = step not in ("forward", "group") and backward.group is not None
-        if in_passes:
-            backward = backward._replace(group=None)
-        bias = tokens <= 256
-        place = key, value, arithmetic, tokens, in_passes
+        at_once = step in ("forward", "group", "columns")
+        group = backward.group if step in ("forward", "group") else None
+        columns = backward.columns if at_once else None  # what would be launched in the step's place is left out
+        skips = backward.group != group, backward.columns != columns
+        backward = backward._replace(group=group, columns=columns)
+        place = key, value, arithmetic, tokens, biased, skips
         work = works.get(place) or Work(
-            target, _group(tokens, key, value, arithmetic, bias), arithmetic, forward, backward
+            target, _group(tokens, key, value, arithmetic, biased), arithmetic, forward, backward
         )
         works[place] = replace(work, entries=(*work.entries, (step, number)))
     return list(works.values())
+
+
+def _is_found(
+    target: str, entry: dict[str, Any], key: int, value: int, arithmetic: str, tokens: int, bias: bool
+) -> bool:
+    """Whether an entry is what serves a problem."""
+    try:
+        found = tiles.entry(target, entry["step"], key, value, arithmetic, tokens, bias)
+    except LookupError:
+        return False
+    limits = entry["key_width"], entry["value_width"], entry["tokens"]
+    return (found.key_width, found.value_width, found.tokens) == limits and list(found.tile) == entry["tile"]
 
 
 def _longer(entries: list[dict[str, Any]], entry: dict[str, Any]) -> int:

@@ -11,7 +11,9 @@ from bench.arguments import Help
 TOOLS = {  # modules of this folder, imported when they are chosen
     "verify": "registers, spills, matrix instructions and access widths of shipped binaries, or of any problem's",
     "report": "one pass: resources, instructions, waste, bytes, and the time that they predict",
+    "bounds": "every width and window of the field: the predicted time beside the roofs that it cannot go below",
     "search": "the tile of every kernel of a pass that is predicted to be fastest, and why",
+    "sweep": "such a search for every width and window of the field, in one command that can be interrupted",
     "plot": "the tile space of a problem, and the roofline with it and the shipped kernels",
     "warm": "compile ahead for a GPU that is elsewhere, into Triton's cache",
     "calibrate": "predictions beside published measurements",

@@ -25,7 +25,10 @@ from isa_triton.backend.kernels import launch, plan
 from isa_triton.partition import Partition
 from isa_triton.tiles import BackwardTiles, Entry, Tile
 
-PASSES = {"forward": ("forward",), "backward": ("group", "queries", "keys", "dk", "dv", "pairs")}  # a kernel a step
+PASSES = {
+    "forward": ("forward",),
+    "backward": ("group", "columns", "queries", "keys", "dk", "dv", "pairs"),
+}  # a kernel a step
 STEPS = tuple(step for steps in PASSES.values() for step in steps)
 FILED = {"dk": "keys", "dv": "values"}  # steps that `isa_triton.tiles.STEPS` calls otherwise
 TILE = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_V", "num_warps", "num_stages")  # a tile's fields, as kernels have them
@@ -137,6 +140,11 @@ class Launch(NamedTuple):
         return Tile(m, n, k, v, self.options["num_warps"], self.options["num_stages"])
 
     @property
+    def choices(self) -> dict[str, Any]:
+        """Its tile as kernels name it: what tables say first."""
+        return named(self.tile)
+
+    @property
     def origin(self) -> str:
         """Where its tile comes from."""
         entry, problem = shipped_entry(self.target, self.step, self.problem), self.problem
@@ -156,7 +164,7 @@ class Launch(NamedTuple):
 def shipped_entry(target: str, step: str, problem: Problem) -> Entry | None:
     """What is shipped for one of `STEPS` of a problem, if anything is."""
     try:
-        return tiles.entry(target, FILED.get(step, step), *problem.sizes)
+        return tiles.entry(target, FILED.get(step, step), *problem.sizes, problem.bias)
     except LookupError:
         return None
 
@@ -251,11 +259,11 @@ def backward_launches(target: str, problem: Problem, tiles: BackwardTiles) -> li
 
 def pass_launches(target: str, problem: Problem, pass_: str, training: bool = False) -> list[Launch]:
     """What the run time would launch; in training a forward pass writes the lse that its backward pass needs."""
-    backward = tiles.backward(target, *problem.sizes)
+    backward = tiles.backward(target, *problem.sizes, problem.bias)
     if pass_ == "backward":
         return backward_launches(target, problem, backward)
     with_lse = training and not plan.in_one_kernel(backward, problem.partition)
-    return forward_launches(target, problem, tiles.lookup(target, "forward", *problem.sizes), with_lse)
+    return forward_launches(target, problem, tiles.lookup(target, "forward", *problem.sizes, problem.bias), with_lse)
 
 
 def compile_launch(launched: Launch, cache: Path) -> Any:

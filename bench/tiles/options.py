@@ -79,11 +79,16 @@ def given(args: argparse.Namespace) -> str:
 def machine(args: argparse.Namespace) -> Machine:
     """The GPU, if the arguments agree with each other."""
     if args.gpu is None:
-        return next(machine for machine in MACHINES.values() if machine.target == (args.target or "sm_90"))
+        return first_machine(args.target or "sm_90")
     found = MACHINES[args.gpu]
     if args.target not in (None, found.target):
         raise argparse.ArgumentError(None, f"--gpu {args.gpu} has the target {found.target}, not {args.target}")
     return found
+
+
+def first_machine(target: str) -> Machine:
+    """The first GPU of a target."""
+    return next(machine for machine in MACHINES.values() if machine.target == target)
 
 
 def problem(args: argparse.Namespace) -> Problem:

@@ -97,8 +97,8 @@ def read_program(ttir: str, arguments: Sequence[str]) -> tuple[list[Loop], list[
             values[match[1]] = int(match[2])
         elif match := _SCALAR.match(line):
             values[match[1]] = match[2], *(_expression(name, values, origin) for name in match.groups()[2:])
-        elif "tt.get_program_id x" in line:
-            values[result] = "program"
+        elif match := _PROGRAM.search(line):
+            values[result] = "program" if match[1] == "x" else f"program.{match[1]}"
         elif match := _RESULT.match(line):
             origin[match[1]] = match[2]
         if match := _TILE_OP.search(line):
@@ -138,6 +138,8 @@ def work(loops: tuple[Loop, ...], ops: tuple[Op, ...], launch: Launch) -> Work:
             others += times * itemsize * pairs
             tables = launch.integers["slots"] if argument == "partials" else 1
             distinct.add((kind, argument, tables * problem.heads * partition.tokens**2 * itemsize))
+        elif not shape:
+            others += times * itemsize
         elif len(shape) == 1:
             others += times * itemsize * shape[0] * _filled(tokens, partition.tokens, shape[0])
             distinct.add((kind, argument, pixels * itemsize))
@@ -191,7 +193,8 @@ _SCALAR = re.compile(r"(%[\w.]+) = arith\.(\w+) (%[\w.]+), (%[\w.]+) : i\d+ ")
 _NAME = re.compile(r"%[\w.]+")
 _RESULT = re.compile(r"(%[\w.]+) = [^%]*(%[\w.]+)")  # of something else: what it is derived from comes first
 _TILE_OP = re.compile(r"\btt\.(dot|load|store|descriptor_load|descriptor_store)\b")
-_TENSOR = re.compile(r"tensor<((?:\d+x)+)(?:!tt\.ptr<)?[a-z]+(\d+)")
+_TENSOR = re.compile(r"tensor<((?:\d+x)+)(?:!tt\.ptr<)?[a-z]+(\d+)|!tt\.ptr<[a-z]+(\d+)")  # the latter: of a scalar
+_PROGRAM = re.compile(r"tt\.get_program_id ([xyz])")
 _PLACE = re.compile(r"loc\((#loc\d*)\)$")
 _LOCATION = re.compile(
     r'(#loc\d*) = loc\((?:"([^"]+)":(\d+):\d+|"[^"]*"\((#loc\d*)\)|callsite\((#loc\d*) at (#loc\d*)\))\)'
@@ -211,15 +214,17 @@ def _parameters(ttir: str) -> list[str]:
 
 
 def _op(kind: str, line: str, origin: Mapping[str, str], named: Mapping[str, str], nest: Nest) -> Op:
-    shapes = [tuple(map(int, shape.split("x")[:-1])) for shape, _ in _TENSOR.findall(line)]
-    itemsize = max(8, int(_TENSOR.findall(line)[0][1])) // 8
+    types = _TENSOR.findall(line)
+    found = [(tuple(map(int, shape.split("x")[:-1])), of_tile or of_one) for shape, of_tile, of_one in types]
+    itemsize = max(8, int(found[0][1])) // 8
     if kind == "dot":
-        (m, k), (_, n) = shapes[:2]
-        return Op(kind, (m, n, k), itemsize, "", nest)
+        (*batch, m, k), (*_, n) = (shape for shape, _ in found[:2])
+        return Op(kind, (prod(batch) * m, n, k), itemsize, "", nest)
     name = _NAME.findall(line.partition(kind)[2])[0]
     while name in origin:
         name = origin[name]
-    return Op(kind.removeprefix("descriptor_"), shapes[-1], itemsize, named[name].partition(".")[0], nest)
+    argument = named.get(name, "").partition(".")[0]  # a pointer that is chosen, or loaded, is nobody's
+    return Op(kind.removeprefix("descriptor_"), found[-1][0], itemsize, argument, nest)
 
 
 def _locations(ttir: str) -> dict[str, Frames]:

@@ -18,26 +18,14 @@ from bench.arguments import positive
 from bench.ptx_machine.counted import Counted, execute, tables
 from bench.ptx_machine.faults import Fault, Unsupported
 from bench.terminal import Table, Terminal
-from bench.tiles import options
+from bench.tiles import foreign, options
 from bench.tiles.assembly import UNITS
 from bench.tiles.binaries import Binaries, Binary, ctas_by_resource, dump_file, occupancy
-from bench.tiles.compile import NOT_SHIPPED, PASSES, STEPS, TILE, Launch, Problem, format_tile, named, pass_launches
-from bench.tiles.program import repeats
-from bench.tiles.roofline import MACHINES, Machine, Prediction, predict
+from bench.tiles.compile import NOT_SHIPPED, PASSES, STEPS, TILE, Launch, Problem, format_tile, pass_launches
+from bench.tiles.foreign import ForeignCall
+from bench.tiles.roofline import Machine, Prediction, executions, predict
 from bench.tiles.search import Task
 from isa_triton.tiles import Tile
-
-BOUNDS = (  # of H100, bf16: (problem, pass, times the larger of bytes and products)
-    (options.make_problem(64, 256, 512, "local"), "forward", 1.3),
-    (options.make_problem(256, 256, 512), "forward", 1.3),
-    (options.make_problem(64, 256, 512, "local"), "backward", 2.0),
-    (options.make_problem(256, 256, 512), "backward", 2.0),
-    *(
-        (options.make_problem(tokens, 32, 32, "local", heads=4, bias=True, maps=64), pass_, bound)
-        for pass_, bound in (("forward", 2.0), ("backward", 3.0))
-        for tokens in (49, 64)
-    ),
-)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,20 +39,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = "execute the first N CTAs of each kernel in an emulator too, and count what they ask for (default of N: 8)"
     add("--execute", nargs="?", const=8, type=positive, metavar="N", help=what)
     add("--sass", action="store_true", help="show the machine code, with the lines of source that it serves")
-    add("--bounds", action="store_true", help="instead: H100's predictions beside the bounds that are promised for it")
     add("--json", type=Path, metavar="FILE", help="write all figures there")
+    foreign.add_arguments(parser)
     options.add_compilers(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     said = Terminal(args)
-    if args.bounds:
-        if options.given(args):
-            raise argparse.ArgumentError(None, f"--bounds has its own problems and takes no {options.given(args)}")
-        with options.compilers(args, said) as binaries:
-            _show_bounds(said, binaries)
+    gpu = options.machine(args)
+    if args.kernel is not None:
+        _report_foreign(args, gpu, said)
         return
-    gpu, problem = options.machine(args), options.problem(args)
+    problem = options.problem(args)
     if args.execute and not gpu.target.startswith("sm_"):
         raise argparse.ArgumentError(None, f"--execute is for NVIDIA's targets, got {gpu.target}")
     launches = _launches(args, problem, gpu)
@@ -96,9 +82,28 @@ def run(args: argparse.Namespace) -> None:
 def _executed(found: Sequence[Kernel], programs: int) -> list[Counted]:
     """Some programs of each kernel, on the machine."""
     try:
-        return [execute(kernel.launch, programs) for kernel in found]
+        return [execute(kernel.launch, programs) for kernel in found if isinstance(kernel.launch, Launch)]
     except (Fault, Unsupported) as error:
         raise argparse.ArgumentError(None, f"--execute: {error}") from error
+
+
+def _report_foreign(args: argparse.Namespace, gpu: Machine, said: Terminal) -> None:
+    ours = {"--pass": args.pass_ != "forward", "--tiles": args.tiles, "--step": args.step, "--vs": args.vs is not None,
+            "--sass": args.sass}  # fmt: skip
+    if given := " ".join(filter(None, [options.given(args), *(name for name, value in ours.items() if value)])):
+        raise argparse.ArgumentError(None, f"--kernel says all of its own, and takes no {given}")
+    call = foreign.call(args, gpu.target)
+    with options.compilers(args, said, args.dump) as binaries:
+        binary, violations = foreign.read(call, binaries)
+    try:
+        kernel = Kernel(call, binary, violations, predict(call, binary, gpu), gpu)
+    except ValueError as error:
+        raise argparse.ArgumentError(None, str(error)) from error
+    said.show(_table(f"{call.name} of {call.origin} on {gpu.name} ({gpu.target})", [call.label], [kernel]))
+    if args.json is not None:
+        options.write_json(args.json, [kernel.as_dict()])
+    rates = gpu.dram, gpu.flops(call.dtype(binary))
+    said.end("\n".join(foreign.lines(call, kernel.prediction.seconds, kernel.prediction.work, *rates)))
 
 
 def _launches(args: argparse.Namespace, problem: Problem, gpu: Machine) -> list[Launch]:
@@ -148,9 +153,9 @@ def _cell(value: Any, spec: str, reference: Any) -> str:
 def _facts(kernel: Kernel) -> Iterator[tuple[str, Any, str]]:
     """What the table says of a kernel, line by line: a name, a word or a number, and how it is written."""
     launch, binary, prediction, work = kernel.launch, kernel.binary, kernel.prediction, kernel.prediction.work
-    for name, n in named(launch.tile).items():
+    for name, n in launch.choices.items():
         yield name, str(n), ""
-    yield "tile from", launch.origin, ""
+    yield "from", launch.origin, ""
     yield "", "", ""
     yield "grid", f"{launch.programs} CTAs of {binary.warps} warps", ""
     yield "registers per thread", binary.registers, ""
@@ -184,23 +189,8 @@ def _comparison(found: list[Kernel]) -> str:
     """Which of several tiles is best, beside the first."""
     first, best = found[0], min(found, key=lambda kernel: (bool(kernel.violations), kernel.prediction.seconds))
     a, b = (1e6 * kernel.prediction.seconds for kernel in (first, best))
-    return f"PREDICTED {a:.1f} us -> {b:.1f} us, {options.change(b / a)}, with {format_tile(best.launch.tile)}"
-
-
-def _show_bounds(said: Terminal, binaries: Binaries) -> None:
-    header = ("predicted for H100", "us", "us of bytes", "us of products", "ratio", "at most", "holds",
-              "kernels bound by")  # fmt: skip
-    rows, holds = list[list[str]](), list[bool]()
-    for problem, pass_, bound in BOUNDS:
-        whole = Pass.shipped(problem, pass_, MACHINES["H100"], binaries)
-        holds.append(whole.ratio <= bound)
-        us = (f"{1e6 * seconds:.1f}" for seconds in (whole.seconds, whole.bytes_seconds, whole.flops_seconds))
-        kernels_bound = ", ".join(f"{kernel.launch.label} {kernel.prediction.bound}" for kernel in whole.kernels)
-        rows.append([f"{pass_}, {problem}", *us, f"{whole.ratio:.2f}", f"{bound:.1f}", "yes" if holds[-1] else "no",
-                     kernels_bound])  # fmt: skip
-    styles = [None if held else "red" for held in holds]
-    said.show(Table("", header, rows, words=(header[0], header[-1]), styles=styles))
-    said.end(f"{sum(holds)} of {len(holds)} bounds hold, of times over the larger of bytes and products.")
+    named = ",".join(f"{name}={n}" for name, n in best.launch.choices.items())
+    return f"PREDICTED {a:.1f} us -> {b:.1f} us, {options.change(b / a)}, with {named}"
 
 
 # -- a pass and its kernels --------------------------------------------------------------------------------------------
@@ -210,7 +200,7 @@ def _show_bounds(said: Terminal, binaries: Binaries) -> None:
 class Kernel:
     """One launch, its binary and what is predicted of it."""
 
-    launch: Launch
+    launch: Launch | ForeignCall
     binary: Binary
     violations: list[str]
     prediction: Prediction
@@ -229,7 +219,7 @@ class Kernel:
 
     def instructions(self) -> dict[str, tuple[int, int, float]]:
         """For each unit: instructions outside of loops, inside, and how many a warp runs through."""
-        often, counts = repeats(self.binary.loops, self.launch), {unit: [0, 0, 0.0] for unit in UNITS}
+        often, counts = executions(self.launch, self.binary), {unit: [0, 0, 0.0] for unit in UNITS}
         for stretch in self.binary.stretches:
             for unit, count in stretch.units.items():
                 counts[unit][bool(stretch.nest)] += count
@@ -239,7 +229,7 @@ class Kernel:
     @property
     def shared_bytes(self) -> float:
         """What a CTA moves to or from shared memory."""
-        often = repeats(self.binary.loops, self.launch)
+        often = executions(self.launch, self.binary)
         return self.binary.warps * sum(stretch.shared * often(stretch.nest) for stretch in self.binary.stretches)
 
     def as_dict(self) -> dict[str, Any]:
@@ -247,7 +237,7 @@ class Kernel:
         resources = "registers", "spill_bytes", "spill_accesses", "shared", "tensor_columns", "warps", "ctas_per_sm"
         return {
             "kernel": launch.label, "key": launch.key, "programs": launch.programs,
-            "tile": named(launch.tile), "tile_from": launch.origin,
+            "tile": launch.choices, "tile_from": launch.origin,
             **{name: getattr(self.binary, name) for name in resources}, "limited_by": self.limiter,
             "occupancy": self.occupancy, "instructions": self.instructions(), "violations": self.violations,
             "bytes_distinct": work.distinct, "bytes_asked": work.bytes,
@@ -307,27 +297,34 @@ class Pass:
         return 2 * self.problem.maps * self.problem.heads * self.problem.partition.pairs * widths
 
     @property
-    def bytes_seconds(self) -> float:
-        return self.bytes / self.gpu.dram
+    def exponentials(self) -> int:
+        """One for every pair of tokens, once in each pass."""
+        return self.problem.maps * self.problem.heads * self.problem.partition.pairs
 
     @property
-    def flops_seconds(self) -> float:
-        return self.flops / self.gpu.flops(self.problem.dtype)
+    def roofs(self) -> dict[str, float]:
+        """The seconds that each of three units of the GPU cannot do it below, by name."""
+        return {
+            "DRAM": self.bytes / self.gpu.dram,
+            "matrix": self.flops / self.gpu.flops(self.problem.dtype),
+            "exp": self.exponentials / self.gpu.exponentials,
+        }
 
     @property
     def ratio(self) -> float:
-        """The prediction beside the larger of the two."""
-        return self.seconds / max(self.bytes_seconds, self.flops_seconds)
+        """The prediction beside the highest of the roofs."""
+        return self.seconds / max(self.roofs.values())
 
     @property
     def summary(self) -> str:
+        us = {name: f"{1e6 * seconds:.1f}" for name, seconds in self.roofs.items()}
         works = [kernel.prediction.work for kernel in self.kernels]
         moved, asked = sum(work.distinct for work in works), sum(work.bytes for work in works)
         done = sum(kernel.prediction.flops or kernel.prediction.work.flops for kernel in self.kernels)
         return (
-            f"bytes that must move {self.bytes / 1e6:.1f} MB, {1e6 * self.bytes_seconds:.1f} us of DRAM; "
+            f"bytes that must move {self.bytes / 1e6:.1f} MB, {us['DRAM']} us of DRAM; "
             f"the kernels move {moved / self.bytes:.2f}x and ask for {asked / self.bytes:.2f}x of them\n"
-            f"FLOPs that are needed {self.flops / 1e9:.2f} G, {1e6 * self.flops_seconds:.1f} us of matrix units; "
-            f"done {done / self.flops:.2f}x\n"
-            f"PREDICTED {1e6 * self.seconds:.1f} us, {self.ratio:.2f}x of the larger of the two"
+            f"FLOPs that are needed {self.flops / 1e9:.2f} G, {us['matrix']} us of matrix units; "
+            f"done {done / self.flops:.2f}x; {self.exponentials / 1e9:.2f} G exponentials, {us['exp']} us\n"
+            f"PREDICTED {1e6 * self.seconds:.1f} us, {self.ratio:.2f}x of the largest of the three"
         )

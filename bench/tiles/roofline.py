@@ -12,20 +12,23 @@ between, whichever of the two is longer. The CTAs that an SM runs at a time hide
 this remainder is paid once a wave: with many CTAs per SM only the slowest unit counts.
 
 Where it is off, as `python -m bench tiles calibrate` shows: clocks are those of the data sheet, but matrix units at
-full load draw more power than they may, which costs a fifth and more of them. Banks of shared memory never conflict
+full load draw more power than they may, which costs a fifth and more of them, and exponentials overlap with them less
+than is assumed here. Banks of shared memory never conflict
 here, and schedulers are perfect. What is read again comes from L2, whatever its size, and L2 is one cache.
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import ceil, inf
 from typing import NamedTuple
 
-from bench.tiles.assembly import Stretch
+from bench.tiles.assembly import Nest, Stretch
 from bench.tiles.binaries import Binary
 from bench.tiles.compile import Launch, gpu_target
+from bench.tiles.foreign import ForeignCall
 from bench.tiles.program import Work, repeats, work
 from isa_triton.tiles import ARITHMETIC
 
@@ -41,7 +44,7 @@ class Machine(NamedTuple):
     warp_matrix: float  # the part of that rate that matrix instructions of a single warp (HMMA) reach
     fma: int  # lanes a clock, of an SM; the next two likewise
     alu: int  # 0: it shares those of fma
-    special: int
+    special: int  # exponentials among them
     issue: float  # instructions of warps that an SM begins in a clock
     shared: int  # bytes a clock, of an SM
     l2: float  # bytes/s
@@ -52,10 +55,16 @@ class Machine(NamedTuple):
         """FLOP/s of products of a dtype: on FMA units where there are no matrix units for it."""
         return self.matrix.get(ARITHMETIC[dtype], 2 * self.fma * self.clock * self.sms)
 
+    @property
+    def exponentials(self) -> float:
+        """Of fp32 numbers, a second: what its units for special functions reach."""
+        return self.special * self.clock * self.sms
+
 
 # SMs, matrix rates and memory bandwidth: the vendors' data sheets of A100 (80 GB SXM), A10, H100 SXM5, H200 SXM,
 # B200 (one GPU of HGX), MI300X and Radeon RX 7900 XTX; clocks are those at which these rates hold. Lanes: CUDA C++
-# Programming Guide, "Arithmetic Instructions" (results a clock), AMD's CDNA3 white paper (4 SIMDs of 16 lanes; a
+# Programming Guide, "Arithmetic Instructions" (results a clock; of base-2 exponentials 16 for compute capabilities 8.0
+# to 12.x), AMD's CDNA3 white paper (4 SIMDs of 16 lanes; a
 # quarter of them for special functions) and RDNA white paper (4 SIMDs of 32 lanes, likewise). HMMA on H100: 62.9 % of
 # the peak that wgmma has (arXiv 2501.12084); on B200 it is assumed that an SM does as much as H100's. Shared memory: 32
 # banks of 4 bytes a clock, of a workgroup processor 64. L2: 5120 bytes a clock (A100 white paper), assumed for H100 too
@@ -92,7 +101,7 @@ class Prediction:
     flops: float  # that matrix instructions do; more than the products have where warps repeat them
 
 
-def predict(launch: Launch, binary: Binary, machine: Machine) -> Prediction:
+def predict(launch: Launch | ForeignCall, binary: Binary, machine: Machine) -> Prediction:
     """How long a launch should take on `machine`.
 
     Raises:
@@ -100,14 +109,17 @@ def predict(launch: Launch, binary: Binary, machine: Machine) -> Prediction:
     """
     if not binary.ctas_per_sm:
         raise ValueError(f"no CTA of {launch.name} fits on an SM of {machine.name}")
-    ctas, asked = launch.programs, work(binary.loops, binary.ops, launch)
+    if isinstance(launch, ForeignCall):
+        asked, dtype = launch.work(binary), launch.dtype(binary)
+    else:
+        asked, dtype = work(binary.loops, binary.ops, launch), launch.problem.dtype
+    ctas, often_of = launch.programs, executions(launch, binary)
     most = ceil(ctas / machine.sms)  # CTAs of the busiest SM
     waves = ceil(most / binary.ctas_per_sm)
-    executions = repeats(binary.loops, launch)
-    times = [executions(stretch.nest) for stretch in binary.stretches]
+    times = [often_of(stretch.nest) for stretch in binary.stretches]
 
     flops = _matrix_flops(binary, times, asked.flops / ctas)
-    rate = machine.matrix.get(ARITHMETIC[launch.problem.dtype], inf) / machine.sms
+    rate = machine.matrix.get(ARITHMETIC[dtype], inf) / machine.sms
     if binary.matrix and all(kind.startswith("HMMA") for kind in binary.matrix):
         rate *= machine.warp_matrix
     busy: dict[str, float] = defaultdict(float)
@@ -128,6 +140,11 @@ def predict(launch: Launch, binary: Binary, machine: Machine) -> Prediction:
         busy=busy, waves=waves, work=asked,
         flops=ctas * sum(often * products for often, products in zip(times, flops, strict=True)),
     )  # fmt: skip
+
+
+def executions(launch: Launch | ForeignCall, binary: Binary) -> Callable[[Nest], float]:
+    """How often a program runs what stands in some of the loops of its code: the mean over all programs."""
+    return launch.repeats(binary) if isinstance(launch, ForeignCall) else repeats(binary.loops, launch)
 
 
 def _matrix_flops(binary: Binary, times: list[float], asked: float) -> list[float]:

@@ -11,7 +11,6 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import inf
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from triton.runtime.errors import OutOfResources
 from bench import measure, records
 from bench.arguments import positive
 from bench.terminal import Table, Terminal
-from bench.tiles import options, page
+from bench.tiles import grid, options, page
 from bench.tiles.binaries import LIMITS, Binaries, Binary, multiplies_fp32, occupancy
 from bench.tiles.compile import (
     FILED,
@@ -142,7 +141,8 @@ class Task:
     def backward(self, tile: Tile) -> BackwardTiles:
         """Tiles with which the backward pass has this step, with this tile."""
         group, values = tile if self.step == "group" else None, tile if self.step in ("dk", "dv") else None
-        return BackwardTiles(group, queries=tile, keys=tile, values=values, pairs=tile)
+        columns = tile if self.step == "columns" else None
+        return BackwardTiles(group, queries=tile, keys=tile, values=values, pairs=tile, columns=columns)
 
     def seconds(self, tile: Tile) -> float:
         """Median seconds on the GPU of this machine, for a tile that serves the problem, on normal numbers.
@@ -152,8 +152,8 @@ class Task:
         chosen = self.launch(tile)
         assert chosen is not None
         tensors = Tensors(self.problem, lambda x: torch.randn(x.shape, device="cuda", dtype=x.dtype))
-        tensors.forward(tiles.lookup(self.gpu.target, "forward", *self.problem.sizes))
-        shipped = tiles.backward(self.gpu.target, *self.problem.sizes)
+        tensors.forward(tiles.lookup(self.gpu.target, "forward", *self.problem.sizes, self.problem.bias))
+        shipped = tiles.backward(self.gpu.target, *self.problem.sizes, self.problem.bias)
         if self.step in PASSES["backward"] and not plan.in_one_kernel(shipped, self.problem.partition):
             tensors.backward(shipped, tensors.partials(shipped))
         if self.step == "forward":
@@ -184,6 +184,8 @@ class Task:
         """The tile without blocks that are larger than what they cut."""
         problem = self.problem
         tokens, key, value = map(padded, (problem.partition.tokens, problem.key_width, problem.value_width))
+        if self.step == "columns":
+            return Tile(tokens, min(tile.block_n, tokens), key, value, tile.num_warps, tile.num_stages)
         m, n = (tokens, tokens) if self.step == "group" else (min(tile.block_m, tokens), min(tile.block_n, tokens))
         return Tile(m, n, min(tile.block_k, key), min(tile.block_v, value), tile.num_warps, tile.num_stages)
 
@@ -207,6 +209,7 @@ class Task:
         held = {  # fp32 numbers: sums, and scores or what becomes of them
             "forward": m * (n + v),
             "group": 2 * m * n,
+            "columns": m * (2 * n + key),
             "queries": of_scores if tokens <= n else m * (n + key),
             "keys": of_scores if tokens <= m else n * (m + key + value),
             "dk": of_scores if tokens <= m else n * (m + key),
@@ -302,11 +305,13 @@ def findings(task: Task, candidates: Iterable[Tile], binaries: Binaries) -> list
     found = []
     for tile, (launch, binary, violations) in zip(launches, binaries.verdicts(launches.values()), strict=True):
         prediction = predict(launch, binary, task.gpu) if binary is not None and binary.ctas_per_sm else None
+        if prediction is not None and prediction.flops and prediction.flops < 0.98 * prediction.work.flops:
+            violations = [*violations, "a loop of its code was not found: the prediction would be too short"]
         found.append(Finding(task, tile, binary, violations, prediction))
     return found
 
 
-PLANS = (("forward",), ("group",), ("queries", "keys", "pairs"), ("queries", "dk", "dv", "pairs"))
+PLANS = (("forward",), ("group",), ("columns", "pairs"), ("queries", "keys", "pairs"), ("queries", "dk", "dv", "pairs"))
 
 
 def choose(tried: Mapping[str, list[Finding]]) -> list[Finding]:
@@ -318,7 +323,7 @@ def choose(tried: Mapping[str, list[Finding]]) -> list[Finding]:
     best = {step: found[0] for step, found in tried.items() if found}
     served = (plan for plan in PLANS if {*plan} - {"pairs"} <= {*best})  # which only a bias needs
     plans = ([best[step] for step in plan if step in best] for plan in served)
-    return min(plans, key=lambda plan: (any(f.violations for f in plan), sum(f.seconds for f in plan)))
+    return min(plans, key=lambda plan: (any(f.violations for f in plan), sum(f.seconds for f in plan)), default=[])
 
 
 # -- a pass ------------------------------------------------------------------------------------------------------------
@@ -389,9 +394,17 @@ def search_pass(gpu: Machine, problem: Problem, pass_: str, binaries: Binaries, 
 # -- the files ---------------------------------------------------------------------------------------------------------
 
 
-def write(chosen: Sequence[Finding]) -> Path:
-    """Put tiles and their evidence into the file of their target; entries for the same problem are replaced."""
-    target, key = chosen[0].task.gpu.target, itemgetter(*_KEY)
+def write(chosen: Sequence[Finding], without_bias: bool = False) -> Path:
+    """Put tiles and their evidence into the file of their target; entries for the same problem are replaced.
+
+    Args:
+        without_bias: the tiles are for calls without a bias alone.
+    """
+    target, only = chosen[0].task.gpu.target, {"bias": False} if without_bias else {}
+
+    def key(entry: dict[str, Any]) -> tuple[Any, ...]:
+        return *(entry[name] for name in _KEY), entry.get("bias")
+
     path = tiles.FOLDER / f"{target}.json"
     before = json.loads(path.read_text())
     entries = {key(entry): entry for entry in before if not tiles.ONLY & entry.keys()}
@@ -399,24 +412,48 @@ def write(chosen: Sequence[Finding]) -> Path:
         entry for entry in before if tiles.ONLY & entry.keys()
     ]  # for another compiler or target, if not for these
     for finding in chosen:
-        for entry in _entries(finding):  # what the dtype had to itself would go before it
+        for entry in ({**entry, **only} for entry in _entries(finding)):  # what the dtype had alone would go before it
             entries.pop(key({**entry, "arithmetic": finding.task.problem.dtype}), None)
             entries[key(entry)] = entry
             others = [other for other in others if key(other) != key(entry) or not tiles._is_for(other, target)]
-    lines = [f"  {json.dumps(entry)}" for entry in sorted([*entries.values(), *others], key=_order)]
+    kept = needed([*entries.values(), *others])
+    lines = [f"  {json.dumps(entry)}" for entry in sorted(kept, key=_order)]
     records.write_text(path, "[\n" + ",\n".join(lines) + "\n]\n")
     tiles._entries.cache_clear()
     tiles._lookup.cache_clear()
     return path
 
 
+def needed(entries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The entries without those in whose place another one would serve with the same tile: the next of the same widths.
+
+    Where one dtype, target or Triton has an entry to itself, all of these widths stay.
+    """
+    of_widths = dict[tuple[Any, ...], list[dict[str, Any]]]()
+    for entry in sorted(entries, key=_order):
+        family = ARITHMETIC.get(entry["arithmetic"], entry["arithmetic"])
+        of_widths.setdefault((entry["step"], family, entry["key_width"], entry["value_width"]), []).append(entry)
+    kept = list[dict[str, Any]]()
+    for (_, family, *_), same in of_widths.items():
+        stay = list[dict[str, Any]]()  # the longest groups first
+        special = any(tiles.ONLY & entry.keys() or entry["arithmetic"] != family for entry in same)
+        for entry in reversed(same):
+            general = next((other for other in reversed(stay) if "bias" not in other), None)
+            without_bias = stay[-1] if stay else None
+            following = [without_bias] if "bias" in entry else [without_bias, general]
+            if special or any(other is None or other["tile"] != entry["tile"] for other in following):
+                stay.append(entry)
+        kept += reversed(stay)
+    return kept
+
+
 _KEY = ("step", "arithmetic", "key_width", "value_width", "tokens")
 
 
 def _entries(finding: Finding) -> list[dict[str, Any]]:
-    """What a file says of a choice: the tile serves groups of up to the next power of two of tokens."""
+    """What a file says of a choice: the tile serves groups of up to as many tokens, one for long groups all of them."""
     step, problem = FILED.get(finding.task.step, finding.task.step), finding.task.problem
-    limits = problem.key_width, problem.value_width, padded(problem.partition.tokens)
+    limits = problem.key_width, problem.value_width, grid.limit(problem.partition.tokens)
     serves = dict(zip(_KEY, (step, ARITHMETIC[problem.dtype], *limits), strict=True))
     evidence = {
         "us": round(1e6 * finding.seconds, 1),
@@ -427,11 +464,15 @@ def _entries(finding: Finding) -> list[dict[str, Any]]:
         "registers": getattr(finding.binary, "registers", None),
     }
     dv = [{**serves, "step": "values", "tile": None}] if finding.task.step == "keys" else []  # which comes with dk
-    return [{**serves, "tile": finding.tile, "evidence": evidence}, *dv]
+    first: dict[str, tuple[str, ...]] = {"queries": ("group", "columns"), "columns": ("group",)}
+    before = first.get(finding.task.step, ())  # steps that would be taken in its place
+    served = [step for step in before if shipped_entry(finding.task.gpu.target, step, problem) is not None]
+    none = [{**serves, "step": step, "tile": None} for step in served]
+    return [{**serves, "tile": [*finding.tile], "evidence": evidence}, *dv, *none]
 
 
 def _order(entry: dict[str, Any]) -> tuple[Any, ...]:
     arithmetic = "16-bit", "tf32", "ieee"
     limits = (entry[name] or inf for name in ("key_width", "value_width", "tokens"))
     kind = ARITHMETIC.get(entry["arithmetic"], entry["arithmetic"])
-    return arithmetic.index(kind), tiles.STEPS.index(entry["step"]), *limits
+    return arithmetic.index(kind), tiles.STEPS.index(entry["step"]), *limits, entry.get("bias", True)

@@ -196,16 +196,19 @@ def _problem(q: Tensor, v: Tensor, bias: Tensor | None, partition: Partition) ->
 
 
 @lru_cache(maxsize=4096)  # so that a hint is given once
-def _forward_tile(heads: int, biased: bool, target: str, *sizes: Any) -> tiles.Tile:
-    _hint("forward", ["forward"], heads, biased, target, *sizes)
-    return tiles.lookup(target, "forward", *sizes)
+def _forward_tile(heads: int, bias: bool, target: str, key: int, value: int, dtype: str, tokens: int) -> tiles.Tile:
+    _hint("forward", ["forward"], heads, bias, target, key, value, dtype, tokens)
+    return tiles.lookup(target, "forward", key, value, dtype, tokens, bias)
 
 
 @lru_cache(maxsize=4096)
-def _backward_tiles(heads: int, biased: bool, target: str, *sizes: Any) -> tiles.BackwardTiles:
-    chosen = tiles.backward(target, *sizes)
-    steps = [step for step, tile in chosen._asdict().items() if tile is not None and (biased or step != "pairs")]
-    _hint("backward", ["group"] if chosen.group else steps, heads, biased, target, *sizes)
+def _backward_tiles(
+    heads: int, bias: bool, target: str, key: int, value: int, dtype: str, tokens: int
+) -> tiles.BackwardTiles:
+    chosen = tiles.backward(target, key, value, dtype, tokens, bias)
+    steps = [step for step, tile in chosen._asdict().items() if tile is not None and (bias or step != "pairs")]
+    first = next((step for step in ("group", "columns") if getattr(chosen, step)), None)  # the rest is not launched
+    _hint("backward", [first] if first else steps, heads, bias, target, key, value, dtype, tokens)
     return chosen
 
 
@@ -213,7 +216,7 @@ def _hint(
     pass_: str, steps: list[str], heads: int, biased: bool, target: str, key: int, value: int, dtype: str, tokens: int
 ) -> None:
     """Says at level INFO, where a larger problem's tile serves, which command looks for a better one."""
-    entries = (tiles.entry(target, step, key, value, dtype, tokens) for step in steps)
+    entries = (tiles.entry(target, step, key, value, dtype, tokens, biased) for step in steps)
     if others := [entry for entry in entries if not entry.is_made_for(key, value, tokens)]:
         LOGGER.info(
             "no tile was made for %s of %d tokens, K = %d, V = %d, %s, but for (%s), which serves; from a checkout, "

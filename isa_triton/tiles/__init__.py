@@ -4,6 +4,8 @@ An entry is made for one step and arithmetic (or one dtype of it, which then goe
 channels and tokens. A look-up takes the smallest entry that is large enough; nobody tunes anything on a user's first
 call. To run with a tile that is not in the files, build a `Tile` and hand it to the launcher.
 
+An entry whose `bias` is false is for calls without one alone, and goes before the entry for all.
+
 An entry that names a `target` or a `triton`, such as "3.6", is for that architecture alone, of those that its file
 serves, or for that version of the compiler, where the tile of all others makes a binary that spills; it goes first.
 """
@@ -19,10 +21,10 @@ from math import inf
 from pathlib import Path
 from typing import Any, NamedTuple
 
-STEPS = ("forward", "group", "queries", "keys", "values", "pairs")
+STEPS = ("forward", "group", "columns", "queries", "keys", "values", "pairs")
 ARITHMETIC = {"float16": "16-bit", "bfloat16": "16-bit", "float32": "ieee", "tf32": "tf32"}
 _LIMITS = ("key_width", "value_width", "tokens")
-ONLY = frozenset(("target", "triton"))  # what an entry may be for alone
+ONLY = frozenset(("target", "triton"))  # what an entry may be for alone, beside calls without a bias
 FOLDER = Path(__file__).parent
 RELATIVES = {  # architectures like one that has a file: the same tiles make sound binaries for them
     "sm_87": "sm_80", "sm_89": "sm_86", "sm_103": "sm_100", "sm_120": "sm_86", "sm_121": "sm_86",
@@ -107,6 +109,8 @@ class BackwardTiles(NamedTuple):
         keys: of dk and dv, or of dk alone where `values` has a tile.
         values: of dv, or None.
         pairs: of dbias.
+        columns: of the kernel that computes dq, dk and dv at once, for groups of up to `columns.block_m` tokens and
+            widths of up to its chunks; None where it does not serve.
 
     Examples:
         >>> backward("sm_90", 256, 512, "bfloat16", tokens=4096).group is None
@@ -118,19 +122,24 @@ class BackwardTiles(NamedTuple):
     keys: Tile
     values: Tile | None
     pairs: Tile
+    columns: Tile | None = None
 
 
-def lookup(target: str, step: str, key_width: int, value_width: int, dtype: str, tokens: int) -> Tile:
+def lookup(
+    target: str, step: str, key_width: int, value_width: int, dtype: str, tokens: int, bias: bool = True
+) -> Tile:
     """The tile for one kernel: that of its `entry`, which has the same arguments and raises the same errors.
 
     Examples:
         >>> lookup("sm_90", "forward", 256, 512, "bfloat16", tokens=64).block_m
         64
     """
-    return entry(target, step, key_width, value_width, dtype, tokens).tile
+    return entry(target, step, key_width, value_width, dtype, tokens, bias).tile
 
 
-def entry(target: str, step: str, key_width: int, value_width: int, dtype: str, tokens: int) -> Entry:
+def entry(
+    target: str, step: str, key_width: int, value_width: int, dtype: str, tokens: int, bias: bool = True
+) -> Entry:
     """The entry that serves one kernel: of those that are large enough the smallest.
 
     Args:
@@ -140,11 +149,12 @@ def entry(target: str, step: str, key_width: int, value_width: int, dtype: str, 
         value_width: channels of v.
         dtype: "float16", "bfloat16", "float32" or, for fp32 tensors multiplied as tf32, "tf32".
         tokens: of a group, those outside the map counted.
+        bias: whether there is one; without, entries serve too that are for calls without a bias alone.
 
     Raises:
         TypeError: a target that is no string.
         ValueError: an unknown step or dtype, a width or number of tokens below 1.
-        LookupError: the step does not serve such groups; of "group" and "values" only.
+        LookupError: the step does not serve such groups; of "group", "columns" and "values" only.
 
     Examples:
         >>> entry("sm_89", "forward", 256, 512, "bfloat16", tokens=49).target
@@ -159,10 +169,12 @@ def entry(target: str, step: str, key_width: int, value_width: int, dtype: str, 
             raise ValueError(f"{name} must be an integer of at least 1, got {number!r}")
     if not isinstance(dtype, str) or dtype not in ARITHMETIC:
         raise ValueError(f"dtype must be one of {tuple(ARITHMETIC)}, got {dtype!r}")
-    return _lookup(target, step, key_width, value_width, dtype, tokens)
+    return _lookup(target, step, key_width, value_width, dtype, tokens, bool(bias))
 
 
-def backward(target: str, key_width: int, value_width: int, dtype: str, tokens: int) -> BackwardTiles:
+def backward(
+    target: str, key_width: int, value_width: int, dtype: str, tokens: int, bias: bool = True
+) -> BackwardTiles:
     """The tiles of all backward kernels.
 
     Args:
@@ -171,6 +183,7 @@ def backward(target: str, key_width: int, value_width: int, dtype: str, tokens: 
         value_width: channels of v.
         dtype: as of `lookup`.
         tokens: of a group, those outside the map counted.
+        bias: as of `entry`.
 
     Raises:
         ValueError: an unknown dtype.
@@ -182,12 +195,12 @@ def backward(target: str, key_width: int, value_width: int, dtype: str, tokens: 
 
     def find(step: str) -> Tile | None:
         try:
-            return lookup(target, step, key_width, value_width, dtype, tokens)
+            return lookup(target, step, key_width, value_width, dtype, tokens, bias)
         except LookupError:
             return None
 
     tiles = {step: find(step) for step in STEPS if step != "forward"}
-    return BackwardTiles(**tiles)  # type: ignore[arg-type]  # only group and values may be None
+    return BackwardTiles(**tiles)  # type: ignore[arg-type]  # only group, columns and values may be None
 
 
 def file_for(target: str) -> Path:
@@ -206,19 +219,18 @@ def file_for(target: str) -> Path:
 
 
 @lru_cache(maxsize=4096)
-def _lookup(target: str, step: str, key_width: int, value_width: int, dtype: str, tokens: int) -> Entry:
+def _lookup(target: str, step: str, key_width: int, value_width: int, dtype: str, tokens: int, bias: bool) -> Entry:
     def limits(entry: dict[str, Any]) -> tuple[float, ...]:
         return tuple(entry[name] or inf for name in _LIMITS)  # null: any number
 
     def serves(entry: dict[str, Any]) -> bool:
         wanted = zip((key_width, value_width, tokens), limits(entry), strict=True)
         arithmetic = entry["arithmetic"] in (dtype, ARITHMETIC[dtype])
-        return (
-            entry["step"] == step and arithmetic and _is_for(entry, target) and all(n <= limit for n, limit in wanted)
-        )
+        is_for = _is_for(entry, target) and entry.get("bias", bias) == bias
+        return entry["step"] == step and arithmetic and is_for and all(n <= limit for n, limit in wanted)
 
     def rank(entry: dict[str, Any]) -> tuple[Any, ...]:
-        return limits(entry), entry["arithmetic"] != dtype, -len(ONLY & entry.keys())
+        return limits(entry), entry["arithmetic"] != dtype, -len(ONLY & entry.keys()), "bias" not in entry
 
     entries = sorted(filter(serves, _entries(target)), key=rank)
     if not entries or entries[0]["tile"] is None:
@@ -278,6 +290,8 @@ def _mistake_in(entry: Any) -> str | None:
         return f"knows no step {entry['step']!r} of arithmetic {entry['arithmetic']!r}"
     if any(not (entry[name] is None or (type(entry[name]) is int and entry[name] > 0)) for name in _LIMITS):
         return f"{', '.join(_LIMITS)} must be positive integers or null, got {[entry[name] for name in _LIMITS]}"
+    if entry.get("bias", False) is not False:
+        return f"bias must be false, for calls without one alone, or left out, got {entry['bias']!r}"
     if wrong := {name: entry[name] for name in sorted(ONLY & entry.keys()) if not isinstance(entry[name], str)}:
         return f"what an entry is for alone must be a word, got {wrong}"
     tile = entry["tile"]

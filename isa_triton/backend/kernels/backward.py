@@ -297,3 +297,46 @@ def backward_pairs_kernel(
         acc += p * (dp - delta_m[:, None])
     query, key = locate(0, 0, query_start, axes, None, BLOCK_M), locate(0, 0, key_start, axes, None, BLOCK_N)
     store_sum(partials, tl.program_id(0) // blocks, down(query), across(key), acc)
+
+
+@triton.jit
+def backward_columns_kernel(
+    q, k, v, bias, scales, valid, out, lse, do, dlse, dq, dk, dv, delta, scale, heads, axes,
+    K: tl.constexpr, V: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    SHARE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dq, dk and dv at once, of groups whose queries fit in one block with all of their width, but whose scores do not.
+
+    A program takes one head of a group: grid (maps * groups * heads,). q and do stay on chip; keys come block by block,
+    each with its columns of p and ds, and dq is summed over them. Every tensor is read once.
+    """
+    _, head, item = unravel(tl.program_id(0), 1, heads)
+    dtype: tl.constexpr = q.data.dtype.element_ty
+    factor = scale_of(scale, scales, head)
+    query = locate(item, head, 0, axes, valid, BLOCK_M)
+    queries, gradients = load(rows(q, query), 0, K, BLOCK_K), load(rows(do, query), 0, V, BLOCK_V)
+    lse_m = load_lse(lse, query, bias)
+    outputs = load(rows(out, query), 0, V, BLOCK_V)
+    delta_m = tl.sum(gradients.to(tl.float32) * outputs.to(tl.float32), 1)
+    if dlse is not None:
+        delta_m -= one_each(dlse, query, 0.0)
+    if delta is not None:
+        tl.store(rows(delta, query).pointer, delta_m, query.inside)
+
+    acc = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
+    for start in tl.range(0, tokens_of(axes), BLOCK_N, disable_licm=True):
+        key = locate(item, head, start, axes, valid, BLOCK_N)
+        as_key = shared(key, SHARE)
+        keys, values = load(rows(k, as_key), 0, K, BLOCK_K), load(rows(v, as_key), 0, V, BLOCK_V)
+        product = tl.dot(queries, keys.T, input_precision=PRECISION)
+        p = probabilities(product, factor, bias, lse_m[:, None], down(query), across(key))  # [BLOCK_M, BLOCK_N]
+        packed = pack(p.to(dtype))
+        dv_block = tl.dot(unpack(packed, dtype, 1).T, gradients, input_precision=PRECISION)
+        store(rows(dv, key), 0, dv_block, V, BLOCK_V)
+        dp = tl.dot(gradients, values.T, input_precision=PRECISION)
+        ds = (unpack(packed, dtype, 2) * (dp - delta_m[:, None])).to(dtype)
+        dk_block = tl.dot(ds.T, queries, input_precision=PRECISION)
+        store(rows(dk, key), 0, dk_block * factor, K, BLOCK_K)
+        acc = tl.dot(ds, keys, acc, input_precision=PRECISION)
+    store(rows(dq, query), 0, acc * scale, K, BLOCK_K)

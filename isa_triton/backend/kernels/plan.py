@@ -17,6 +17,7 @@ from triton.compiler import make_backend
 
 from isa_triton.axis import Axis, ceil_div
 from isa_triton.backend.kernels.backward import (
+    backward_columns_kernel,
     backward_group_kernel,
     backward_keys_kernel,
     backward_pairs_kernel,
@@ -138,22 +139,39 @@ def backward(
         yield from _launch(backward_group_kernel, given["slots"] * tables, given | {"BLOCK": tile.block_m}, tile)
         return
 
-    given |= {"WIDTH_K": padded(given["K"]), "WIDTH_V": padded(given["V"])}
-    tile = tiles.queries
-    one_block = {"ONE_BLOCK": tokens <= tile.block_n}
-    yield from _launch(backward_queries_kernel, items * heads * ceil_div(tokens, tile.block_m), given | one_block, tile)
-    passes = [(tiles.keys, {})] if tiles.values is None else [(tiles.keys, {"dv": None}), (tiles.values, {"dk": None})]
-    for tile, left_out in passes:
-        more = {"ONE_BLOCK": tokens <= tile.block_m} | left_out
-        yield from _launch(backward_keys_kernel, items * heads * ceil_div(tokens, tile.block_n), given | more, tile)
+    if (columns := columns_tile(tiles, partition, given["K"], given["V"])) is not None:
+        only = {} if partials is not None else {"delta": None}  # which the pass over pairs alone needs
+        yield from _launch(backward_columns_kernel, items * heads, given | only, columns)
+    else:
+        yield from _passes(given, items * heads, tokens, tiles)
     if partials is not None:
         programs = partials.shape[0] * tables * _blocks_of_pairs(tiles, partition)
         yield from _launch(backward_pairs_kernel, programs, given, tiles.pairs)
 
 
+def _passes(given: dict[str, Any], items: int, tokens: int, tiles: BackwardTiles) -> Iterator[Launch]:
+    """dq, then dk and dv; an item is one head of a group."""
+    given = given | {"WIDTH_K": padded(given["K"]), "WIDTH_V": padded(given["V"])}
+    tile = tiles.queries
+    one_block = {"ONE_BLOCK": tokens <= tile.block_n}
+    yield from _launch(backward_queries_kernel, items * ceil_div(tokens, tile.block_m), given | one_block, tile)
+    passes = [(tiles.keys, {})] if tiles.values is None else [(tiles.keys, {"dv": None}), (tiles.values, {"dk": None})]
+    for tile, left_out in passes:
+        more = {"ONE_BLOCK": tokens <= tile.block_m} | left_out
+        yield from _launch(backward_keys_kernel, items * ceil_div(tokens, tile.block_n), given | more, tile)
+
+
 def in_one_kernel(tiles: BackwardTiles, partition: Partition) -> bool:
     """Whether `backward` is one kernel, which needs q, k, v and bias only: the group fits in its block."""
     return tiles.group is not None and partition.tokens <= tiles.group.block_m
+
+
+def columns_tile(tiles: BackwardTiles, partition: Partition, key_width: int, value_width: int) -> Tile | None:
+    """The tile of dq, dk and dv in one kernel, where queries fit in its block, and widths in its chunks."""
+    tile = tiles.columns
+    if tile is None or partition.tokens > tile.block_m or key_width > tile.block_k or value_width > tile.block_v:
+        return None
+    return tile
 
 
 def bias_partials_shape(
