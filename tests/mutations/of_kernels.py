@@ -13,8 +13,10 @@ BACKEND = "test_backend_triton.py::test_"
 
 # What such kernels are known for: `tests/test_planted_defects.py` plants them too.
 KNOWN = (
-    Defect("mask off by one", f"{KERNELS}/common.py", "(number < h.tokens", "(number <= h.tokens", WINDOWS),
-    Defect("h and w exchanged", "isa_triton/partition.py", "(token // w.tokens)", "(token // h.tokens)", WINDOWS),
+    Defect(
+        "mask off by one", f"{KERNELS}/common.py", "(number < tokens_of(axes)", "(number <= tokens_of(axes)", WINDOWS
+    ),
+    Defect("h and w exchanged", "isa_triton/partition.py", "token // last.tokens", "token // axes[0].tokens", WINDOWS),
     Defect(
         "stride of the wrong tensor",
         f"{KERNELS}/plan.py",
@@ -32,8 +34,8 @@ KNOWN = (
     Defect(
         "int32 offset",
         f"{KERNELS}/common.py",
-        "tokens.y.to(tl.int64) * pixels.y + tokens.x.to(tl.int64) * pixels.x",
-        "tokens.y * pixels.y + tokens.x * pixels.x",
+        "tokens.pixel[0].to(tl.int64) * pixels.axes[0]",
+        "tokens.pixel[0] * pixels.axes[0]",
         "test_kernel_limits.py::test_offsets_may_exceed_31_bits[row-one block]",
     ),
     Defect("wrong lse", f"{KERNELS}/common.py", "row_max * (1.0 / unit(bias))", "row_max", WINDOWS),
@@ -81,8 +83,8 @@ KNOWN = (
     ),
     Defect(
         "pixels before the map",
-        "isa_triton/partition.py",
-        "inside & (y >= 0) & (x >= 0)",
+        "isa_triton/axis.py",
+        "inside & (pixel >= 0)",
         "inside",
         f"{NAMED}[shifted windows]",
     ),
@@ -122,15 +124,15 @@ OTHERS = (
     Defect(
         "no slot for more heads than partial sums, forward",
         f"{KERNELS}/plan.py",
-        "min(items, max(1, PARTIAL_SUMS // heads))",
-        "min(items, PARTIAL_SUMS // heads)",
+        "min(items * heads // tables, max(1, PARTIAL_SUMS // tables))",
+        "min(items * heads // tables, PARTIAL_SUMS // tables)",
         f"{LIMITS}more_heads_than_partial_sums_have_one_each[one block]",
     ),
     Defect(
         "no slot for more heads than partial sums, backward",
         f"{KERNELS}/plan.py",
-        "slots = max(1, PARTIAL_SUMS // max(1, heads * _blocks_of_pairs(tiles, partition)))",
-        "slots = PARTIAL_SUMS // max(1, heads * _blocks_of_pairs(tiles, partition))",
+        "slots = max(1, PARTIAL_SUMS // max(1, tables * _blocks_of_pairs(tiles, partition)))",
+        "slots = PARTIAL_SUMS // max(1, tables * _blocks_of_pairs(tiles, partition))",
         f"{LIMITS}more_heads_than_partial_sums_have_one_each[many blocks]",
     ),
     Defect(
@@ -157,22 +159,22 @@ OTHERS = (
     Defect(
         "the unit of strides without the batch",
         f"{KERNELS}/plan.py",
-        "_unit(batch | y | x | head,",
-        "_unit(y | x | head,",
+        "_unit(reduce(or_, (batch, *of_axes, head)),",
+        "_unit(reduce(or_, (*of_axes, head)),",
         f"{STRIDES}[batch-one block]",
     ),
     Defect(
         "the unit of strides without the heads",
         f"{KERNELS}/plan.py",
-        "_unit(batch | y | x | head,",
-        "_unit(batch | y | x,",
+        "_unit(reduce(or_, (batch, *of_axes, head)),",
+        "_unit(reduce(or_, (batch, *of_axes)),",
         f"{STRIDES}[head-one block]",
     ),
     Defect(
         "the unit of a padded bias without its tokens",
         f"{KERNELS}/plan.py",
-        "_unit(head | query | tokens,",
-        "_unit(head | query,",
+        "_unit(batch | head | query | tokens,",
+        "_unit(batch | head | query,",
         f"{STRIDES}[bias-one block]",
     ),
     Defect(
@@ -251,8 +253,8 @@ OTHERS = (
     Defect(
         "a program skips items",
         f"{KERNELS}/forward.py",
-        "tl.range(slot, items, slots, num_stages=1)",
-        "tl.range(slot, items, slots + 1, num_stages=1)",
+        "tl.range(first, last, slots, num_stages=1)",
+        "tl.range(first, last, slots + 1, num_stages=1)",
         f"{LIMITS}more_heads_than_partial_sums_have_one_each[one block]",
     ),
     Defect(
@@ -265,7 +267,7 @@ OTHERS = (
     Defect(
         "dk without the scale, one block",
         f"{KERNELS}/backward.py",
-        "store(rows(dk, token), chunk, dk_chunk * scale, K, BLOCK_K)",
+        "store(rows(dk, token), chunk, dk_chunk * factor, K, BLOCK_K)",
         "store(rows(dk, token), chunk, dk_chunk, K, BLOCK_K)",
         WINDOWS,
     ),
@@ -279,8 +281,8 @@ OTHERS = (
     Defect(
         "delta of queries outside the map is written",
         f"{KERNELS}/backward.py",
-        "tl.store(rows(delta, query).pointer, delta_m, query.inside)",
-        "tl.store(rows(delta, query).pointer, delta_m)",
+        "tl.store(rows(delta, query).pointer, delta_m, query.inside)\n\n    if ONE",
+        "tl.store(rows(delta, query).pointer, delta_m)\n\n    if ONE",
         f"{NAMED}[windows of many blocks]",
     ),
     # -- the backend of the kernels
@@ -294,15 +296,15 @@ OTHERS = (
     Defect(
         "backward in another precision",
         "isa_triton/backend/triton.py",
-        "            precision,\n        )  # fmt: skip\n    if partials",
-        "        )  # fmt: skip\n    if partials",
+        "            precision, scales=scales, valid=valid,\n        )  # fmt: skip\n    if partials",
+        "            scales=scales, valid=valid,\n        )  # fmt: skip\n    if partials",
         f"{BACKEND}both_passes_multiply_with_the_same_precision",
     ),
     Defect(
         "dlse as it lies, and not negated",
         "isa_triton/backend/triton.py",
-        "map(_in_memory, (q, k, v, bias, do, dlse))",
-        "(*map(_in_memory, (q, k, v, bias, do)), dlse)",
+        "do, dlse, key_heads = _in_memory(do), _in_memory(dlse),",
+        "do, dlse, key_heads = _in_memory(do), dlse,",
         "test_numerics.py::test_a_lazy_negation_is_a_negation[triton]",
     ),
     Defect(
