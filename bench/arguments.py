@@ -16,6 +16,7 @@ import torch
 
 from bench.records import format_size
 from bench.workload import PASSES
+from isa_triton.axis import MOST_AXES
 from isa_triton.backend.triton import DEVICES
 
 SHORT_DTYPES = {"fp64": "float64", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -85,6 +86,36 @@ def size(text: str) -> tuple[int, int]:
     if any(int(side) > LONGEST for side in sides):
         raise argparse.ArgumentTypeError(f"must have sides of at most {LONGEST} pixels, got {text!r}")
     return int(sides[0]), int(sides[-1])
+
+
+def sides(text: str) -> tuple[int, ...]:
+    """Those of "64", "64x128" or "16x64x128", each up to `LONGEST`: of a line, a map or a volume; or one for all."""
+    given = text.lower().split("x")
+    if len(given) > MOST_AXES or not all(side.isdecimal() and int(side) > 0 for side in given):
+        raise argparse.ArgumentTypeError(f"must be a side, HEIGHTxWIDTH or DEPTHxHEIGHTxWIDTH, got {text!r}")
+    if any(int(side) > LONGEST for side in given):
+        raise argparse.ArgumentTypeError(f"must have sides of at most {LONGEST} pixels, got {text!r}")
+    return tuple(map(int, given))
+
+
+def on_axes(name: str, given: Sequence[int], axes: int) -> tuple[int, ...]:
+    """The sides of a map, or of a partition size, where one may stand for all; a line is a map of one row.
+
+    Raises:
+        argparse.ArgumentError: there are more or fewer.
+    """
+    if len(given) not in (1, axes):
+        raise argparse.ArgumentError(None, f"--{name} must have one side or {axes}, as --axes says, got {len(given)}")
+    return (1, given[0]) if axes == 1 else tuple(given) if len(given) == axes else (given[0],) * axes
+
+
+def add_axes(parser: argparse.ArgumentParser) -> None:
+    """Of lines, maps or volumes."""
+    what = "1: lines, 2: maps, 3: volumes; results of 1 and 3 have lines_ and volumes_ in front of their names"
+    parser.add_argument("--axes", type=int, choices=(1, 2, 3), default=2, help=what)
+
+
+PREFIX = {1: "lines_", 2: "", 3: "volumes_"}  # of the names of results, by axes
 
 
 def dtype(text: str) -> str:
@@ -180,8 +211,8 @@ def add_widths(parser: argparse.ArgumentParser) -> None:
     add("--value-channels", type=positive, default=512, metavar="V", help="of values")
 
 
-def check_partition_size(partition_size: tuple[int, int], size: tuple[int, int]) -> None:
-    """Raises argparse.ArgumentError where a map is smaller than a partition size on either axis."""
-    if partition_size[0] > size[0] or partition_size[1] > size[1]:
-        wanted, given = (f"{height}x{width}" for height, width in (partition_size, size))
+def check_partition_size(partition_size: Sequence[int], size: Sequence[int]) -> None:
+    """Raises argparse.ArgumentError where a map is smaller than a partition size on an axis."""
+    if any(part > side for part, side in zip(partition_size, size, strict=True)):
+        wanted, given = ("x".join(map(str, each)) for each in (partition_size, size))
         raise argparse.ArgumentError(None, f"--partition-size {wanted} is larger than the map {given}")

@@ -66,7 +66,7 @@ STAGE_LOOKS = {
 DEVICE_LOOKS = tuple(LOOKS[name] for name in ("isa", "dense-sdpa", "isa-triton", "dense"))  # distinct, no more
 FUSED = "dense-sdpa"  # dense attention that keeps no scores
 HEADLINE = ("dense", FUSED, "rcca", OURS)  # who is in the figure of one panel
-MAPS = "map, height x width (axis: number of pixels)"
+MAPS = {2: "map, height x width (axis: number of pixels)", 3: "volume, depth x height x width (axis: number of voxels)"}
 DOUBTFUL: dict[str, Any] = {
     "linestyle": "", "marker": "o", "markersize": 16, "markerfacecolor": "none", "markeredgecolor": "0.5",
     "label": "doubtful (why: note in the CSV)",
@@ -179,7 +179,7 @@ def headline(rows: Sequence[Cost], path: Path) -> None:
     with _saved(path, 1, 1, 150, figsize=(8, 6.2)) as (figure, panels):
         panel = panels[0, 0]
         _draw_scaling(panel, rows, quantity, looks)
-        panel.set(xlabel=MAPS, ylabel=f"{quantity.title} [{quantity.unit}]")
+        panel.set(xlabel=MAPS[len(rows[0].size)], ylabel=f"{quantity.title} [{quantity.unit}]")
         _legend(figure, panels, columns=2)
         how = _where(rows) if quantity is time else "counted"
         level, pass_ = rows[0].panel
@@ -221,7 +221,7 @@ def scaling(rows: Sequence[Cost], quantity: Quantity, path: Path) -> None:
         for panel in panels[:, 0]:
             panel.set_ylabel(f"{quantity.title} [{quantity.unit}]")
         for panel in panels[-1]:
-            panel.set_xlabel(MAPS)
+            panel.set_xlabel(MAPS[len(rows[0].size)])
         _legend(figure, panels, columns=len(levels) + 1)
         numbers = f"numbers: {FUSED} or dense, in times {OURS}"
         lines = [message(rows, quantity), f"{_widths(rows[0])}; {how}", numbers]
@@ -301,7 +301,7 @@ def _apart(values: Sequence[int], factor: float) -> list[int]:
 # -- costs over the partition size -------------------------------------------------------------------------------------
 
 
-def partition_sizes(rows: Sequence[Cost], window: tuple[int, int], path: Path) -> None:
+def partition_sizes(rows: Sequence[Cost], window: tuple[int, ...], path: Path) -> None:
     """Draw a pass: each quantity against the partition size at both levels, and bars of the blocks at one size."""
     with _saved(path, 3, 3, 110, figsize=(16, 13), height_ratios=(1, 1, 0.9)) as (figure, panels):
         for panel, (level, quantity) in zip(panels[:2].flat, product(BLOCK_LEVELS, QUANTITIES), strict=True):

@@ -9,7 +9,7 @@ import csv
 import glob
 import io
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -101,9 +101,9 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text)
 
 
-def format_size(size: tuple[int, int]) -> str:
-    """A map or a partition size, height first: 64x128."""
-    return f"{size[0]}x{size[1]}"
+def format_size(size: Sequence[int]) -> str:
+    """A map or a partition size, height first: 64x128; of a volume depth first."""
+    return "x".join(map(str, size))
 
 
 def short(value: float) -> str:

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 
 from bench import figures, survey
-from bench.arguments import add_out, add_partition_size, add_sizes, check_partition_size
+from bench.arguments import PREFIX, add_axes, add_out, check_partition_size, on_axes, sides
 from bench.compared import DRAWN, PROVIDERS
 from bench.records import format_size, short
 from bench.terminal import Table, Terminal
 from bench.workload import BLOCK_LEVELS, LEVELS, OURS, QUANTITIES, Cost, Level, Pass, Quantity, tabled
 
-SIZES = ((32, 32), (64, 64), (64, 128), (97, 97), (128, 128), (128, 256), (256, 256), (512, 512))
+SIZES: dict[int, tuple[tuple[int, ...], ...]] = {  # by axes
+    1: ((1024,), (4096,), (9409,), (16384,), (65536,)),
+    2: ((32, 32), (64, 64), (64, 128), (97, 97), (128, 128), (128, 256), (256, 256), (512, 512)),
+    3: ((16, 16, 16), (16, 32, 32), (25, 25, 25), (32, 32, 32), (64, 64, 64), (128, 128, 128)),
+}
+PARTITION_SIZE = {1: (64,), 2: (8, 8), 3: (4, 4, 4)}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,39 +28,44 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_out(parser)
     who = f"who is measured and drawn, of {' '.join(PROVIDERS)} (default: all, drawn {' '.join(DRAWN)})"
     add("--providers", nargs="+", choices=PROVIDERS, metavar="NAME", help=who)
-    add_sizes(parser, SIZES)
+    add_axes(parser)
+    add("--sizes", nargs="+", type=sides, metavar="SIZE", help="maps in pixels, 64 or 64x128, height first")
     add("--levels", nargs="+", choices=LEVELS, default=list(BLOCK_LEVELS), help="of what is measured")
-    add_partition_size(parser)
+    add("--partition-size", type=sides, metavar="P", help="P of ISA, 8 or 8x4, height first (default: 8; of volumes 4)")
     survey.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> None:
-    for map_ in args.sizes:
-        check_partition_size(args.partition_size, map_)
-    sizes = sorted(dict.fromkeys(args.sizes), key=lambda size: size[0] * size[1])
+    p = on_axes("partition-size", args.partition_size or PARTITION_SIZE[args.axes], args.axes)
+    sizes = [on_axes("sizes", size, args.axes) for size in args.sizes or SIZES[args.axes]]
+    for size in sizes:
+        check_partition_size(p, size)
+    sizes = sorted(dict.fromkeys(sizes), key=math.prod)
     measured = [PROVIDERS[name] for name in args.providers or PROVIDERS]
     plan = [
-        (survey.workload(args, level, pass_, size, args.partition_size), measured)
+        (survey.workload(args, level, pass_, size, p), measured)
         for level, pass_, size in product(args.levels, args.passes, sizes)
     ]
-    said, path = Terminal(args), args.out / "scaling.csv"
+    prefix = PREFIX[args.axes]
+    said, path = Terminal(args), args.out / f"{prefix}scaling.csv"
     rows = survey.conduct(args, said, path, plan)
     shown = args.providers or (PROVIDERS if args.verbose else figures.HEADLINE)
     said.show(*summary([row for row in rows if row.provider in shown]))
-    pictures = draw([row for row in rows if row.provider in (args.providers or DRAWN)], args.out)
+    pictures = draw([row for row in rows if row.provider in (args.providers or DRAWN)], args.out, prefix)
     written = [] if args.redraw else [path]
     said.end(survey.tally(rows))
     said.end("\n".join(figures.message(rows, each) for each in QUANTITIES if rows), *written, *pictures)
 
 
-def draw(rows: Sequence[Cost], folder: Path) -> list[Path]:
+def draw(rows: Sequence[Cost], folder: Path, prefix: str = "") -> list[Path]:
     """The figure of one panel, then one of all panels a quantity; none of no rows. Returns their paths."""
     if not rows:
         return []
-    figures.headline(rows, folder / "scaling.png")
-    for quantity in QUANTITIES:
-        figures.scaling(rows, quantity, folder / quantity.file)
-    return [folder / name for name in ("scaling.png", *(quantity.file for quantity in QUANTITIES))]
+    paths = [folder / f"{prefix}{name}" for name in ("scaling.png", *(quantity.file for quantity in QUANTITIES))]
+    figures.headline(rows, paths[0])
+    for quantity, path in zip(QUANTITIES, paths[1:], strict=True):
+        figures.scaling(rows, quantity, path)
+    return paths
 
 
 def summary(rows: Sequence[Cost]) -> list[Table]:

@@ -49,11 +49,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def workload(
-    args: argparse.Namespace, level: Level, pass_: Pass, size: tuple[int, int], partition_size: tuple[int, int]
+    args: argparse.Namespace, level: Level, pass_: Pass, size: Sequence[int], partition_size: tuple[int, ...]
 ) -> Workload:
     """The workload of a map, with the widths and the type of the arguments."""
     widths = args.channels, args.key_channels, args.value_channels
-    return Workload(level, pass_, *size, *widths, partition_size, getattr(torch, args.dtype))
+    *depth, height, width = size
+    sides = {"depth": depth[0]} if depth else {}
+    return Workload(level, pass_, height, width, *widths, partition_size, getattr(torch, args.dtype), **sides)
 
 
 def conduct(args: argparse.Namespace, said: Terminal, path: Path, plan: Plan) -> list[Cost]:

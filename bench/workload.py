@@ -18,28 +18,29 @@ Pass = Literal["forward", "training"]
 LEVELS: tuple[Level, ...] = get_args(Level)
 BLOCK_LEVELS: tuple[Level, ...] = ("attention", "module")  # what all share in a head is not in it
 PASSES: tuple[Pass, ...] = get_args(Pass)
-Pair = tuple[Any, Any]  # height first, of numbers or arrays
+Sides = tuple[Any, ...]  # the last is the width, of numbers or arrays
 OURS = "isa"  # what the others are compared with
 
 
 class OnMap:
-    """What lies on a map of height x width pixels."""
+    """What lies on a map of height x width pixels, or in a volume that has a depth too; a line is a map of one row."""
 
     height: int
     width: int
+    depth: int | None
 
     @property
-    def size(self) -> tuple[int, int]:
-        return self.height, self.width
+    def size(self) -> tuple[int, ...]:
+        return (self.height, self.width) if self.depth is None else (self.depth, self.height, self.width)
 
     @property
     def pixels(self) -> int:
-        return self.height * self.width
+        return math.prod(self.size)
 
 
 @dataclass(frozen=True)
 class Workload(OnMap):
-    """One attention problem on a map of height x width pixels.
+    """One attention problem on a map of height x width pixels, or in a volume.
 
     Level "attention" is q, k, v -> context; level "module" is the whole block with its projections, C -> C channels;
     level "head" is the segmentation head as published, from a backbone's map of 4 C channels to its context of C.
@@ -54,9 +55,10 @@ class Workload(OnMap):
     channels: int = 512
     key_channels: int = 256
     value_channels: int = 512
-    partition_size: tuple[int, int] = (8, 8)
+    partition_size: tuple[int, ...] = (8, 8)
     dtype: torch.dtype = torch.float32
     batch: int = 1
+    depth: int | None = None
 
     @property
     def widths(self) -> tuple[int, int, int]:
@@ -74,7 +76,7 @@ class Workload(OnMap):
 
     def columns(self) -> dict[str, Any]:
         """What rows of results say of a workload, by field, whatever its level."""
-        names = ("pass_", "height", "width", "channels", "key_channels", "value_channels")
+        names = ("pass_", "height", "width", "channels", "key_channels", "value_channels", "depth")
         said = {"partition_size": format_size(self.partition_size), "dtype": str(self.dtype).removeprefix("torch.")}
         return {name: getattr(self, name) for name in names} | said
 
@@ -92,10 +94,10 @@ class Workload(OnMap):
         return self._normal([shape], device, seed=1)[0]
 
     def _pixels(self, width: int) -> tuple[int, ...]:
-        return self.batch, self.height, self.width, 1, width
+        return self.batch, *self.size, 1, width
 
     def _map(self, channels: int) -> tuple[int, ...]:
-        return self.batch, channels, self.height, self.width
+        return self.batch, channels, *self.size
 
     def _normal(self, shapes: list[tuple[int, ...]], device: str | torch.device, seed: int) -> list[Tensor]:
         generator = torch.Generator(device).manual_seed(seed)
@@ -130,14 +132,16 @@ class Cost(OnMap):
     threads: int | None = None
     versions: str = ""
     date: str = ""
+    depth: int | None = None  # of a volume
 
     def __post_init__(self) -> None:
         """Raises ValueError where nothing can have been measured so: rows are read from files that people edit."""
-        sides = ("height", "width", "channels", "key_channels", "value_channels")
+        sides = ("height", "width", "channels", "key_channels", "value_channels", *["depth"] * (self.depth is not None))
         if wrong := next((name for name in sides if getattr(self, name) < 1), None):
             raise ValueError(f"{wrong} must be at least 1, got {getattr(self, wrong)}")
-        if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", self.partition_size):
-            raise ValueError(f"partition_size must be HEIGHTxWIDTH, as 8x8, got {self.partition_size!r}")
+        if not re.fullmatch("x".join([r"[1-9]\d*"] * len(self.size)), self.partition_size):
+            wanted = "HEIGHTxWIDTH, as 8x8" if self.depth is None else "DEPTHxHEIGHTxWIDTH, as 4x4x4"
+            raise ValueError(f"partition_size must be {wanted}, got {self.partition_size!r}")
         for name in ("flops", "peak_bytes", "seconds", "spread", "samples", "allocated_bytes", "threads"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < math.inf:
@@ -151,7 +155,7 @@ class Cost(OnMap):
     @property
     def cell(self) -> Cost:
         """What was measured without what was found: rows of one cell are the same measurement, made twice."""
-        names = {field.name for field in fields(self) if field.default is MISSING}
+        names = {field.name for field in fields(self) if field.default is MISSING} | {"depth"}
         return Cost(**{name: getattr(self, name) for name in names})
 
     @property
@@ -170,10 +174,9 @@ class Cost(OnMap):
         return self.level, self.pass_
 
     @property
-    def window(self) -> tuple[int, int]:
-        """The partition size (P_h, P_w)."""
-        height, width = map(int, self.partition_size.split("x"))
-        return height, width
+    def window(self) -> tuple[int, ...]:
+        """The partition size (P_h, P_w), of a volume (P_d, P_h, P_w)."""
+        return tuple(map(int, self.partition_size.split("x")))
 
 
 @dataclass(frozen=True)
@@ -205,19 +208,19 @@ def tabled(rows: Sequence[Cost]) -> list[Quantity]:
     return [flops, peak, *[ALLOCATED] * any(row.allocated_bytes is not None for row in rows), seconds]
 
 
-def keys_per_query(pixels: Any, partition_size: Pair | None = None) -> Any:
+def keys_per_query(pixels: Any, partition_size: Sides | None = None) -> Any:
     """How many keys a query meets: every pixel under dense attention, HW / (P_h P_w) + P_h P_w in ISA's two stages.
 
     `pixels` and the partition size are numbers or arrays. Exact where P divides the map.
     """
     if partition_size is None:
         return pixels
-    window = partition_size[0] * partition_size[1]
+    window = math.prod(partition_size)
     return pixels / window + window
 
 
 def closed_form_flops(
-    pixels: Any, key_channels: int, value_channels: int, pass_: Pass = "forward", partition_size: Pair | None = None
+    pixels: Any, key_channels: int, value_channels: int, pass_: Pass = "forward", partition_size: Sides | None = None
 ) -> Any:
     """FLOPs of one map's attention matmuls, 2 to a multiply-add: 2 (K + V) HW keys; dense without a partition size.
 
@@ -227,6 +230,6 @@ def closed_form_flops(
     return 3 * forward if pass_ == "training" else forward
 
 
-def closed_form_score_bytes(pixels: Any, itemsize: int, partition_size: Pair | None = None) -> Any:
+def closed_form_score_bytes(pixels: Any, itemsize: int, partition_size: Sides | None = None) -> Any:
     """Bytes of one copy of every score of one map: what a version that materialises them cannot go below."""
     return itemsize * pixels * keys_per_query(pixels, partition_size)

@@ -298,9 +298,9 @@ def test_both_passes_multiply_with_the_same_precision(monkeypatch: pytest.Monkey
     for name in ("forward", "backward"):
         run = getattr(launch, name)
 
-        def spied(*arguments: Any, run: Any = run, name: str = name) -> None:
+        def spied(*arguments: Any, run: Any = run, name: str = name, **options: Any) -> None:
             seen[name] = arguments[-1]
-            run(*arguments)
+            run(*arguments, **options)
 
         monkeypatch.setattr(launch, name, spied)
     monkeypatch.setattr(triton_backend, "precision_of", lambda dtype, device: "tf32")

@@ -35,6 +35,8 @@ interlaced, local = Partition.interlaced, Partition.local
 X = torch.zeros(1, 4, 6, 8)
 Q = torch.zeros(1, 4, 6, 1, 2)
 BIAS = torch.zeros(1, 6, 6)
+EXTRA = torch.zeros(1, 3, 1, 2)
+FOUR, THREE = torch.zeros(1, 4, 6, 4, 2), torch.zeros(1, 4, 6, 3, 2)
 WINDOWS = local((4, 6), window=(2, 3))
 
 
@@ -120,15 +122,49 @@ ATTENTION: list[Row] = [
     (lambda: attend(Q, Q[0], Q, WINDOWS), ValueError, "k must be [B, H, W, heads, width], got shape (4, 6, 1, 2)"),
     (lambda: attend(Q, Q, Q.double(), WINDOWS), TypeError, "v must have the dtype of q, torch.float32, got"),
     (lambda: attend(Q, Q.to("meta"), Q, WINDOWS), ValueError, "k must be on the device of q, cpu, got meta"),
-    (lambda: attend(Q, Q[:, 1:], Q, WINDOWS), ValueError, "k must have the shape of q, (1, 4, 6, 1, 2), got (1, 3,"),
+    (
+        lambda: attend(Q, Q[:, 1:], Q, WINDOWS),
+        ValueError,
+        "k must have the shape of q, (1, 4, 6, 1, 2), or heads that divide its heads, got (1, 3,",
+    ),
     (lambda: attend(Q, Q[..., :1], Q, WINDOWS), ValueError, "k must have the shape of q"),
     (lambda: attend(Q[..., :0], Q[..., :0], Q, WINDOWS), ValueError, "q must have a width of at least 1"),
     (lambda: attend(Q, Q, Q, Partition.dense((6, 4))), ValueError, "partition is for maps of (6, 4), but q"),
     (lambda: attend(Q, Q, Q, (8, 8)), TypeError, "partition must be a Partition, got tuple"),
-    (lambda: attend(Q, Q, Q, WINDOWS, bias=BIAS[:, 1:]), ValueError, "(1, 6, 6), got (1, 5, 6)"),
+    (
+        lambda: attend(Q, Q, Q, WINDOWS, bias=BIAS[:, 1:]),
+        ValueError,
+        "(1, 6, 6), or with the batch before it, got (1, 5, 6)",
+    ),
     (lambda: attend(Q, Q, Q, WINDOWS, bias=BIAS[0]), ValueError, "bias must be [heads, tokens, tokens]"),
-    (lambda: attend(Q, Q, Q, WINDOWS, bias=BIAS.half()), TypeError, "bias must have the dtype of q"),
-    (lambda: attend(Q, Q, Q, WINDOWS, scale="1"), TypeError, "scale must be a number or None, got '1'"),
+    (lambda: attend(Q, Q, Q, WINDOWS, bias=BIAS.long()), TypeError, "bias must be one of torch.float16, "),
+    (lambda: attend(Q, Q, Q, WINDOWS, bias=BIAS[None, :, 1:]), ValueError, "= (1, 6, 6), or with the batch before it"),
+    (
+        lambda: attend(Q, Q, Q, WINDOWS, scale=torch.ones(2)),
+        ValueError,
+        "scale must be a number or [heads] = (1,), got",
+    ),
+    (lambda: attend(Q, Q, Q, WINDOWS, valid=Q), TypeError, "valid must be torch.bool, got torch.float32"),
+    (
+        lambda: attend(Q, Q, Q, WINDOWS, valid=Q[0, ..., 0] > 0),
+        ValueError,
+        "valid must be (1, 4, 6) as the map of q is",
+    ),
+    (lambda: attend(Q, Q, Q, WINDOWS, extra_k=EXTRA), TypeError, "extra_k and extra_v must be given together"),
+    (lambda: attend(Q, Q, Q, WINDOWS, extra_weight=Q), TypeError, "extra_k and extra_v must be given together"),
+    (lambda: attend(Q, Q, Q, WINDOWS, extra_k=EXTRA[:, :0], extra_v=EXTRA[:, :0]), ValueError, "at least one key"),
+    (lambda: attend(Q, Q, Q, WINDOWS, extra_k=EXTRA, extra_v=EXTRA[:, :2]), ValueError, "extra_v must be [B, n, heads"),
+    (
+        lambda: attend(Q, Q, Q, WINDOWS, extra_k=EXTRA, extra_v=EXTRA, extra_weight=torch.ones(2)),
+        ValueError,
+        "extra_weight must be [n] = (3,) or (1, 4, 6, 3), got (2,)",
+    ),
+    (lambda: attend(FOUR, THREE, THREE, WINDOWS), ValueError, "or heads that divide its heads, got (1, 4, 6, 3, 2)"),
+    (
+        lambda: attend(Q, Q, Q, WINDOWS, scale="1"),
+        TypeError,
+        "scale must be a number, a tensor [heads] or None, got '1'",
+    ),
     (lambda: attend(Q, Q, Q, WINDOWS, backend="cuda"), ValueError, "backend must be one of 'auto'"),
     (lambda: attend(Q, Q, Q, None), TypeError, "partition must be a Partition, got NoneType"),
     (lambda: attend(Q, Q, Q, Partition(None, None)), TypeError, "partition.h must be an Axis of integers, got None"),
@@ -162,7 +198,7 @@ ATTENTION: list[Row] = [
     (lambda: attend(Q, Q, Q, WINDOWS, scale=float("inf")), ValueError, "scale must be finite, got inf"),
     (lambda: attend(Q, Q, Q, WINDOWS, scale=float("nan")), ValueError, "scale must be finite, got nan"),
     (lambda: attend(Q, Q, Q, WINDOWS, scale=-(10**400)), ValueError, "scale must be finite, got -1"),
-    (lambda: attend(Q, Q, Q, WINDOWS, scale=[1]), TypeError, "scale must be a number or None"),
+    (lambda: attend(Q, Q, Q, WINDOWS, scale=[1]), TypeError, "scale must be a number, a tensor [heads] or None"),
     (lambda: attend(Q, Q, Q, WINDOWS, backend=None), ValueError, "backend must be one of 'auto'"),
     (
         lambda: attend(*[Q.double()] * 3, WINDOWS, backend="triton"),
@@ -175,11 +211,11 @@ MODULES: list[Row] = [
     (lambda: stage(padding="reflect"), ValueError, "padding must be one of 'zeros', 'mask', got 'reflect'"),
     (lambda: stage(backend="cuda"), ValueError, "backend must be one of 'auto', 'triton', 'eager', got 'cuda'"),
     (lambda: stage(partition_size=(8,)), ValueError, "partition_size must be two integers (P_h, P_w)"),
-    (lambda: stage(partition_size=0), ValueError, "two integers (P_h, P_w) of at least 1, or one for both, got 0"),
+    (lambda: stage(partition_size=0), ValueError, "two integers (P_h, P_w) of at least 1, or one for all axes, got 0"),
     (
         lambda: stage(partition_size=None),
         ValueError,
-        "two integers (P_h, P_w) of at least 1, or one for both, got None",
+        "two integers (P_h, P_w) of at least 1, or one for all axes, got None",
     ),
     (lambda: stage(partition_size=(True, 8)), ValueError, "got (True, 8)"),
     (lambda: stage(partition_size=(0, 8)), ValueError, "partition_size must be two integers"),
@@ -197,11 +233,11 @@ MODULES: list[Row] = [
     (lambda: isa()(X[:, 1:]), ValueError, "x must be [B, 4, H, W]"),
     (lambda: ISAModule(4, 2, 3, 4, partition_size=()), ValueError, "partition_size must be two integers"),
     (lambda: ISAModule(4, 2, 3, 4, partition_size=8.0), ValueError, "partition_size must be two integers (P_h, P_w)"),
-    (lambda: ISAModule(4, 2, 3, 4, partition_size=((8, 8), (0, 4))), ValueError, "or one for both, got (0, 4)"),
+    (lambda: ISAModule(4, 2, 3, 4, partition_size=((8, 8), (0, 4))), ValueError, "or one for all axes, got (0, 4)"),
     (lambda: ISAModule(4, 2, 3, 0), ValueError, "out_channels must be an integer of at least 1, got 0"),
     (lambda: ISAHead(4, 3, 0), ValueError, "num_classes must be an integer of at least 1, got 0"),
-    (lambda: ISAHead(4, 3, 2, partition_size=-8), ValueError, "of at least 1, or one for both, got -8"),
-    (lambda: ISAHead(4, 3, 2, partition_size="88"), ValueError, "of at least 1, or one for both, got '8'"),
+    (lambda: ISAHead(4, 3, 2, partition_size=-8), ValueError, "of at least 1, or one for all axes, got -8"),
+    (lambda: ISAHead(4, 3, 2, partition_size="88"), ValueError, "of at least 1, or one for all axes, got '8'"),
     (lambda: ISAHead(4, "3", 2), ValueError, "channels must be an integer of at least 1, got '3'"),
 ]
 TILES: list[Row] = [
@@ -213,10 +249,10 @@ TILES: list[Row] = [
 COMMANDS = [
     ([], "required: COMMAND"),
     (["fly"], "invalid choice: 'fly'"),
-    (["scaling", "--sizes", "64y"], "must be a side or HEIGHTxWIDTH in pixels"),
+    (["scaling", "--sizes", "64y"], "must be a side, HEIGHTxWIDTH or DEPTHxHEIGHTxWIDTH"),
     (["scaling", "--colour"], "unrecognized arguments: --colour"),
     (["scaling", "--sizes", "0"], "got '0'"),
-    (["scaling", "--sizes", "8x8x8"], "got '8x8x8'"),
+    (["scaling", "--sizes", "8x8x8"], "--sizes must have one side or 2, as --axes says, got 3"),
     (["scaling", "--providers", "nobody"], "invalid choice: 'nobody'"),
     (["scaling", "--sizes", "16", "--partition-size", "32"], "--partition-size 32x32 is larger than the map 16x16"),
     (["scaling", "--device", "abacus"], "must be a device of this machine, got 'abacus'"),

@@ -40,6 +40,7 @@ class Provider:
     kernels: bool = False  # made for GPUs alone: counted anywhere, run and timed there
     package: str = "torch"  # that has to be installed
     compiles: bool = False  # on a first call, which is not timed
+    volumes: bool = False  # takes maps of three axes too
     refuses: Callable[[Workload], str | None] = lambda workload: None  # why a workload has no form, if so
 
     def obstacle(self, workload: Workload) -> str | None:
@@ -48,6 +49,8 @@ class Provider:
             return f"needs {self.package}, which is not installed (pip install {self.package})"
         if getattr(self, workload.level) is None:
             return f"has no form of its own at {workload.level} level"
+        if workload.depth is not None and not (self.volumes and workload.level != "head"):
+            return f"has no form of its own for volumes at {workload.level} level"
         return self.refuses(workload)
 
     def runs_on(self, device: str) -> bool:
@@ -112,13 +115,18 @@ _kernels: dict[str, Any] = {"backend": "triton"}
 DRAWN = ("dense", "dense-sdpa", "rcca", "cgnl", "unfused", "isa", "isa-triton")
 _PROVIDERS = (
     Provider(
-        "dense", attention=of_any_workload(reference.dense_attention), module=dense_stage, head=DENSE_AS_PUBLISHED
+        "dense",
+        attention=of_any_workload(reference.dense_attention),
+        module=dense_stage,
+        head=DENSE_AS_PUBLISHED,
+        volumes=True,
     ),
     Provider(
         "dense-sdpa",
         attention=of_any_workload(modules.sdpa_attention),
         module=partial(dense_stage, stage=modules.SdpaSelfAttention),
         head=CONTEXTS["SA"],
+        volumes=True,
     ),
     Provider("nonlocal", module=of_channels(reference.NonLocal), refuses=multiples_of(2)),
     Provider(
@@ -177,13 +185,21 @@ _PROVIDERS = (
         attention=modules.permuted_attention,
         module=modules.PermutedBlock,
         head=behind_conv(modules.PermutedModule),
+        volumes=True,
     ),
-    Provider("isa", attention=in_stages(partitioned_attention), module=modules.isa_block, head=CONTEXTS["ISA"]),
+    Provider(
+        "isa",
+        attention=in_stages(partitioned_attention),
+        module=modules.isa_block,
+        head=CONTEXTS["ISA"],
+        volumes=True,
+    ),
     Provider(
         "isa-triton",
         attention=in_stages(partial(partitioned_attention, **_kernels)),
         module=partial(modules.isa_block, **_kernels),
         kernels=True,
+        volumes=True,
     ),
 )
 PROVIDERS = {provider.name: provider for provider in _PROVIDERS}

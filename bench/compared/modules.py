@@ -43,7 +43,11 @@ def in_stages(
 def isa_block(workload: Workload, backend: str = "auto") -> nn.Module:
     """Ours, with the authors' padding, so that every module here that interlaces is the same function."""
     return InterlacedSparseSelfAttention(
-        *workload.widths, partition_size=workload.partition_size, padding="zeros", backend=backend
+        *workload.widths,
+        axes=len(workload.size),
+        partition_size=workload.partition_size,
+        padding="zeros",
+        backend=backend,
     )
 
 
@@ -60,16 +64,16 @@ def permuted_attention(workload: Workload) -> Attend:
 
 
 def _map(x: Tensor) -> Tensor:
-    return x.squeeze(3).permute(0, 3, 1, 2)  # [B, width, H, W]
+    return x.squeeze(-2).movedim(-1, 1)  # [B, width, H, W]
 
 
 def _pixels(x: Tensor) -> Tensor:
-    return x.permute(0, 2, 3, 1).unsqueeze(3)  # [B, H, W, 1, width]
+    return x.movedim(1, -1).unsqueeze(-2)  # [B, H, W, 1, width]
 
 
 def dense_stage(workload: Workload, stage: type[reference.SelfAttention] = reference.SelfAttention) -> nn.Module:
     """The authors' self-attention block over all pixels of its input, C -> C channels."""
-    return stage(*workload.widths, workload.channels, "dense")
+    return stage(*workload.widths, workload.channels, "dense", workload.partition_size)
 
 
 class PermutedBlock(nn.Module):
@@ -81,14 +85,19 @@ class PermutedBlock(nn.Module):
         self.long_range, self.short_range = dense_stage(workload), dense_stage(workload)
 
     def forward(self, x: Tensor) -> Tensor:
-        (P_h, P_w), size = self.p, x.shape[2:]
-        x = pad_to_multiple(x, self.p)
-        B, C, Q_h, Q_w = *x.shape[:2], x.shape[2] // P_h, x.shape[3] // P_w
-        x = x.reshape(B, C, Q_h, P_h, Q_w, P_w).permute(0, 3, 5, 1, 2, 4).reshape(-1, C, Q_h, Q_w)
+        p, n, size = self.p, len(self.p), x.shape[2:]
+        x = pad_to_multiple(x, p)
+        B, C, whole = *x.shape[:2], x.shape[2:]
+        q = [extent // part for extent, part in zip(whole, p, strict=True)]
+        split = [part for pair in zip(q, p, strict=True) for part in pair]  # Q_h, P_h, Q_w, P_w
+        quotients, remainders = range(2, 2 + 2 * n, 2), range(3, 3 + 2 * n, 2)
+        x = x.reshape(B, C, *split).permute(0, *remainders, 1, *quotients).reshape(-1, C, *q)
         x = self.long_range(x)
-        x = x.reshape(B, P_h, P_w, C, Q_h, Q_w).permute(0, 4, 5, 3, 1, 2).reshape(-1, C, P_h, P_w)
+        to_windows = 0, *range(2 + n, 2 + 2 * n), 1 + n, *range(1, 1 + n)
+        x = x.reshape(B, *p, C, *q).permute(to_windows).reshape(-1, C, *p)
         x = self.short_range(x)
-        x = x.reshape(B, Q_h, Q_w, C, P_h, P_w).permute(0, 3, 1, 4, 2, 5).reshape(B, C, Q_h * P_h, Q_w * P_w)
+        to_map = 0, 1 + n, *(axis for i in range(n) for axis in (1 + i, 2 + n + i))
+        x = x.reshape(B, *q, C, *p).permute(to_map).reshape(B, C, *whole)
         return crop(x, size)
 
 
@@ -113,10 +122,10 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     Its kernels want unit strides and values as wide as keys; else torch falls back to materialised scores. So the
     value goes through in chunks of the key width; the scores are computed once a chunk, and the FLOP count says so.
     """
-    size, width, wanted = q.shape[1:3], q.shape[-1], v.shape[-1]
+    size, width, wanted = q.shape[1:-2], q.shape[-1], v.shape[-1]
     if wanted % width:
         v = F.pad(v, (0, -wanted % width))
-    q, k, v = (tensor.flatten(1, 2).transpose(1, 2) for tensor in (q, k, v))  # [B, heads, H W, width]
+    q, k, v = (tensor.flatten(1, -3).transpose(1, 2) for tensor in (q, k, v))  # [B, heads, H W, width]
     q, k, v = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (q, k, v))
     chunks = [F.scaled_dot_product_attention(q, k, chunk) for chunk in v.split(width, -1)]
     context = (torch.cat(chunks, -1) if len(chunks) > 1 else chunks[0])[..., :wanted]
