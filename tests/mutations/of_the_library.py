@@ -304,10 +304,10 @@ DEFECTS = (
         f"{NORM}options_mean_what_they_mean_to_pytorch",
     ),
     Defect(
-        "gradients of maps that lie otherwise",
+        "the weight's gradient about zero and not the mean",
         "isa_triton/norm.py",
-        "dy = dy.contiguous(memory_format=torch.channels_last)",
-        "dy = dy.contiguous()",
+        "(s.repeat(runs) for s in (mean, invstd))",
+        "(s.repeat(runs) for s in (0 * mean, invstd))",
         f"{NORM}what_needs_no_gradient_gets_none[x]",
     ),
     # -- several devices
@@ -338,7 +338,7 @@ DEFECTS = (
         "isa_triton/models/timm.py",
         'if getattr(attn, "head_first", False):',
         "if False:",
-        "test_timm.py::test_attention_is_over_the_real_pixels_of_every_group",
+        "test_timm.py::test_accelerated_models_are_the_same_function[rw: tables of q - k, heads first]",
     ),
     Defect(
         "a block that is not the identity at first",
