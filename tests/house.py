@@ -68,6 +68,7 @@ ARROWS = {
     "isa_triton.sharding": {
         "isa_triton._tracing",
         "isa_triton.partition",
+        "isa_triton.norm",
         "isa_triton.maps",
         "isa_triton.modules",
         "isa_triton.sharding",
