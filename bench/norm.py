@@ -1,7 +1,8 @@
 """``python -m bench norm``: how exact fp32 training is on a CPU, and what that costs, with our norm and with PyTorch's.
 
 Batch normalisation alone on channels_last maps, on NCHW ones too, and ISA with either norm: outputs and gradients
-against fp64, the largest difference as a part of the largest entry. Then forward and backward are timed, interleaved.
+against fp64, the largest difference as a part of the largest entry. ISA has GELU, for the derivative of ReLU jumps, and
+what rounding moves across the jump would be all that is seen. Then forward and backward are timed, interleaved.
 """
 
 from __future__ import annotations
@@ -89,7 +90,10 @@ def layers(channels: int) -> dict[str, dict[str, Callable[[], nn.Module]]]:
     widths, alone = (channels, max(1, channels // 2), channels), NORMS | {NCHW: nn.BatchNorm2d}
     return {
         "norm": {name: partial(kind, channels) for name, kind in alone.items()},
-        "ISA": {name: partial(InterlacedSparseSelfAttention, *widths, norm_layer=kind) for name, kind in NORMS.items()},
+        "ISA": {
+            name: partial(InterlacedSparseSelfAttention, *widths, norm_layer=kind, activation=nn.GELU)
+            for name, kind in NORMS.items()
+        },
     }
 
 

@@ -78,6 +78,7 @@ ARROWS = {
         "isa_triton._tracing",
         "isa_triton.axis",
         "isa_triton.partition",
+        "isa_triton.norm",
         "isa_triton.maps",
         "isa_triton.modules",
         "isa_triton.sharding",

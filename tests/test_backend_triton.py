@@ -54,6 +54,17 @@ def test_backends_agree_in_outputs_and_gradients(partition: Partition, bias: boo
         assert relative_error(a, e) < 1e-5
 
 
+@pytest.mark.parametrize("partition", [ONE_KERNEL, TWO_PASSES], ids=["one kernel", "two passes"])
+def test_gradients_need_no_lse_that_was_asked_for(partition: Partition) -> None:
+    (q, k, v, bias), results = inputs(partition), []
+    upstream = torch.randn_like(v)
+    for backend in ("triton", "eager"):
+        out = partitioned_attention(q, k, v, partition, bias=bias, backend=backend)
+        results.append((out, *torch.autograd.grad(out, (q, k, v, bias), upstream)))
+    for a, e in zip(*results, strict=True):
+        assert relative_error(a, e) < 1e-5
+
+
 @pytest.mark.usefixtures("interpreter")
 @pytest.mark.parametrize("partition", [ONE_KERNEL, TWO_PASSES], ids=["one kernel", "two passes"])
 @pytest.mark.parametrize("bias", [False, True])

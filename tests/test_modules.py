@@ -65,12 +65,12 @@ def test_both_paddings_agree_where_the_partition_divides() -> None:
 
 
 def test_padding_is_centred_with_the_small_half_first() -> None:
-    x = torch.ones(1, 1, 5, 4)
-    padded = isa_triton.maps.pad_to_multiple(x, (4, 3))
-    assert padded.shape == (1, 1, 8, 6)
-    assert torch.equal(padded[0, 0].nonzero()[[0, -1]], torch.tensor([[1, 1], [5, 4]]))
-    assert torch.equal(isa_triton.maps.crop(padded, (5, 4)), x)
-    assert isa_triton.maps.pad_to_multiple(padded, (4, 3)) is padded
+    x = torch.ones(1, 1, 5, 7)
+    padded = isa_triton.maps.pad_to_multiple(x, (4, 6))  # 3 more rows, 5 more columns
+    assert padded.shape == (1, 1, 8, 12)
+    assert torch.equal(padded[0, 0].nonzero()[[0, -1]], torch.tensor([[1, 2], [5, 8]]))
+    assert torch.equal(isa_triton.maps.crop(padded, (5, 7)), x)
+    assert isa_triton.maps.pad_to_multiple(padded, (4, 6)) is padded
 
 
 def test_padded_pixels_enter_batch_statistics_and_masked_ones_do_not_exist() -> None:

@@ -188,3 +188,17 @@ def test_sums_of_halves_are_not_taken_in_halves(monkeypatch: pytest.MonkeyPatch)
     _, lse = partitioned_attention_with_lse(q, k, v, partition, bias=bias, backend="eager")
     rows, columns = (x.double().view(-1, 2, 16) for x in (q, k))  # [windows, 2, 16]
     assert relative_error(lse.double().view(-1, 2), (rows @ columns.mT / 4).logsumexp(-1)) < 1e-6
+
+
+@both_backends
+def test_sums_of_dbias_may_be_beyond_halves_on_their_way(backend: str) -> None:
+    """Every group's share is beyond fp16, and half of the groups have the other's negated: nothing is left."""
+    partition = Partition.local((4, 6), window=(1, 2))
+    q = torch.zeros(1, 4, 6, 1, 16, dtype=torch.float16)
+    v, do = torch.zeros_like(q), torch.full_like(q, 300)
+    v[:, :, ::2], do[:, ::2] = 300, -300
+    bias = torch.zeros(1, 2, 2, dtype=torch.float16, requires_grad=True)
+    with np.errstate(all="ignore"):  # of dq and dk, which are infinite
+        out = partitioned_attention(q, q, v, partition, bias=bias, backend=backend)
+        (dbias,) = torch.autograd.grad(out, bias, do)
+    assert torch.equal(dbias, torch.zeros_like(dbias))

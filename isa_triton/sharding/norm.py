@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.distributed import _functional_collectives as collectives
 from torch.distributed.device_mesh import DeviceMesh
 
+from ..norm import gradients_of_affine, is_for_runs, var_mean
+
 
 class ShardedBatchNorm2d(nn.BatchNorm2d):
     """`BatchNorm2d` on local pixels with the statistics of all pixels on the mesh.
@@ -78,8 +80,8 @@ class _BatchNorm(torch.autograd.Function):
         mine = x[:, :, rows]
         pixels = mine.numel() // mine.shape[1]
         var, here = torch.zeros(2, mine.shape[1], dtype=dtype, device=x.device)
-        if pixels:  # in one pass, centred: sums of squares would cancel where the mean is large
-            var, here = torch.var_mean(mine.to(dtype), (0, 2, 3), correction=0)
+        if pixels:  # centred: sums of squares would cancel where the mean is large
+            var, here = var_mean(mine)
         *sums, n = _sum(torch.cat([pixels * here, here.new_tensor([pixels])]), mesh).split([len(here), 1])
         mean = sums[0] / n
         var = _sum(pixels * (var + (here - mean) ** 2), mesh) / n
@@ -97,6 +99,8 @@ class _BatchNorm(torch.autograd.Function):
         dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(  # as if mean and var were constants
             dy, x, scale, mean, var, None, None, False, ctx.eps, [True, True, True]
         )
+        if is_for_runs(x):
+            dweight, dbias = gradients_of_affine(dy, x, mean, (var + ctx.eps).rsqrt())
         # dx = weight / std (dy - mean(dy) - x_hat mean(dy x_hat)), the first term is there, the others where counted
         dy_x_hat, dy_sum = (_sum(torch.cat([dweight, dbias]), ctx.mesh) / n).chunk(2)
         std = (var + ctx.eps).sqrt()

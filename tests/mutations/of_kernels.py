@@ -241,14 +241,14 @@ OTHERS = (
         f"{KERNELS}/common.py",
         "program // blocks % heads",
         "program % heads",
-        f"{LIMITS}offsets_may_exceed_31_bits[row-many blocks, split]",
+        f"{STRIDES}[batch-many blocks]",
     ),
     Defect(
         "sums over keys in halves",
         f"{KERNELS}/forward.py",
-        "acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)",
-        "acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float16)",
-        "test_numerics.py::test_long_groups_keep_the_budget[dtype0-triton-320]",
+        "values, acc * shrink[:, None], input",
+        "values, (acc * shrink[:, None]).to(tl.float16).to(tl.float32), input",
+        "test_numerics.py::test_long_groups_keep_the_budget[dtype1-triton-320]",
     ),
     Defect(
         "a program skips items",
@@ -260,9 +260,9 @@ OTHERS = (
     Defect(
         "sums of dbias in halves",
         f"{KERNELS}/backward.py",
-        "ds_sum = tl.zeros([BLOCK, BLOCK], tl.float32)",
-        "ds_sum = tl.zeros([BLOCK, BLOCK], tl.float16)",
-        "test_numerics.py::test_a_bias_gradient_over_many_groups_keeps_the_budget[dtype0-triton-10]",
+        "            ds_sum += ds\n",
+        "            ds_sum = (ds_sum + ds).to(tl.float16).to(tl.float32)\n",
+        "test_numerics.py::test_a_bias_gradient_over_many_groups_keeps_the_budget[dtype1-triton-10]",
     ),
     Defect(
         "dk without the scale, one block",
@@ -291,7 +291,7 @@ OTHERS = (
         "isa_triton/backend/triton.py",
         "partials = q.new_empty(shape, dtype=torch.float32)",
         "partials = q.new_empty(shape)",
-        "test_numerics.py::test_a_bias_gradient_over_many_groups_keeps_the_budget[dtype0-triton-10]",
+        "test_numerics.py::test_sums_of_dbias_may_be_beyond_halves_on_their_way[triton]",
     ),
     Defect(
         "backward in another precision",

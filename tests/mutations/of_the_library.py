@@ -121,7 +121,7 @@ DEFECTS = (
         "isa_triton/ops.py",
         "with_lse = call.with_lse or _keeps_output(q, v, call)",
         "with_lse = call.with_lse",
-        f"{BACKEND}backends_agree_in_outputs_and_gradients[True-two passes]",
+        f"{BACKEND}gradients_need_no_lse_that_was_asked_for[two passes]",
     ),
     Defect(
         "vmap folds the bias elsewhere",
@@ -229,7 +229,7 @@ DEFECTS = (
         "isa_triton/modules.py",
         "partition, self.num_heads, self._backend)",
         "partition, 1, self._backend)",
-        "test_num_heads.py::test_each_head_attends_with_its_own_channels[interlaced]",
+        "test_num_heads.py::test_layers_pass_their_heads_on_and_fold_exactly[stage]",
     ),
     Defect("another dropout", "isa_triton/modules.py", "dropout: float = 0.1,", "dropout: float = 0.05,", PINNED),
     Defect(
@@ -304,10 +304,10 @@ DEFECTS = (
         f"{NORM}options_mean_what_they_mean_to_pytorch",
     ),
     Defect(
-        "gradients of maps that lie otherwise",
+        "the weight's gradient about zero and not the mean",
         "isa_triton/norm.py",
-        "dy = dy.contiguous(memory_format=torch.channels_last)",
-        "dy = dy.contiguous()",
+        "(s.repeat(runs) for s in (mean, invstd))",
+        "(s.repeat(runs) for s in (0 * mean, invstd))",
         f"{NORM}what_needs_no_gradient_gets_none[x]",
     ),
     # -- several devices
@@ -319,10 +319,10 @@ DEFECTS = (
         "test_sharding_equals_one_device.py::test_dropout_drops_a_channel_on_all_devices",
     ),
     Defect(
-        "groups are dealt out in halves",
+        "groups are dealt out by rows alone",
         "isa_triton/sharding/layouts.py",
-        "* some / devices)",
-        "/ 2)",
+        "if h[1] - h[0] < w[1] - w[0]:",
+        "if False:",
         "test_sharding_layouts.py::test_groups_are_dealt_out_evenly",
     ),
     # -- networks
@@ -338,7 +338,7 @@ DEFECTS = (
         "isa_triton/models/timm.py",
         'if getattr(attn, "head_first", False):',
         "if False:",
-        "test_timm.py::test_attention_is_over_the_real_pixels_of_every_group",
+        "test_timm.py::test_accelerated_models_are_the_same_function[rw: tables of q - k, heads first]",
     ),
     Defect(
         "a block that is not the identity at first",
