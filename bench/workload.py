@@ -27,7 +27,7 @@ class OnMap:
 
     height: int
     width: int
-    depth: int | None
+    depth: int | None = None
 
     @property
     def size(self) -> tuple[int, ...]:

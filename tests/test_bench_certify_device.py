@@ -96,7 +96,7 @@ def test_a_device_is_given_the_launches_of_every_item() -> None:
         "a device": "", "a copy": "", "a matmul bfloat16": "",
         "b Swin 49, bfloat16": one.format(20),
         "b Swin 49, float16": one.format(20),
-        "b dense 16384, float16": "backward_keys_kernel 20 backward_queries_kernel 20 forward_kernel 20",
+        "b dense 16384, float16": "backward_columns_kernel 20 forward_kernel 20",
         "c stream": one.format(3),
         "c second device": "",
         "c graph, forward": forward.format(3 + 1 + 1),  # before the capture, replayed, and beside it
@@ -104,8 +104,8 @@ def test_a_device_is_given_the_launches_of_every_item() -> None:
         "c autocast": one.format(2),
         "e Swin 49, forward, isa_triton": "forward_kernel 22",  # once, and the samples
         "e Swin 49, forward, sdpa": "forward_kernel 1",  # ours, beside
-        "e Swin 49, training, isa_triton": "backward_keys_kernel 22 backward_queries_kernel 22 forward_kernel 22",
-        "e Swin 49, training, sdpa": "backward_keys_kernel 1 backward_queries_kernel 1 forward_kernel 1",
+        "e Swin 49, training, isa_triton": "backward_columns_kernel 22 forward_kernel 22",
+        "e Swin 49, training, sdpa": "backward_columns_kernel 1 forward_kernel 1",
     }  # fmt: skip
     for name in ("b Swin 49, bfloat16", "b Swin 49, float16", "b dense 16384, float16"):  # nothing was written
         outcome, _, why, figures = made[name]
@@ -120,8 +120,8 @@ def test_a_device_is_given_the_launches_of_every_item() -> None:
         assert made[f"e Swin 49, {pass_}, sdpa"][2].startswith("computes something else")
     assert made["a copy"][3] == "GB/s how clocks"
     assert made["a matmul bfloat16"][3] == "TFLOP/s how clocks"
-    twice = ["forward_kernel", "backward_queries_kernel", "backward_keys_kernel"] * 2
-    assert lines[-1] == [" ".join(["attend [3]", *twice])]  # the first call is not watched
+    twice = ["forward_kernel", "backward_columns_kernel"] * 2
+    assert lines[-1] == [" ".join(["attend [2]", *twice])]  # the first call is not watched
 
 
 # -- tools -------------------------------------------------------------------------------------------------------------

@@ -65,5 +65,5 @@ def test_natten_counts_its_neighbourhoods() -> None:
     assert attention(q, k, v).shape == v.shape
     assert libraries.natten_refuses(workload) is None
     assert "wide as keys" in str(libraries.natten_refuses(Workload("attention", "forward", 64, 128, 512, 256, 300)))
-    flops = libraries._natten_flops(q.shape, k.shape, v.shape, *Partition.local((64, 128), window=(8, 8)))
+    flops = libraries._natten_flops(q.shape, k.shape, v.shape, Partition.local((64, 128), window=(8, 8)).flat())
     assert flops == 2 * (512 + 2 * 256) * 64 * 128 * 64  # the scores once for each half of the values
