@@ -13,6 +13,7 @@ from torch import Tensor
 
 from isa_triton import Partition, missing_tokens, partitioned_attention, partitioned_attention_with_lse
 from tests.cases import PARTITIONS, relative_error
+from tests.compiling import run_compiling
 
 pytestmark = [pytest.mark.usefixtures("kernels"), pytest.mark.usefixtures("_quietly")]
 HEADS = 6
@@ -294,3 +295,46 @@ def test_gradients_of_a_bias_per_map_are_the_same_every_time() -> None:
         return torch.autograd.grad(out.square().sum(), bias)[0]
 
     assert torch.equal(gradient(), gradient())
+
+
+COMPILED = """
+import torch
+from triton.backends.compiler import GPUTarget
+
+from isa_triton import Partition, tiles
+from isa_triton.backend.kernels import launch, plan
+
+maps, heads, shared, width = 2, 4, 2, 32
+
+
+def layout(*shape, dtype=torch.bfloat16, stride=None):
+    stride = torch.empty(shape, device="meta").stride() if stride is None else stride
+    return plan.Layout(shape, stride, dtype, aligned=True)
+
+
+for name, target in (("sm_90", GPUTarget("cuda", 90, 32)), ("gfx942", GPUTarget("hip", "gfx942", 64))):
+    partition = Partition.local((4, 12, 24), (2, 4, 4), (1, 2, 3), cyclic=(False, False, True))
+    tokens, here = partition.tokens, (maps, *partition.size)
+    q, k = layout(*here, heads, width), layout(*here, shared, width)
+    lse, scales = layout(*here, heads, dtype=torch.float32), layout(heads, dtype=torch.float32)
+    bias = layout(maps, heads, tokens, tokens, dtype=torch.float32)
+    valid = layout(*here, heads, dtype=torch.uint8, stride=(*torch.empty(here, device="meta").stride(), 0))
+    found = tiles.backward(name, width, width, "bfloat16", tokens)
+    tile = tiles.lookup(name, "forward", width, width, "bfloat16", tokens)
+    sums = layout(*plan.bias_partials_shape(maps, heads, partition, found, per_map=True), dtype=torch.float32)
+    given = q, k, k, bias, scales, valid, q, lse
+    launches = [*plan.forward(given, 1.0, partition, tile, "ieee")]
+    launches += plan.backward((*given, q, lse, q, q, q, lse, sums), 1.0, partition, found, "ieee")
+    for each in launches:
+        print(name, each.kernel.__name__, len(launch.compile(each, target).asm) > 0)
+"""
+
+
+@pytest.mark.slow
+def test_kernels_that_take_everything_compile() -> None:
+    """What the interpreter lets pass a compiler may refuse: three axes, a seam, and all arguments at once."""
+    done = run_compiling("-c", COMPILED)
+    assert done.returncode == 0, done.stderr
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert {target for target, *_ in lines} == {"sm_90", "gfx942"}
+    assert all(compiled == "True" for *_, compiled in lines)
