@@ -6,13 +6,13 @@ They project and compose; `maps` has what they are made of, and says how feature
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypedDict, Unpack
+from typing import Any, TypedDict, Unpack
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._tracing import leaf_of_fx
+from ._tracing import is_exported, is_known_to_be, is_plain, leaf_of_fx
 from .backend import check_backend
 from .maps import (
     PATTERNS,
@@ -38,6 +38,7 @@ from .maps import (
     one_of,
     pad_to_multiple,
     pads,
+    projected,
     recomputed,
     unit_options,
 )
@@ -66,7 +67,9 @@ class SelfAttention2d(Attends):
 
     The paper's stage (arXiv 1907.12273, section 3.1; the authors' SelfAttentionBlock2D): key and query are two
     conv1x1 + BN + ReLU each, value is one conv1x1, scores are scaled by ``(key_channels / num_heads) ** -0.5``, and the
-    output is conv1x1 + BN + ReLU. The paper, and every published checkpoint, has one head.
+    output is conv1x1 + BN + ReLU. The paper, and every published checkpoint, has one head. On a CPU, in
+    fp32 and fp64, values and output are one product, ``W_o (A (W_v x)) = (W_o W_v) (A x)``, where in_channels are at
+    most value_channels.
 
     Args:
         in_channels: C, of the map.
@@ -141,10 +144,37 @@ class SelfAttention2d(Attends):
         if padded:
             x = pad_to_multiple(x, self.partition_size)
         recompute = self.recompute and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if x.is_cpu and self._backend != "triton" and not is_exported():
+            x = x.contiguous(memory_format=torch.channels_last)  # three products and the values read it
         q, k = (recomputed(f, x) if recompute else f(x) for f in (self.query, self.key))
-        partition = self.partition((x.shape[2], x.shape[3]))
-        y = self.output(attend_maps(q, k, self.value(x), partition, self.num_heads, self._backend))
+        partition, folds = self.partition((x.shape[2], x.shape[3])), self._folds(x)
+        context = attend_maps(q, k, x if folds else self.value(x), partition, self.num_heads, self._backend)
+        output: Any = self.output
+        if folds:
+            y = output.behind(projected([context], output.conv.matrix() @ self.value.matrix()))
+        else:
+            y = output(context)
         return crop(y, size) if padded else y
+
+    def _folds(self, x: Tensor) -> bool:
+        """Whether values and output are one product, ``W_o (A (W_v x)) = (W_o W_v) (A x)``, as in `inference.fuse`.
+
+        On a CPU, where products are what takes the time, and in full precision, to which weights are rounded once more.
+        """
+        narrow = x.shape[1] <= self.value.out_channels and self.num_heads == 1
+        if not (narrow and x.is_cpu and self._backend != "triton" and x.dtype in (torch.float32, torch.float64)):
+            return False
+        if (
+            is_exported()
+            or torch.is_autocast_enabled("cpu")
+            or is_known_to_be(x.shape[0] * x.shape[2] * x.shape[3] < self.output.conv.out_channels)
+        ):
+            return False
+        return (
+            is_plain(self.value, Conv1x1)
+            and is_plain(self.output, ConvNormReLU)
+            and is_plain(self.output.conv, Conv1x1)
+        )
 
     def partition(self, size: tuple[int, int]) -> Partition:
         """The partition of a map of (H, W) pixels, after any padding."""
