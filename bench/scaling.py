@@ -22,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_out(parser)
     who = f"who is measured and drawn, of {' '.join(PROVIDERS)} (default: all, drawn {' '.join(DRAWN)})"
     add("--providers", nargs="+", choices=PROVIDERS, metavar="NAME", help=who)
+    add("--twice", action="store_true", help="every provider once more, as NAME-again: how they differ is noise")
     add_sizes(parser, SIZES)
     add("--levels", nargs="+", choices=LEVELS, default=list(BLOCK_LEVELS), help="of what is measured")
     add_partition_size(parser)
@@ -33,13 +34,14 @@ def run(args: argparse.Namespace) -> None:
         check_partition_size(args.partition_size, map_)
     sizes = sorted(dict.fromkeys(args.sizes), key=lambda size: size[0] * size[1])
     measured = [PROVIDERS[name] for name in args.providers or PROVIDERS]
+    again = [provider.again() for provider in measured] if args.twice else []
     plan = [
-        (survey.workload(args, level, pass_, size, args.partition_size), measured)
+        (survey.workload(args, level, pass_, size, args.partition_size), [*measured, *again])
         for level, pass_, size in product(args.levels, args.passes, sizes)
     ]
     said, path = Terminal(args), args.out / "scaling.csv"
     rows = survey.conduct(args, said, path, plan)
-    shown = args.providers or (PROVIDERS if args.verbose else figures.HEADLINE)
+    shown = {*(args.providers or (PROVIDERS if args.verbose else figures.HEADLINE)), *(each.name for each in again)}
     said.show(*summary([row for row in rows if row.provider in shown]))
     pictures = draw([row for row in rows if row.provider in (args.providers or DRAWN)], args.out)
     written = [] if args.redraw else [path]
