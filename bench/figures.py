@@ -54,7 +54,9 @@ LOOKS = {
     "flex": Look("flex (FlexAttention, masked)", "#117733", "8", ":"),
     "natten": Look("natten (dilated and strided neighbourhoods)", "#44AA99", "D", ":"),
     "unfused": Look("unfused (ISA, permuted and copied)", "#56B4E9", "^", "-."),
+    "unfused-compiled": Look("unfused-compiled (the same under torch.compile)", "#56B4E9", "P", "--"),
     "isa": Look("isa (ours)", "#0072B2", "D"),
+    "isa-compiled": Look("isa-compiled (the same under torch.compile)", "#0072B2", "X", "--"),
     "isa-triton": Look("isa-triton (ours on a GPU)", "#009E73", "v", "--"),
 }
 STAGE_LOOKS = {

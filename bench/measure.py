@@ -27,6 +27,7 @@ from torch.utils.flop_counter import flop_registry
 from bench import devices
 from bench.compared import Provider
 from bench.workload import Workload
+from isa_triton._tracing import has_modes
 
 Step = Callable[[], tuple[Tensor, ...]]
 
@@ -43,6 +44,8 @@ for _missing, _known in (
 def step(provider: Provider, workload: Workload, device: str = "cpu", inputs: tuple[Tensor, ...] | None = None) -> Step:
     """One call: the output alone, or in a training pass the output and the gradients of all inputs and parameters.
 
+    Compilers compile in the first one.
+
     Args:
         provider: whose implementation is called.
         workload: what it is called on.
@@ -51,6 +54,8 @@ def step(provider: Provider, workload: Workload, device: str = "cpu", inputs: tu
     """
     inputs = workload.inputs(device) if inputs is None else inputs
     function = provider.build(workload, device)
+    if provider.compiled and not has_modes():  # of counters, which see the operators that are compiled
+        function = torch.compile(function, dynamic=False)
     if not workload.training:
         return forward(function, *inputs)
     parameters = function.parameters() if isinstance(function, nn.Module) else ()

@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_out(parser)
     who = f"who is measured and drawn, of {' '.join(PROVIDERS)} (default: all, drawn {' '.join(DRAWN)})"
     add("--providers", nargs="+", choices=PROVIDERS, metavar="NAME", help=who)
+    add("--twice", action="store_true", help="every provider once more, as NAME-again: how they differ is noise")
     add_axes(parser)
     add("--sizes", nargs="+", type=sides, metavar="SIZE", help="maps in pixels, 64 or 64x128, height first")
     add("--levels", nargs="+", choices=LEVELS, default=list(BLOCK_LEVELS), help="of what is measured")
@@ -42,14 +43,15 @@ def run(args: argparse.Namespace) -> None:
         check_partition_size(p, size)
     sizes = sorted(dict.fromkeys(sizes), key=math.prod)
     measured = [PROVIDERS[name] for name in args.providers or PROVIDERS]
+    again = [provider.again() for provider in measured] if args.twice else []
     plan = [
-        (survey.workload(args, level, pass_, size, p), measured)
+        (survey.workload(args, level, pass_, size, p), [*measured, *again])
         for level, pass_, size in product(args.levels, args.passes, sizes)
     ]
     prefix = PREFIX[args.axes]
     said, path = Terminal(args), args.out / f"{prefix}scaling.csv"
     rows = survey.conduct(args, said, path, plan)
-    shown = args.providers or (PROVIDERS if args.verbose else figures.HEADLINE)
+    shown = {*(args.providers or (PROVIDERS if args.verbose else figures.HEADLINE)), *(each.name for each in again)}
     said.show(*summary([row for row in rows if row.provider in shown]))
     pictures = draw([row for row in rows if row.provider in (args.providers or DRAWN)], args.out, prefix)
     written = [] if args.redraw else [path]

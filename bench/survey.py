@@ -159,6 +159,8 @@ class Survey:
         """The rows with the seconds of all samples that this survey took of them, or with what a call raised."""
         args, device, failures = self.args, self.args.device, dict[str, str]()
         inputs, steps = tuple[Tensor, ...](), dict[str, measure.Step]()
+        if any(providers[name].compiled for name in rows):
+            torch.compiler.reset()  # compilers give up what they have compiled for many sizes already
         for name, row in rows.items():
             try:
                 if torch.device(device).type != "cpu":

@@ -97,6 +97,11 @@ def is_recorded() -> bool:
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
 
 
+def is_exported() -> bool:
+    """Whether a graph is made that may run elsewhere: what is faster here is no reason to put it there."""
+    return torch.compiler.is_exporting() or wants_torch_operators() or is_recorded()
+
+
 def is_known_to_be(condition: Any) -> bool:
     """Whether a condition on sizes holds at all of those that a graph is made for; asking does not restrict them."""
     if not torch.compiler.is_compiling():

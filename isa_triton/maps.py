@@ -7,7 +7,6 @@ are views of the projections' outputs.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from reprlib import repr as short
@@ -18,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ._tracing import is_known_to_be, is_proxy, is_transformed, leaf_of_fx, wants_torch_operators
+from ._tracing import is_exported, is_known_to_be, is_plain, is_proxy, is_transformed, leaf_of_fx, wants_torch_operators
 from .axis import MOST_AXES, Axis, ceil_div, pair
 from .backend import check_backend
 from .functional import partitioned_attention
@@ -39,33 +38,17 @@ PATTERNS: dict[str, Callable[[Sequence[int], Sequence[int]], Partition]] = {
     "dense": lambda size, partition_size: Partition.dense(size),
 }
 MOST, LONGEST = 2**20, 2**15  # of channels, and of a partition size: more is a mistake, and would fill all memory
+_HAS_ONEDNN = torch.backends.mkldnn.is_available()  # which Dynamo cannot ask
 PARTITIONED = ("interlaced", "local")  # the patterns that a partition size shapes
 
 
 class Pointwise(nn.Module):
-    """What a convolution of single pixels does, whose parameters a subclass has: a GEMM."""
+    """What convolutions of single pixels are: a matrix. A subclass has the parameters."""
 
     weight: Tensor
     bias: Tensor | None
 
-    def product(self, *inputs: Tensor) -> Tensor:
-        weights = self._matrix().split([x.shape[1] for x in inputs], dim=1)  # [out, C_i]
-        if torch.compiler.is_compiling() or wants_torch_operators():
-            return self._convolved(inputs, weights)
-        y = self.bias  # then [B, H W, out]
-        for x, weight in zip(inputs, weights, strict=True):
-            pixels = x.permute(0, 2, 3, 1)  # [B, H, W, C_i], NCHW or channels_last
-            if _wants_rows(pixels):
-                first = y is None or y is self.bias
-                product = _product_of_rows(pixels, weight, y if first else None).flatten(1, 2)
-                y = product if y is None or first else _added(product, y)
-            else:  # a batched GEMM takes NCHW transposed; folding B would copy it
-                pixels, matrix = pixels.flatten(1, 2), weight.t().expand(x.shape[0], -1, -1)  # [B, C_i, out]
-                y = torch.bmm(pixels, matrix) if y is None else torch.baddbmm(y, pixels, matrix)
-        assert y is not None
-        return y.unflatten(1, inputs[0].shape[2:]).permute(0, 3, 1, 2)
-
-    def _matrix(self) -> Tensor:
+    def matrix(self) -> Tensor:
         """The weight [out, C, 1, 1] as [out, C], whose gradient gets the parameter's strides, 1x1 though they be.
 
         Optimisers' fused paths and DDP's buckets copy gradients of others. What squeezes a dimension of one element
@@ -77,14 +60,6 @@ class Pointwise(nn.Module):
         if weight.stride(3) == 1:
             return weight.squeeze(3).squeeze(2)
         return weight.permute(0, 2, 3, 1).squeeze(2).squeeze(1)
-
-    def _convolved(self, inputs: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
-        """For graphs of any batch and size: inductor (torch 2.14) cannot keep a view, nor tracers `expand`."""
-        first, *others = (x.contiguous(memory_format=torch.channels_last) for x in inputs)
-        y = F.conv2d(first, weights[0][..., None, None], self.bias)
-        for x, weight in zip(others, weights[1:], strict=True):
-            y = y + F.conv2d(x, weight[..., None, None])
-        return y
 
 
 class Conv1x1(Pointwise, nn.Conv2d):
@@ -101,7 +76,7 @@ class Conv1x1(Pointwise, nn.Conv2d):
 
     @leaf_of_fx
     def forward(self, *inputs: Tensor) -> Tensor:
-        return self.product(*inputs)
+        return projected(inputs, self.matrix(), self.bias)
 
 
 class PointwiseConv1d(Pointwise, nn.Conv1d):
@@ -116,7 +91,7 @@ class PointwiseConv1d(Pointwise, nn.Conv1d):
 
     @leaf_of_fx
     def forward(self, *inputs: Tensor) -> Tensor:
-        return from_map(self.product(*map(as_map, inputs)), inputs[0].shape[2:])
+        return from_map(projected([*map(as_map, inputs)], self.matrix(), self.bias), inputs[0].shape[2:])
 
 
 class PointwiseConv3d(Pointwise, nn.Conv3d):
@@ -131,10 +106,57 @@ class PointwiseConv3d(Pointwise, nn.Conv3d):
 
     @leaf_of_fx
     def forward(self, *inputs: Tensor) -> Tensor:
-        return from_map(self.product(*map(as_map, inputs)), inputs[0].shape[2:])
+        return from_map(projected([*map(as_map, inputs)], self.matrix(), self.bias), inputs[0].shape[2:])
 
 
-POINTWISE: dict[int, Callable[..., Any]] = {1: PointwiseConv1d, 2: Conv1x1, 3: PointwiseConv3d}  # by the axes of a map
+POINTWISE: dict[int, Any] = {1: PointwiseConv1d, 2: Conv1x1, 3: PointwiseConv3d}  # by the axes of a map
+
+
+def projected(inputs: Sequence[Tensor], matrix: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Maps [B, C_i, H, W], as one of the sum of their channels, times a matrix [out, C] -> [B, out, H, W]."""
+    weights = matrix.split([x.shape[1] for x in inputs], dim=1)  # [out, C_i]
+    in_graph = torch.compiler.is_compiling() or wants_torch_operators()
+    y: Tensor | None = None
+    for x, weight in zip(inputs, weights, strict=True):
+        added = bias if y is None else None
+        if in_graph:  # of any batch and size: inductor (torch 2.14) cannot keep a view, nor tracers `expand`
+            product = _convolution(x.contiguous(memory_format=torch.channels_last), weight, added)
+            y = product if y is None else y + product
+        else:
+            product = _product(x, weight, added)
+            y = product if y is None else _added(product, y)
+    assert y is not None
+    return y
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x [B, C, H, W] and weight [out, C] -> [B, out, H, W], channels_last."""
+    if _suits_onednn(x) and x.is_contiguous(memory_format=torch.channels_last):
+        return _convolution(x, weight, bias).contiguous(memory_format=torch.channels_last)
+    # a batched GEMM takes NCHW transposed; folding B would copy it
+    pixels, matrix = x.permute(0, 2, 3, 1).flatten(1, 2), weight.t().expand(x.shape[0], -1, -1)  # [B, C, out]
+    y = torch.bmm(pixels, matrix) if bias is None else torch.baddbmm(bias, pixels, matrix)
+    return y.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+
+
+def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [B, C, H, W] convolved by weight [out, C], by oneDNN where it suits.
+
+    It uses AVX-512 wherever it is; MKL's matrix product, elsewhere as fast, does so on Intel's CPUs alone. On one
+    thread PyTorch (2.14) asks it for few maps if the convolution is dilated, which one of a single pixel may well be.
+    """
+    return F.conv2d(x, weight[..., None, None], bias, dilation=2 if _suits_onednn(x) else 1)
+
+
+def _suits_onednn(x: Tensor) -> bool:
+    """Whether products of x are faster as oneDNN's convolutions, here: a graph that is exported may run elsewhere.
+
+    PyTorch does not ask it for few elements. Not those of subclasses: a tensor that waits for other processes would be
+    copied.
+    """
+    if not (_HAS_ONEDNN and type(x) is Tensor and x.is_cpu and x.dtype == torch.float32):
+        return False
+    return not is_exported() and not is_known_to_be(x.numel() <= 20480)
 
 
 def _added(x: Tensor, y: Tensor) -> Tensor:
@@ -144,27 +166,10 @@ def _added(x: Tensor, y: Tensor) -> Tensor:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`F.linear` of x [..., T, C], weight [out, C] and bias [out], by whatever is fastest where x lies."""
-    if x.dim() < 3 or torch.compiler.is_compiling() or wants_torch_operators() or not _wants_rows(x):
+    if x.dim() < 3 or torch.compiler.is_compiling() or not (_suits_onednn(x) and x.is_contiguous()):
         return F.linear(x, weight, bias)
-    return _product_of_rows(x, weight, bias)
-
-
-def _wants_rows(x: Tensor) -> bool:
-    """Whether x [..., T, C] is multiplied faster as a batch of rows of T, by oneDNN's 1x1 convolution.
-
-    Of fp32, and 16 of them, from which on PyTorch asks oneDNN on one thread too. It uses AVX-512 wherever it is; MKL's
-    matrix product, elsewhere as fast, does so on Intel's CPUs alone. Not of subclasses: a tensor that waits for other
-    processes would be copied.
-    """
-    on_cpu = type(x) is Tensor and x.is_cpu and x.dtype == torch.float32 and torch.backends.mkldnn.is_available()
-    return on_cpu and math.prod(x.shape[:-2]) >= 16 and x.is_contiguous()
-
-
-def _product_of_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x [..., T, C] and weight [out, C] -> [..., T, out]."""
-    rows = x.flatten(0, -3)[:, None].permute(0, 3, 1, 2)  # [n, C, 1, T]
-    product = F.conv2d(rows, weight[..., None, None], bias)
-    return product.permute(0, 2, 3, 1).reshape(*x.shape[:-1], weight.shape[0])
+    rows = x.flatten(0, -3)[None].permute(0, 3, 1, 2)  # [1, C, n, T]
+    return _convolution(rows, weight, bias).permute(0, 2, 3, 1).reshape(*x.shape[:-1], weight.shape[0])
 
 
 class Attends(nn.Module):
@@ -229,7 +234,40 @@ class ConvNormReLU(nn.Sequential):
         self.relu: Any = made("activation", activation)
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        return self.relu(self.norm(self.conv(*inputs)))
+        return self.behind(self.conv(*inputs))
+
+    def behind(self, y: Tensor) -> Tensor:
+        """What comes behind the convolution."""
+        y = self.norm(y)
+        return _ReLU.apply(y) if _inductor_keeps_a_mask(self.relu, y) else self.relu(y)
+
+
+def _inductor_keeps_a_mask(activation: nn.Module, x: Tensor) -> bool:
+    """Whether `nn.ReLU` in a graph would keep a truth value a pixel for its gradient.
+
+    Inductor (torch 2.14) moves these between memory and vectors on a CPU at 10 ns each, in the time of twenty pixels.
+    """
+    trains = torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting() and torch.is_grad_enabled()
+    return trains and x.is_cpu and is_plain(activation, nn.ReLU)
+
+
+class _ReLU(torch.autograd.Function):
+    """ReLU whose gradient asks the result, which somebody keeps anyway, for its sign."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        y = x.clamp_min(0)
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        (y,) = ctx.saved_tensors
+        return dy * y.sign()
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, x: Tensor) -> tuple[Tensor, Any]:
+        return _ReLU.apply(x), in_dims[0]
 
 
 def made(name: str, make: Callable[..., nn.Module], *arguments: Any) -> nn.Module:

@@ -5,14 +5,15 @@ They project and compose; `maps` has what they are made of, and says how feature
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import ClassVar, TypedDict, Unpack
+from typing import Any, ClassVar, TypedDict, Unpack
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._tracing import leaf_of_fx
+from ._tracing import is_exported, is_known_to_be, is_plain, leaf_of_fx
 from .backend import check_backend
 from .maps import (
     PATTERNS,
@@ -40,9 +41,11 @@ from .maps import (
     one_of,
     pad_to_multiple,
     pads,
+    projected,
     recomputed,
     unit_options,
 )
+from .norm import as_map, from_map
 from .partition import Partition
 
 
@@ -114,10 +117,32 @@ class SelfAttention(Attends):
         if padded:
             x = pad_to_multiple(x, self.partition_size)
         recompute = self.recompute and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if x.is_cpu and self._backend != "triton" and not is_exported():  # three products and the values read it
+            x = from_map(as_map(x).contiguous(memory_format=torch.channels_last), x.shape[2:])
         q, k = (recomputed(f, x) if recompute else f(x) for f in (self.query, self.key))
-        partition = self.partition(x.shape[2:])
-        y = self.output(attend_maps(q, k, self.value(x), partition, self.num_heads, self._backend))
+        partition, folds = self.partition(x.shape[2:]), self._folds(x)
+        context = attend_maps(q, k, x if folds else self.value(x), partition, self.num_heads, self._backend)
+        output: Any = self.output
+        if folds:
+            matrix = output.conv.matrix() @ self.value.matrix()
+            y = output.behind(from_map(projected([as_map(context)], matrix), x.shape[2:]))
+        else:
+            y = output(context)
         return crop(y, size) if padded else y
+
+    def _folds(self, x: Tensor) -> bool:
+        """Whether values and output are one product, ``W_o (A (W_v x)) = (W_o W_v) (A x)``, as in `inference.fuse`.
+
+        On a CPU, where products are what takes the time, and in full precision, to which weights are rounded once more.
+        """
+        narrow = x.shape[1] <= self.value.out_channels and self.num_heads == 1
+        if not (narrow and x.is_cpu and self._backend != "triton" and x.dtype in (torch.float32, torch.float64)):
+            return False
+        pixels = x.shape[0] * math.prod(x.shape[2:])
+        if is_exported() or torch.is_autocast_enabled("cpu") or is_known_to_be(pixels < self.output.conv.out_channels):
+            return False
+        plain, kind = (self.value, self.output.conv), POINTWISE[self.axes]
+        return is_plain(self.output, ConvNormReLU) and all(is_plain(part, kind) for part in plain)
 
     def partition(self, size: Sequence[int]) -> Partition:
         """The partition of a map of (H, W) pixels, after any padding."""
@@ -133,7 +158,9 @@ class SelfAttention2d(SelfAttention):
 
     The paper's stage (arXiv 1907.12273, section 3.1; the authors' SelfAttentionBlock2D): key and query are two
     conv1x1 + BN + ReLU each, value is one conv1x1, scores are scaled by ``(key_channels / num_heads) ** -0.5``, and the
-    output is conv1x1 + BN + ReLU. The paper, and every published checkpoint, has one head.
+    output is conv1x1 + BN + ReLU. The paper, and every published checkpoint, has one head. On a CPU, in
+    fp32 and fp64, values and output are one product, ``W_o (A (W_v x)) = (W_o W_v) (A x)``, where in_channels are at
+    most value_channels.
 
     Args:
         in_channels: C, of the map.

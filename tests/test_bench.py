@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -355,6 +356,42 @@ def test_scaling_measures_only_what_its_csv_lacks(tmp_path: Path, monkeypatch: p
     assert len(read(tmp_path / "scaling.csv", Cost)) == 6
     main([*SCALING, *only, "isa", "--sizes", "6", "--fresh"])
     assert len(read(tmp_path / "scaling.csv", Cost)) == 1
+
+
+@pytest.mark.parametrize("name", ["unfused", "isa"])
+def test_what_is_compiled_is_counted_as_it_is_and_called_before_it_is_timed(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    compiler = {"compiled": 0}
+
+    def compiling(function: Any, **options: Any) -> Any:
+        compiler["compiled"] += 1
+        assert options == {"dynamic": False}
+
+        def compiled(*inputs: Tensor) -> Tensor:
+            calls.append("call")
+            return function(*inputs)
+
+        return compiled
+
+    def timing(steps: dict[str, Any], **_: Any) -> dict[str, Samples]:
+        calls.append("timed")
+        return {name: Samples((1.0, 1.0), "clock") for name in steps}
+
+    monkeypatch.setattr(torch, "compile", compiling)
+    assert counted(f"{name}-compiled", "attention", "training", 6, 6) == counted(name, "attention", "training", 6, 6)
+    assert compiler["compiled"] == 0
+    monkeypatch.setattr(measure, "samples", timing)
+    monkeypatch.setattr(measure, "matmul_rate", lambda *_: 1e9)
+    monkeypatch.setattr("bench.scaling.draw", lambda *_: [])
+    only = ["--levels", "attention", "--passes", "forward", "--sizes", "6", "--providers", name, f"{name}-compiled"]
+    main([*SCALING, "--out", str(tmp_path), *only, "--twice"])
+    assert calls == ["call", "call", "timed"]
+    assert compiler["compiled"] == 2
+    rows = read(tmp_path / "scaling.csv", Cost)
+    assert [row.provider for row in rows] == [name, f"{name}-compiled", f"{name}-again", f"{name}-compiled-again"]
+    assert len({(row.flops, row.peak_bytes) for row in rows}) == 1
 
 
 def test_scaling_of_nobody_says_so_and_draws_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

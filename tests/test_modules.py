@@ -141,18 +141,18 @@ def test_projections_copy_no_input(memory_format: torch.memory_format, monkeypat
     seen: list[Tensor] = []
 
     def spied(product: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def spy(a: Tensor, *others: Any) -> Tensor:
+        def spy(a: Tensor, *others: Any, **options: Any) -> Tensor:
             seen.append(a)
-            return product(a, *others)
+            return product(a, *others, **options)
 
         return spy
 
     monkeypatch.setattr(torch, "bmm", spied(torch.bmm))
     monkeypatch.setattr(isa_triton.maps.F, "conv2d", spied(isa_triton.maps.F.conv2d))
-    x = torch.randn(2, 6, 8, 12).contiguous(memory_format=memory_format)
+    x = torch.randn(2, 6, 48, 40).contiguous(memory_format=memory_format)
     Conv1x1(6, 4)(x)
     assert [a.data_ptr() for a in seen] == [x.data_ptr()]
-    assert seen[0].shape == ((16, 6, 1, 12) if memory_format == torch.channels_last else (2, 96, 6))
+    assert seen[0].shape == ((2, 6, 48, 40) if memory_format == torch.channels_last else (2, 1920, 6))
     monkeypatch.undo()
     given: list[Tensor] = []
     attention = isa_triton.maps.partitioned_attention

@@ -102,4 +102,4 @@ def test_a_block_in_training_needs_the_bytes_of_fused_dense_attention() -> None:
     providers = PROVIDERS["dense-sdpa"], PROVIDERS["isa"], Provider("recomputing", module=recomputing)
     dense, isa, ours = (measure.count(partial(measure.step, provider, workload))[1] for provider in providers)
     assert ours <= 1.02 * dense
-    assert isa > 1.4 * dense
+    assert isa > 1.3 * dense

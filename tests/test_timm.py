@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import pickle
+from itertools import product
 from typing import Any
 
 import pytest
 import timm
 import torch
 from timm.models.maxxvit import PartitionAttentionCl
+from timm.models.swin_transformer import SwinTransformerBlock
 from torch import Tensor, nn
 
 from isa_triton.models.timm import AcceleratedBlockCl, AcceleratedSwinBlock, accelerate, restore
@@ -201,3 +203,24 @@ def test_image_sizes_are_those_of_timms_own_layers(name: str, any_size: bool) ->
     else:
         with pytest.raises(RuntimeError, match="must match the size of tensor"):
             network(x)
+
+
+@pytest.mark.parametrize("key", ["Swin: maps of 28x14 and 14x7", QUICK])
+def test_shifted_windows_in_training_on_a_cpu_are_timms(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With "auto", in training and where windows divide the map; everything else is ours."""
+    attended: list[tuple[int, ...]] = []
+    theirs = SwinTransformerBlock._attn
+
+    def spy(self: Any, x: Tensor) -> Tensor:
+        attended.append(self.shift_size)
+        return theirs(self, x)
+
+    monkeypatch.setattr(SwinTransformerBlock, "_attn", spy)
+    network: Any = accelerate(model(key)[0])
+    shifted = network.layers[0].blocks[1]
+    for size, trains, backend in product([(28, 14), (27, 13)], [True, False], ["auto", "eager"]):
+        attended.clear()
+        accelerate(network, backend=backend)
+        with torch.set_grad_enabled(trains):
+            shifted(torch.randn(1, *size, 16, dtype=torch.float64))
+        assert attended == [(3, 3)] * (trains and backend == "auto" and size == (28, 14))

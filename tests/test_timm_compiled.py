@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +17,7 @@ from tests.cases import relative_error
 
 MAXVIT: dict[str, Any] = {"img_size": 128, "depths": (1,), "embed_dim": (32,), "stem_width": 8}
 SWIN: dict[str, Any] = {"img_size": (40, 72), "depths": (2,), "embed_dim": 16, "num_heads": (1,)}
-MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {  # those of the table in isa_triton/models/README.md
     "rw": ("maxvit_nano_rw_256", MAXVIT),
     "tf": ("maxvit_tiny_tf_224", MAXVIT),
     "rmlp": ("maxvit_rmlp_nano_rw_256", MAXVIT),
@@ -48,6 +50,13 @@ def test_a_whole_model_is_one_graph(key: str, trains: bool) -> None:
         actual = torch.compile(network, fullgraph=True, backend=counter)(x)
     assert counter.frame_count == 1
     assert relative_error(actual, expected) < 1e-5
+
+
+def test_the_page_counts_the_graphs_of_every_model() -> None:
+    page = (Path(__file__).parent.parent / "isa_triton" / "models" / "README.md").read_text()
+    counted = re.findall(r"^\| `(\w+)`.* \| (\d+) \| (\d+) \|$", page, re.MULTILINE)
+    assert [name for name, *_ in counted] == list(dict.fromkeys(name for name, _ in MODELS.values()))
+    assert {(evaluation, training) for _, evaluation, training in counted} == {("1", "1")}
 
 
 @pytest.mark.parametrize("backend", ["auto", "eager"])

@@ -7,7 +7,7 @@ the plots draw it one more line of `bench.figures`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
@@ -41,6 +41,7 @@ class Provider:
     package: str = "torch"  # that has to be installed
     compiles: bool = False  # on a first call, which is not timed
     volumes: bool = False  # takes maps of three axes too
+    compiled: bool = False  # by torch.compile where it runs; what is counted is the form that is compiled
     refuses: Callable[[Workload], str | None] = lambda workload: None  # why a workload has no form, if so
 
     def obstacle(self, workload: Workload) -> str | None:
@@ -52,6 +53,14 @@ class Provider:
         if workload.depth is not None and not (self.volumes and workload.level != "head"):
             return f"has no form of its own for volumes at {workload.level} level"
         return self.refuses(workload)
+
+    def in_a_graph(self) -> Provider:
+        """The same, compiled by torch.compile."""
+        return replace(self, name=f"{self.name}-compiled", compiles=True, compiled=True)
+
+    def again(self) -> Provider:
+        """The same once more: what the two differ by in one run is noise."""
+        return replace(self, name=f"{self.name}-again")
 
     def runs_on(self, device: str) -> bool:
         """Whether the provider can be timed on a device; any can be counted on fake tensors."""
@@ -112,7 +121,17 @@ def multiples_of(number: int) -> Callable[[Workload], str | None]:
 
 _kernels: dict[str, Any] = {"backend": "triton"}
 # What the plots show unless told: each way to attend, by whoever is best known for it.
-DRAWN = ("dense", "dense-sdpa", "rcca", "cgnl", "unfused", "isa", "isa-triton")
+DRAWN = ("dense", "dense-sdpa", "rcca", "cgnl", "unfused", "unfused-compiled", "isa", "isa-compiled", "isa-triton")
+_UNFUSED = Provider(
+    "unfused",
+    attention=modules.permuted_attention,
+    module=modules.PermutedBlock,
+    head=behind_conv(modules.PermutedModule),
+    volumes=True,
+)
+_ISA = Provider(
+    "isa", attention=in_stages(partitioned_attention), module=modules.isa_block, head=CONTEXTS["ISA"], volumes=True
+)
 _PROVIDERS = (
     Provider(
         "dense",
@@ -180,20 +199,10 @@ _PROVIDERS = (
     ),
     Provider("flex", attention=in_stages(libraries.flex), refuses=libraries.forward_only, compiles=True),
     Provider("natten", attention=in_stages(libraries.natten), package="natten", refuses=libraries.natten_refuses),
-    Provider(
-        "unfused",
-        attention=modules.permuted_attention,
-        module=modules.PermutedBlock,
-        head=behind_conv(modules.PermutedModule),
-        volumes=True,
-    ),
-    Provider(
-        "isa",
-        attention=in_stages(partitioned_attention),
-        module=modules.isa_block,
-        head=CONTEXTS["ISA"],
-        volumes=True,
-    ),
+    _UNFUSED,
+    _UNFUSED.in_a_graph(),
+    _ISA,
+    _ISA.in_a_graph(),
     Provider(
         "isa-triton",
         attention=in_stages(partial(partitioned_attention, **_kernels)),

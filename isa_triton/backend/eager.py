@@ -23,6 +23,7 @@ OPAQUE = False  # PyTorch's own operators, which modes may look into
 # Bytes of a chunk's tokens and scores: on a CPU a share of the last-level cache, elsewhere enough work for a launch.
 _CHUNK_BYTES_CPU = 8 << 20
 _CHUNK_BYTES_ELSEWHERE = 256 << 20
+_WORTH_A_CALL = 2**25  # FLOPs a thread: 256 tokens at ISA's 256 channels
 
 
 def keeps_output(q: Tensor, v: Tensor, partition: Partition) -> bool:
@@ -47,7 +48,7 @@ def forward(inputs: Inputs, call: Call) -> tuple[Tensor, Tensor]:
         o, l = chunk.scratch("o", vs.shape), lse.new_empty(vs.shape[:2])
         for rows in chunk.query_blocks:
             s, p = chunk.softmax_scores(qs[:, rows], ks, rows, scale)  # [n, rows, T]
-            torch.bmm(p, vs, out=o[:, rows])
+            _product(p, vs, out=o[:, rows])
             if with_lse:
                 l[:, rows] = s.to(l.dtype).logsumexp(-1)
         chunk.store("out", o)
@@ -117,16 +118,16 @@ def backward(
         for rows in chunk.query_blocks:
             add = 0 if rows.start == 0 else 1  # the first block of queries overwrites dk and dv, the others add
             dp, p = chunk.softmax_scores(qs[:, rows], ks, rows, scale)  # the scores' memory becomes dP's
-            torch.baddbmm(dvs, p.mT, dos[:, rows], beta=add, out=dvs)
-            torch.bmm(dos[:, rows], vs.mT, out=dp)
+            _product(p.mT, dos[:, rows], out=dvs, beta=add)
+            _product(dos[:, rows], vs.mT, out=dp)
             ds = torch._softmax_backward_data(dp, p, -1, p.dtype, grad_input=chunk.scratch("ds", dp.shape))
             if dls is not None:
                 ds.addcmul_(p, dls[:, rows])
             if db is not None:
                 of_all = (0, 1) if db.shape[0] == 1 else (1,)
                 db[..., rows, :] = chunk.by_heads(ds).sum(of_all, keepdim=True, dtype=db.dtype)
-            torch.baddbmm(dqs[:, rows], ds, ks, beta=0, alpha=scale, out=dqs[:, rows])
-            torch.baddbmm(dks, ds.mT, qs[:, rows], beta=add, alpha=scale, out=dks)
+            _product(ds, ks, out=dqs[:, rows], alpha=scale)
+            _product(ds.mT, qs[:, rows], out=dks, alpha=scale, beta=add)
         if chunk.scales is not None:
             products = (chunk.by_heads(qs) * chunk.by_heads(dqs)).sum((0, 1, 3, 4), dtype=dscales_sum.dtype)
             dscales_sum[chunk.heads] += products
@@ -224,7 +225,7 @@ class _Chunk:
     def softmax_scores(self, q: Tensor, k: Tensor, rows: slice, scale: float) -> tuple[Tensor, Tensor]:
         """Scores S = scale q k^T + bias of a block of queries, and softmax(S), 0 without keys; both [n, rows, T]."""
         s = self.scratch("s", (*q.shape[:2], k.shape[1]))
-        torch.baddbmm(s, q, k.mT, beta=0, alpha=scale, out=s)
+        _product(q, k.mT, out=s, alpha=scale)
         if self.scales is not None:
             self.by_heads(s).mul_(self.scales)
         if self.bias is not None:
@@ -237,6 +238,27 @@ class _Chunk:
         elif self._keyless is not None:
             self.by_heads(p).masked_fill_(self._keyless[..., rows, :], 0)
         return s, p
+
+
+def _product(a: Tensor, b: Tensor, *, out: Tensor, alpha: float = 1.0, beta: int = 0) -> None:
+    """``out = alpha a b + beta out`` of a [n, T, C], b [n, C, S] and out [n, T, S]; beta is 0 or 1."""
+    if not _is_worth_a_call(a, b):
+        torch.baddbmm(out, a, b, beta=beta, alpha=alpha, out=out)
+        return
+    for rows, matrix, to in zip(a, b, out, strict=True):
+        pixels = rows.contiguous()[None, :, None].permute(0, 3, 1, 2)  # [1, C, T, 1]
+        product = F.conv2d(pixels, matrix.t()[..., None, None], dilation=2)[0, :, :, 0].t()  # [T, S]
+        if beta:
+            to.add_(product, alpha=alpha)
+        else:
+            torch.mul(product, alpha, out=to)
+
+
+def _is_worth_a_call(a: Tensor, b: Tensor) -> bool:
+    """Whether each of a batch's products is faster by itself, on all threads, by oneDNN (`maps` says why)."""
+    work = 2 * a.shape[1] * a.shape[2] * b.shape[2]
+    on_cpu = a.is_cpu and a.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+    return on_cpu and work >= _WORTH_A_CALL * torch.get_num_threads()
 
 
 def _chunks(partition: Partition, maps: dict[str, Tensor], inputs: Inputs) -> Iterator[_Chunk]:

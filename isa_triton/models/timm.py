@@ -5,7 +5,7 @@ size: `Partition.local` and `Partition.interlaced(grid=)`. Swin (Liu et al., arX
 inside windows, then inside windows that are shifted: `Partition.local(shift=)`. Their position biases are the `bias` of
 attention.
 
-Nothing is copied, but in inference on a CPU: PyTorch's attention there wants the tokens of a group side by side.
+Nothing is copied, but on a CPU: PyTorch's attention there wants the tokens of a group side by side.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._extras import install
-from .._tracing import is_inference, is_known_to_be, is_plain, is_recorded, leaf_of_fx, wants_torch_operators
+from .._tracing import is_exported, is_inference, is_known_to_be, is_plain, leaf_of_fx
 from ..axis import Axis, ceil_div
 from ..backend import check_backend
 from ..functional import partitioned_attention
@@ -44,8 +44,9 @@ Model = TypeVar("Model", bound=nn.Module)
 def accelerate(model: Model, *, backend: str = "auto") -> Model:
     """Let every partition attention of a timm model run on `partitioned_attention`, in place.
 
-    "auto" is, in inference on a CPU and where windows divide the map, torch's scaled_dot_product_attention between one
-    copy of the map and another: faster there than copies of q, k, v and the result, which "eager" makes.
+    "auto" is, on a CPU and where windows divide the map, torch's scaled_dot_product_attention between one copy of the
+    map and another: faster there than copies of q, k, v and the result, which "eager" makes. In training on a CPU
+    windows that are shifted are left to timm, on maps that its masks are for.
 
     No weight is touched, so checkpoints load before and after. What stands in a block is called: adapters, hooks and
     parametrisations work as before, and a block whose attention is not timm's own stays as it is. Calling it again sets
@@ -106,9 +107,11 @@ class _OnMaps:
 
     rel_pos: Any
 
-    def forward(self, x: Tensor, *args: Any, partition: Partition | None = None, backend: str = "auto") -> Tensor:
+    def forward(
+        self, x: Tensor, *args: Any, partition: Partition | None = None, backend: str = "auto", **options: Any
+    ) -> Tensor:
         if partition is None:
-            return super().forward(x, *args)  # type: ignore[misc]
+            return super().forward(x, *args, **options)  # type: ignore[misc]
         return _attention(self, x, partition, self.position_bias(partition), backend)
 
     def position_bias(self, partition: Partition) -> Tensor | None:
@@ -179,11 +182,21 @@ class AcceleratedSwinBlock(SwinTransformerBlock):
         whole = ceil_div(height, window[0]) * window[0], ceil_div(width, window[1]) * window[1]
         behind = 0, 0, 0, whole[1] - width, 0, whole[0] - height
         divides = is_known_to_be(whole[0] - height + whole[1] - width == 0)
+        if any(shift) and divides and self._is_timms(x):
+            _refuse_dropout(self.attn)
+            return super()._attn(x)
         if not divides:  # the zeros lie behind the rolled map: what came round is in front of them
             x = _roll(F.pad(_roll(x, shift, -1), behind), shift, 1)
         partition = Partition(*map(Axis.local, whole, window, shift))
         x = self.attn(x, partition=partition, backend=self.backend)
         return x if divides else _roll(unpad(_roll(x, shift, -1), behind), shift, 1)
+
+    def _is_timms(self, x: Tensor) -> bool:
+        """Whether timm trains faster: on a CPU, whose attention wants whole windows, on maps that it has masks for."""
+        if not torch.is_grad_enabled() or not _gathers(x, self.backend):
+            return False
+        size = tuple(self.input_resolution)
+        return self.dynamic_mask or (is_known_to_be(x.shape[1] == size[0]) and is_known_to_be(x.shape[2] == size[1]))
 
 
 Classes = dict[type[nn.Module], type[nn.Module]]
@@ -220,19 +233,26 @@ def _block_or_grid(size: Sequence[int], partition_size: tuple[int, int], block: 
 
 def _attention(attn: Any, x: Tensor, partition: Partition, bias: Tensor | None, backend: str) -> Tensor:
     """What an attention module of timm does to every window or grid group of the map x, where they lie."""
-    if attn.training and attn.attn_drop.p > 0:
-        raise ValueError(
-            f"dropout of attention weights is not supported: train with attn_drop 0, not {attn.attn_drop.p}"
-        )
-    gathers = backend == "auto" and x.is_cpu and not torch.is_grad_enabled() and is_known_to_be(partition.divides)
-    if torch.compiler.is_exporting() or wants_torch_operators() or is_recorded():
-        gathers = False  # which is for CPUs: the graph may run elsewhere
+    _refuse_dropout(attn)
+    gathers = _gathers(x, backend) and is_known_to_be(partition.divides)
     if isinstance(attn, Attention2d) and not (is_plain(attn.qkv, nn.Conv2d) and is_plain(attn.proj, nn.Conv2d)):
         gathers = False  # what stands there takes maps
     attend = _attend_gathered if gathers else _attend_in_place
     if isinstance(attn, Attention2d):
         return attn.proj_drop(attend(attn, x.permute(0, 2, 3, 1), partition, bias, backend).permute(0, 3, 1, 2))
     return attn.proj_drop(attend(attn, x, partition, bias, backend))
+
+
+def _refuse_dropout(attn: Any) -> None:
+    if attn.training and attn.attn_drop.p > 0:
+        raise ValueError(
+            f"dropout of attention weights is not supported: train with attn_drop 0, not {attn.attn_drop.p}"
+        )
+
+
+def _gathers(x: Tensor, backend: str) -> bool:
+    """Whether groups of x are copied side by side: on a CPU; a graph that is exported may run elsewhere."""
+    return backend == "auto" and x.is_cpu and not is_exported()
 
 
 def _attend_in_place(attn: Any, x: Tensor, partition: Partition, bias: Tensor | None, backend: str) -> Tensor:
