@@ -61,8 +61,8 @@ DEFECTS = (
     Defect(
         "eager's dk without the scale",
         "isa_triton/backend/eager.py",
-        "torch.baddbmm(dks, ds.mT, qs[:, rows], beta=add, alpha=scale, out=dks)",
-        "torch.baddbmm(dks, ds.mT, qs[:, rows], beta=add, out=dks)",
+        "_product(ds.mT, qs[:, rows], out=dks, alpha=scale, beta=add)",
+        "_product(ds.mT, qs[:, rows], out=dks, beta=add)",
         f"{DEFINITION}[whole chunks-False-interlaced]",
     ),
     Defect(
@@ -192,8 +192,8 @@ DEFECTS = (
     Defect(
         "the bias of a projection is lost",
         "isa_triton/maps.py",
-        "product = _product_of_rows(pixels, weight, y if first else None)",
-        "product = _product_of_rows(pixels, weight, None)",
+        "added = bias if y is None else None",
+        "added = None",
         "test_modules.py::test_projections_are_convolutions_however_their_inputs_lie[nhwc-True]",
     ),
     Defect(
