@@ -73,7 +73,8 @@ def run(args: argparse.Namespace) -> None:
         (r.layer, format_size(r.size), r.norm, *(f"{x:.1e}" for x in (r.output_error, r.gradient_error)), r.ms)
         for r in rows
     ]
-    title = f"Training in fp32 on {torch.get_num_threads()} threads, {args.channels} channels, against fp64"
+    threads = torch.get_num_threads()
+    title = f"Training in fp32 on {threads} thread{'s' * (threads > 1)}, {args.channels} channels, against fp64"
     said.show(Table(title, ("layer", "map", "norm", "output", "gradients", "ms"), lines, words=3))
     said.end(f"ISA's training step takes {_cost(rows)} of what it takes with PyTorch's norm.", path)
 
