@@ -305,6 +305,10 @@ ENTRY = {"step": "forward", "arithmetic": "ieee", "key_width": None, "value_widt
         (json.dumps([{**ENTRY, "step": "fly"}]), "knows no step 'fly'"),
         (json.dumps([{**ENTRY, "tokens": "64"}]), "must be positive integers or null, got [None, None, '64']"),
         (json.dumps([{**ENTRY, "key_width": 0}]), "must be positive integers or null"),
+        (
+            json.dumps([{**ENTRY, "bias": True}]),
+            "bias must be false, for calls without one alone, or left out, got True",
+        ),
         (json.dumps([{**ENTRY, "tile": [16, 16]}]), "tile must be null or 6 positive integers"),
         (json.dumps([{**ENTRY, "tile": [16, 16, 16, 16, 4, 1.5]}]), "tile must be null or 6 positive integers"),
         (json.dumps([{**ENTRY, "tile": [16, 16, 16, 16, 0, 1]}]), "tile must be null or 6 positive integers"),

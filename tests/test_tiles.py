@@ -47,7 +47,7 @@ def test_entries_are_well_formed(target: str) -> None:
         assert e["step"] in tiles.STEPS
         assert e["arithmetic"] in {*tiles.ARITHMETIC, *tiles.ARITHMETIC.values()}
         if e["tile"] is None:
-            assert e["step"] in ("group", "values")
+            assert e["step"] in ("group", "columns", "values")
             continue
         tile = Tile(*e["tile"])
         assert all(n >= 16 and n & (n - 1) == 0 for n in tile[:4]), e
@@ -55,6 +55,9 @@ def test_entries_are_well_formed(target: str) -> None:
         assert 1 <= tile.num_stages <= 5
         if e["step"] == "group":
             assert e["tokens"] <= tile.block_m == tile.block_n
+        if e["step"] == "columns":  # all queries in a block, with all of their width
+            assert e["tokens"] <= tile.block_m
+            assert (e["key_width"], e["value_width"]) <= (tile.block_k, tile.block_v)
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -154,6 +157,31 @@ def test_an_entry_for_one_target_or_compiler_goes_before_one_for_all(
         ("3.6", "sm_86"): compiler, ("3.8", "sm_86"): everyone, ("3.8", "sm_120"): target,
         ("3.9", "sm_86"): everyone, ("3.9", "sm_120"): both,
     }  # fmt: skip
+
+
+def test_an_entry_for_calls_without_a_bias_goes_before_one_for_all_there_and_nowhere_else(files: Path) -> None:
+    everyone, without = Tile(16, 16, 16, 16, 4, 1), Tile(32, 32, 32, 32, 4, 1)
+    lines = [entry("forward", 32, 32, 64, everyone), {**entry("forward", 32, 32, 64, without), "bias": False}]
+    for order in (lines, lines[::-1]):
+        (files / "sm_90.json").write_text(json.dumps(order))
+        for cached in (tiles._lookup, tiles._entries):
+            cached.cache_clear()
+        assert tiles.lookup("sm_90", "forward", 8, 8, "float16", 8) == everyone
+        assert tiles.lookup("sm_90", "forward", 8, 8, "float16", 8, bias=True) == everyone
+        assert tiles.lookup("sm_90", "forward", 8, 8, "float16", 8, bias=False) == without
+    (files / "sm_80.json").write_text(json.dumps(lines[1:]))
+    with pytest.raises(LookupError):
+        tiles.lookup("sm_80", "forward", 8, 8, "float16", 8)
+
+
+def test_dq_dk_and_dv_at_once_are_a_field_of_the_backward_tiles(files: Path) -> None:
+    tile, columns = Tile(64, 64, 32, 32), Tile(256, 64, 64, 64, 8)
+    lines = [entry(step, 64, 64, None, tile) for step in ("queries", "keys", "pairs")]
+    lines.append({**entry("columns", 64, 64, 256, columns), "bias": False})
+    (files / "sm_90.json").write_text(json.dumps(lines))
+    for tokens, bias, found in ((256, False, columns), (256, True, None), (257, False, None)):
+        served = tiles.backward("sm_90", 64, 64, "bfloat16", tokens, bias)
+        assert served == BackwardTiles(None, tile, tile, None, tile, found)
 
 
 def test_the_compiler_that_is_installed_is_known() -> None:
