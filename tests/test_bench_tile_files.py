@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -19,13 +20,19 @@ from tests.test_bench_tile_search import H100, TILE, finding
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A copy of the shipped files, which may be written to."""
     shutil.copytree(tiles.FOLDER, tmp_path / "tiles")
     monkeypatch.setattr(tiles, "FOLDER", tmp_path / "tiles")
+    forget()
+    yield tmp_path / "tiles"
+    forget()
+
+
+def forget() -> None:
+    """What was looked up before."""
     for cached in (tiles._lookup, tiles._entries):
         cached.cache_clear()
-    return tmp_path / "tiles"
 
 
 def test_what_is_written_is_found(folder: Path) -> None:
@@ -87,8 +94,7 @@ def test_an_entry_goes_where_the_next_serves_with_the_same_tile(folder: Path) ->
         found = []
         for kept in (entries, needed(entries)):
             (folder / "sm_90.json").write_text(json.dumps(kept))
-            for cached in (tiles._lookup, tiles._entries):
-                cached.cache_clear()
+            forget()
             found.append([tiles.lookup("sm_90", "forward", k, k, "float16", n, bias)
                           for k, n, bias in product((8, 32, 64), sizes, (True, False))])  # fmt: skip
         assert found[0] == found[1]

@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -88,13 +89,19 @@ def test_a_sweep_takes_every_cell_once_and_the_longest_groups_of_a_width_first()
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A copy of the shipped files, which may be written to."""
     shutil.copytree(tiles.FOLDER, tmp_path / "tiles")
     monkeypatch.setattr(tiles, "FOLDER", tmp_path / "tiles")
+    forget()
+    yield tmp_path / "tiles"
+    forget()
+
+
+def forget() -> None:
+    """What was looked up before."""
     for cached in (tiles._lookup, tiles._entries):
         cached.cache_clear()
-    return tmp_path / "tiles"
 
 
 def test_what_is_written_for_a_cell_serves_it_whatever_is_written_for_others(folder: Path) -> None:

@@ -292,7 +292,7 @@ def test_a_launch_says_its_tile_and_where_it_comes_from() -> None:
         return Launch("sm_90", problem, forward.__name__, "forward_kernel", 1, arguments, options)
 
     for tokens, origin in ((49, "its own entry"), (100, "the entry of sm_90, K = 64, V = 64, 128 tokens")):
-        tile = tiles.lookup("sm_90", "forward", 48, 48, "bfloat16", tokens)
+        tile = tiles.lookup("sm_90", "forward", 48, 48, "bfloat16", tokens, bias=False)
         assert launched(tokens, tile).tile == tile
         assert launched(tokens, tile).origin == origin
         assert launched(tokens, tile._replace(num_stages=5)).origin == NOT_SHIPPED

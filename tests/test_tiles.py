@@ -169,6 +169,9 @@ def test_an_entry_for_calls_without_a_bias_goes_before_one_for_all_there_and_now
         assert tiles.lookup("sm_90", "forward", 8, 8, "float16", 8) == everyone
         assert tiles.lookup("sm_90", "forward", 8, 8, "float16", 8, bias=True) == everyone
         assert tiles.lookup("sm_90", "forward", 8, 8, "float16", 8, bias=False) == without
+    of_dtype = {**lines[0], "arithmetic": "float16"}
+    (files / "sm_86.json").write_text(json.dumps([of_dtype, *lines]))
+    assert tiles.lookup("sm_86", "forward", 8, 8, "float16", 8, bias=False) == without
     (files / "sm_80.json").write_text(json.dumps(lines[1:]))
     with pytest.raises(LookupError):
         tiles.lookup("sm_80", "forward", 8, 8, "float16", 8)

@@ -230,7 +230,7 @@ def _lookup(target: str, step: str, key_width: int, value_width: int, dtype: str
         return entry["step"] == step and arithmetic and is_for and all(n <= limit for n, limit in wanted)
 
     def rank(entry: dict[str, Any]) -> tuple[Any, ...]:
-        return limits(entry), entry["arithmetic"] != dtype, -len(ONLY & entry.keys()), "bias" not in entry
+        return limits(entry), "bias" not in entry, entry["arithmetic"] != dtype, -len(ONLY & entry.keys())
 
     entries = sorted(filter(serves, _entries(target)), key=rank)
     if not entries or entries[0]["tile"] is None:
