@@ -76,7 +76,7 @@ class Workload(OnMap):
 
     def columns(self) -> dict[str, Any]:
         """What rows of results say of a workload, by field, whatever its level."""
-        names = ("pass_", "height", "width", "channels", "key_channels", "value_channels", "depth")
+        names = ("pass_", "height", "width", "channels", "key_channels", "value_channels")
         said = {"partition_size": format_size(self.partition_size), "dtype": str(self.dtype).removeprefix("torch.")}
         return {name: getattr(self, name) for name in names} | said
 
@@ -150,7 +150,7 @@ class Cost(OnMap):
     @classmethod
     def of(cls, provider: str, workload: Workload, device: str) -> Cost:
         """What is measured, before anything is found."""
-        return cls(provider=provider, level=workload.level, device=device, **workload.columns())
+        return cls(provider, workload.level, device=device, depth=workload.depth, **workload.columns())
 
     @property
     def cell(self) -> Cost:

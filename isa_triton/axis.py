@@ -69,15 +69,12 @@ class Axis(NamedTuple):
     @classmethod
     def interlaced(cls, size: int, stride: int) -> Axis:
         """`stride` groups whose tokens lie `stride` pixels apart; on a cyclic axis the same."""
-        size, stride = _length(size), _part("stride", stride, size)
-        return cls(size, groups=stride, tokens=ceil_div(size, stride), group_stride=1, token_stride=stride)
+        return interlaced(_length(size), _part("stride", stride, size))
 
     @classmethod
     def grid(cls, size: int, tokens: int) -> Axis:
         """Interlaced groups of `tokens` tokens each, spread over the whole axis."""
-        size, tokens = _length(size), _part("tokens", tokens, size)
-        stride = ceil_div(size, tokens)
-        return cls(size, groups=stride, tokens=tokens, group_stride=1, token_stride=stride)
+        return grid(_length(size), _part("tokens", tokens, size))
 
     @classmethod
     def local(cls, size: int, window: int, shift: int = 0, cyclic: bool = False) -> Axis:
@@ -90,20 +87,18 @@ class Axis(NamedTuple):
             raise ValueError(f"shift must be at least 0 and less than the window {window}, got {shift}")
         if type(cyclic) is not bool:
             raise TypeError(f"cyclic must be True or False, got {cyclic!r}")
-        origin = shift - window if shift else 0
-        covered = size if cyclic else size - origin  # from the origin on
-        return cls(size, ceil_div(covered, window), window, window, token_stride=1, origin=origin, cyclic=cyclic)
+        return local(size, window, shift, cyclic)
 
     @classmethod
     def whole(cls, size: int) -> Axis:
         """One group of all pixels."""
         size = _length(size)
-        return cls.local(size, size)
+        return local(size, size)
 
     @classmethod
     def each(cls, size: int) -> Axis:
         """Every pixel is a group."""
-        return cls.local(size, 1)
+        return local(_length(size), 1)
 
     @property
     def divides(self) -> bool:
@@ -136,6 +131,24 @@ class Axis(NamedTuple):
 
         same = [(tokens, list(groups)) for tokens, groups in groupby(range(self.groups), inside)]
         return tuple(Run(groups[0], len(groups), start, stop - start) for (start, stop), groups in same)
+
+
+# -- axes of sizes that fit: to compilers their symbols are integers, and comparing those would restrict them ----------
+
+
+def interlaced(size: int, stride: int) -> Axis:
+    return Axis(size, groups=stride, tokens=ceil_div(size, stride), group_stride=1, token_stride=stride)
+
+
+def grid(size: int, tokens: int) -> Axis:
+    stride = ceil_div(size, tokens)
+    return Axis(size, groups=stride, tokens=tokens, group_stride=1, token_stride=stride)
+
+
+def local(size: int, window: int, shift: int = 0, cyclic: bool = False) -> Axis:
+    origin = shift - window if shift else 0
+    covered = size if cyclic else size - origin  # from the origin on
+    return Axis(size, ceil_div(covered, window), window, window, token_stride=1, origin=origin, cyclic=cyclic)
 
 
 def pair(name: str, values: Any) -> tuple[int, int]:

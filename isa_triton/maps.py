@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ._tracing import is_exported, is_known_to_be, is_plain, is_proxy, is_transformed, leaf_of_fx, wants_torch_operators
-from .axis import MOST_AXES, Axis, ceil_div, pair
+from .axis import MOST_AXES, ceil_div, interlaced, local, pair
 from .backend import check_backend
 from .functional import partitioned_attention
 from .norm import BATCH_NORMS, as_map, from_map
@@ -31,8 +31,8 @@ Model = TypeVar("Model", bound=nn.Module)
 RELU = partial(nn.ReLU, inplace=True)
 
 PATTERNS: dict[str, Callable[[Sequence[int], Sequence[int]], Partition]] = {
-    "interlaced": lambda size, partition_size: Partition(*map(Axis.interlaced, size, partition_size)),
-    "local": lambda size, partition_size: Partition(*map(Axis.local, size, partition_size)),
+    "interlaced": lambda size, partition_size: Partition(*map(interlaced, size, partition_size)),
+    "local": lambda size, partition_size: Partition(*map(local, size, partition_size)),
     "rows": lambda size, partition_size: Partition.rows(size),
     "columns": lambda size, partition_size: Partition.columns(size),
     "dense": lambda size, partition_size: Partition.dense(size),
@@ -342,7 +342,7 @@ def attend_maps(q: Tensor, k: Tensor, v: Tensor, partition: Partition, num_heads
     axes = range(1, q.dim() - 1)
     q, k, v = (_channels_last(x).unflatten(-1, (num_heads, -1)) for x in (q, k, v))  # [B, H, W, heads, width]
     context = partitioned_attention(q, k, v, partition, backend=backend).flatten(-2)  # [B, H, W, V]
-    return context.permute(0, -1, *axes)
+    return context.permute(0, context.dim() - 1, *axes)
 
 
 def _channels_last(x: Tensor) -> Tensor:

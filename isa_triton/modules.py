@@ -125,7 +125,7 @@ class SelfAttention(Attends):
         output: Any = self.output
         if folds:
             matrix = output.conv.matrix() @ self.value.matrix()
-            y = output.behind(from_map(projected([as_map(context)], matrix), x.shape[2:]))
+            y = output.behind(from_map(projected([as_map(context)], matrix, output.conv.bias), x.shape[2:]))
         else:
             y = output(context)
         return crop(y, size) if padded else y
@@ -142,7 +142,8 @@ class SelfAttention(Attends):
         if is_exported() or torch.is_autocast_enabled("cpu") or is_known_to_be(pixels < self.output.conv.out_channels):
             return False
         plain, kind = (self.value, self.output.conv), POINTWISE[self.axes]
-        return is_plain(self.output, ConvNormReLU) and all(is_plain(part, kind) for part in plain)
+        as_made = is_plain(self.output, ConvNormReLU) and all(is_plain(part, kind) for part in plain)
+        return as_made and self.value.bias is None
 
     def partition(self, size: Sequence[int]) -> Partition:
         """The partition of a map of (H, W) pixels, after any padding."""

@@ -46,11 +46,9 @@ def coordinates(group, token, axes):  # type: ignore[no-untyped-def]
 class Partition(tuple[Axis, ...]):
     """A line, a feature map or a volume partitioned into groups; attention connects the tokens of a group.
 
-    A tuple of one to three axes, each of its own kind. Groups and tokens are numbered with the last axis fastest, on
-    a map row by row: ``group = group_h * w.groups + group_w``, tokens likewise.
-
-    Args:
-        *axes: how each axis falls into groups.
+    A tuple of one to three axes, each of its own kind: ``Partition(Axis.whole(8), Axis.local(28, 7))``. Groups and
+    tokens are numbered with the last axis fastest, on a map row by row: ``group = group_h * w.groups + group_w``,
+    tokens likewise.
 
     Examples:
         >>> Partition.local((4, 6), window=(2, 3)).coordinates(group=1, token=4)

@@ -144,7 +144,7 @@ LAYERS = {
         ("masked", nn.GELU, 4e-5),
         ("module", nn.GELU, 1e-4),
         ("head", nn.GELU, 2e-4),
-        ("layer", RELU, 5e-4),
+        ("layer", RELU, 5e-3),
     ],
     ids=["layer", "masked", "module", "head", "layer with ReLU, whose derivative jumps"],
 )

@@ -25,7 +25,7 @@ def test_the_layers_have_the_papers_defaults() -> None:
     assert (defaults(ISAHead)["dropout"], defaults(ISAHead)["key_channels"]) == (0.1, 256)
     assert defaults(fcn_head)["dropout"] == 0.1
     for layer in (SelfAttention2d, InterlacedSparseSelfAttention, ISAModule, ISAHead):
-        assert defaults(layer)["partition_size"] == (8, 8)
+        assert defaults(layer)["partition_size"] == 8  # of every axis
     head = ISAHead(32, 16, 19)
     assert [part.p for part in head.modules() if isinstance(part, nn.Dropout2d)] == [0.1]
     assert {part.eps for part in head.modules() if isinstance(part, nn.BatchNorm2d)} == {1e-5}

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .._extras import install
 from .._tracing import is_exported, is_inference, is_known_to_be, is_plain, leaf_of_fx
-from ..axis import Axis, ceil_div
+from ..axis import ceil_div, grid, local
 from ..backend import check_backend
 from ..functional import partitioned_attention
 from ..maps import at_most, check_module, linear, unpad
@@ -187,7 +187,7 @@ class AcceleratedSwinBlock(SwinTransformerBlock):
             return super()._attn(x)
         if not divides:  # the zeros lie behind the rolled map: what came round is in front of them
             x = _roll(F.pad(_roll(x, shift, -1), behind), shift, 1)
-        partition = Partition(*map(Axis.local, whole, window, shift))
+        partition = Partition(*map(local, whole, window, shift))
         x = self.attn(x, partition=partition, backend=self.backend)
         return x if divides else _roll(unpad(_roll(x, shift, -1), behind), shift, 1)
 
@@ -228,7 +228,7 @@ def _attentions(block: nn.Module) -> list[nn.Module]:
 def _block_or_grid(size: Sequence[int], partition_size: tuple[int, int], block: bool) -> Partition:
     """MaxViT's windows or grid on a map of (H, W) pixels; a small map is one window."""
     tokens = map(at_most, partition_size, size)
-    return Partition(*map(Axis.local if block else Axis.grid, size, tokens))
+    return Partition(*map(local if block else grid, size, tokens))
 
 
 def _attention(attn: Any, x: Tensor, partition: Partition, bias: Tensor | None, backend: str) -> Tensor:
