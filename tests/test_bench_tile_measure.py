@@ -86,6 +86,7 @@ def test_only_the_kernel_of_a_step_is_timed() -> None:
         "forward, 64, forward_kernel",
         "group, 16, backward_group_kernel dk dv",
         "group, 64, backward_group_kernel dk dv",
+        "columns, 16, backward_columns_kernel dk dv",  # of 64 tokens no tile makes one block
         *(f"queries, {tokens}, backward_queries_kernel" for tokens in (16, 64)),
         *(f"keys, {tokens}, backward_keys_kernel dk dv" for tokens in (16, 64)),
         *(f"dk, {tokens}, backward_keys_kernel dk" for tokens in (16, 64)),
