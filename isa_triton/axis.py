@@ -137,15 +137,18 @@ class Axis(NamedTuple):
 
 
 def interlaced(size: int, stride: int) -> Axis:
+    size, stride = whole("size", size), whole("stride", stride)
     return Axis(size, groups=stride, tokens=ceil_div(size, stride), group_stride=1, token_stride=stride)
 
 
 def grid(size: int, tokens: int) -> Axis:
+    size, tokens = whole("size", size), whole("tokens", tokens)
     stride = ceil_div(size, tokens)
     return Axis(size, groups=stride, tokens=tokens, group_stride=1, token_stride=stride)
 
 
 def local(size: int, window: int, shift: int = 0, cyclic: bool = False) -> Axis:
+    size, window, shift = whole("size", size), whole("window", window), whole("shift", shift)
     origin = shift - window if shift else 0
     covered = size if cyclic else size - origin  # from the origin on
     return Axis(size, ceil_div(covered, window), window, window, token_stride=1, origin=origin, cyclic=cyclic)

@@ -156,7 +156,12 @@ def empty_outputs(inputs: Inputs, with_lse: bool) -> tuple[Tensor, Tensor]:
 
 
 class Gradients(NamedTuple):
-    """Those of `Inputs`; dbias and dscales are of no elements where there is no bias, or no scales."""
+    """Those of `Inputs`; dbias and dscales are of no elements where there is no bias, or no scales.
+
+    Examples:
+        >>> Gradients._fields
+        ('dq', 'dk', 'dv', 'dbias', 'dscales')
+    """
 
     dq: Tensor
     dk: Tensor
