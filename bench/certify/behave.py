@@ -141,10 +141,11 @@ def _traced(setting: Setting, problem: Problem, **how: Any) -> str | None:
 
 
 def autocast(setting: Setting, problem: Problem) -> str | None:
-    """fp32 tensors under autocast: the bits of a call in 16 bits, gradients in fp32."""
+    """fp32 tensors under autocast: the bits of a call in 16 bits with a bias of fp32, gradients in fp32."""
     wide = Tensors.of(replace(problem, dtype="float32"), setting.device)
     narrow = Tensors.of(problem, setting.device)
     narrow.like(wide)
+    narrow = replace(narrow, bias=wide.bias)
     with torch.autocast(torch.device(setting.device).type, DTYPES[problem.dtype]):
         out = attend(problem, wide)
     gradients = torch.autograd.grad(out, wide.leaves, narrow.do)
