@@ -34,8 +34,9 @@ WINDOWS: dict[int, tuple[tuple[int, ...], ...]] = {
 
 def block(order: str, workload: Workload) -> nn.Module:
     """Both stages with their projections."""
-    options = {"axes": len(workload.size), "partition_size": workload.partition_size, "order": order}
-    return InterlacedSparseSelfAttention(*workload.widths, **options)  # type: ignore[arg-type]  # of several types
+    return InterlacedSparseSelfAttention(
+        *workload.widths, axes=len(workload.size), partition_size=workload.partition_size, order=order
+    )
 
 
 def stage(pattern: str, workload: Workload) -> nn.Module:
