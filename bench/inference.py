@@ -134,7 +134,7 @@ def model(args: argparse.Namespace, name: str) -> list[Row]:
     """One of timm's models as it is, and accelerated."""
     import timm
 
-    from isa_triton.models.timm import accelerate
+    from isa_triton.models import accelerate
 
     side = MODELS[name]
 

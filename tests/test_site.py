@@ -26,7 +26,7 @@ MODULES = (  # where it is what has an example
     "models.block",
     "models.ianet",
     "models.resnet",
-    "models.timm",
+    "models.accelerated",
     "norm",
     "tiles",
     "backend",
