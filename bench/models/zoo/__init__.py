@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from isa_triton._extras import install
 
 Size = tuple[int, ...]
-PACKAGES = ("timm", "torchvision")
+PACKAGES = ("spandrel", "timm", "torchvision")
 
 
 @dataclass(frozen=True)
