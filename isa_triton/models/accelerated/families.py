@@ -11,6 +11,13 @@ Classes = dict[type[nn.Module], type[nn.Module]]
 # A module of theirs whose classes are known -> the file here that knows them.
 FAMILIES = {
     "monai.networks.nets.swin_unetr": "monai",
+    "spandrel.architectures.DAT.__arch.DAT": "spandrel_dat",
+    "spandrel.architectures.DRCT.__arch.drct_arch": "spandrel_drct",
+    "spandrel.architectures.HAT.__arch.HAT": "spandrel_hat",
+    "spandrel.architectures.OmniSR.__arch.OSA": "spandrel_omnisr",
+    "spandrel.architectures.Swin2SR.__arch.Swin2SR": "spandrel_swin2sr",
+    "spandrel.architectures.SwinIR.__arch.SwinIR": "spandrel_swinir",
+    "spandrel.architectures.Uformer.__arch.Uformer": "spandrel_uformer",
     "timm.models.maxxvit": "timm",
     "timm.models.swin_transformer": "timm",
     "torchvision.models.swin_transformer": "torchvision",
@@ -26,6 +33,7 @@ FAMILIES = {
 # A package -> the oldest and the newest version that the tests ran on.
 VERSIONS = {
     "monai": ("1.5", "1.6.1"),
+    "spandrel": ("0.4", "0.4.2"),
     "timm": ("1.0", "1.0.31"),
     "torchvision": ("0.26", "0.29.1"),
     "transformers": ("5.10", "5.24.0"),
@@ -39,7 +47,7 @@ class Family:
     Attributes:
         blocks: what is taken, theirs -> ours: a subclass that overrides what makes windows of a map.
         attentions: the modules in a block that are told of partitions, theirs -> ours.
-        inside: their names in a block, as of a submodule; a block is left where another class stands there.
+        inside: their names in a block, as "attn.qkv"; a block is left where a module of another class stands there.
         holders: modules that hold blocks and prepare what those of theirs need, such as masks, theirs -> ours.
         left: other classes that attend in windows and stay theirs -> why.
         partly: blocks of which some calls stay theirs -> which, and why.
@@ -73,8 +81,8 @@ class Family:
 
     def attentions_of(self, block: nn.Module) -> list[nn.Module]:
         """What stands in a block under the names that attention has there."""
-        modules = dict(block.named_modules())
-        return [modules[name] for name in self.inside if name in modules]
+        inside = dict(block.named_modules(remove_duplicate=False))
+        return [inside[name] for name in self.inside if name in inside]
 
     def finding(self, module: nn.Module) -> tuple[str, bool, str] | None:
         """The class of a module that is known, whether it is accelerated, and why not."""

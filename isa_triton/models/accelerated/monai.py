@@ -6,6 +6,7 @@ shifted. A stage hands its blocks the mask of shifted windows, of all pairs of p
 
 from __future__ import annotations
 
+from typing import Any
 
 from monai.networks.nets.swin_unetr import BasicLayer, SwinTransformerBlock, WindowAttention, get_window_size
 from torch import Tensor, nn

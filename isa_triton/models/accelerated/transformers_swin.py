@@ -9,7 +9,7 @@ from transformers.models.swin.modeling_swin import SwinAttention, SwinLayer
 
 from ...partition import Partition
 from .families import Family
-from .transformers_windows import ADDED, PARTLY, Windows, in_heads
+from .transformers_windows import PARTLY, Windows, in_heads
 from .windows import GivenPartitions, cached_bias, project
 
 
@@ -71,5 +71,5 @@ FAMILY = Family(
     attentions={SwinAttention: SwinAttentionOnMaps},
     inside=("attention",),
     partly={SwinLayer: PARTLY},
-    added=ADDED,
+    added=("layer",),
 )

@@ -17,7 +17,6 @@ from ...partition import Partition
 from .families import Classes, Family
 from .windows import GivenPartitions, cached_bias, in_windows, project, trains_faster_theirs
 
-ADDED = ("attended", "is_left", "layer")
 PARTLY = "calls that ask for attention weights, and shifted windows in training on a CPU, are transformers'"
 
 
@@ -172,5 +171,4 @@ def family(layers: Classes, self_attentions: Classes, attentions: Classes) -> Fa
         attentions=attentions | self_attentions,
         inside=("attention", "attention.self"),
         partly=dict.fromkeys(layers, PARTLY),
-        added=ADDED,
     )

@@ -50,6 +50,15 @@ class OnMaps(nn.Module):
         return True
 
 
+class TokensOf(OnMaps):
+    """The same of an attention class of theirs that has something else under the names of ours."""
+
+    attn: Any
+
+    def __init__(self, attn: nn.Module) -> None:
+        self.__dict__.update(attn=attn, training=attn.training)  # which is no part of it
+
+
 class GivenPartitions(OnMaps):
     """An attention class of theirs that a block calls: of maps where it is given a partition, else it is theirs."""
 
@@ -65,31 +74,31 @@ class GivenPartitions(OnMaps):
         return attend(self, x, partition, backend)
 
 
-def attend(attn: OnMaps, x: Tensor, partition: Partition, backend: str) -> Tensor:
-    """What an attention module does to every group of the map x [B, *size, C]."""
+def attend(attn: OnMaps, x: Tensor, partition: Partition, backend: str, *, bias: Tensor | None = None) -> Tensor:
+    """What an attention module does to every group of the map x [B, *size, ...]; a bias is in place of its own."""
     if attn.training and attn.dropout_p() > 0:
         raise ValueError(
             f"dropout of attention weights is not supported: train with a probability of 0, not {attn.dropout_p()}"
         )
     if gathers(x, backend) and is_known_to_be(partition.divides) and attn.gathers():
-        return _attend_gathered(attn, x, partition)
+        return _attend_gathered(attn, x, partition, bias)
     q, k, v = attn.heads(x)  # [B, *size, heads, width]
-    bias, factor = attn.position_bias(partition), attn.factor()
+    bias, factor = attn.position_bias(partition) if bias is None else bias, attn.factor()
     return attn.output(partitioned_attention(q, k, v, partition, bias=bias, scale=factor, backend=backend).flatten(-2))
 
 
-def _attend_gathered(attn: OnMaps, x: Tensor, partition: Partition) -> Tensor:
+def _attend_gathered(attn: OnMaps, x: Tensor, partition: Partition, bias: Tensor | None) -> Tensor:
     """The same between copies of x and y: PyTorch's attention on a CPU copies, and q, k, v and context are four."""
-    pixels = partition.view(x)  # [B, *groups, *tokens, C]
-    tokens = pixels.reshape(-1, partition.tokens, x.shape[-1])  # [n, T, C]
+    pixels, axes = partition.view(x), len(partition)  # [B, *groups, *tokens, ...]
+    tokens = pixels.reshape(-1, partition.tokens, *x.shape[1 + axes :])  # [n, T, ...]
     q, k, v = (t.transpose(1, 2) for t in attn.heads(tokens))  # [n, heads, T, width]
-    bias, factor = attn.position_bias(partition), attn.factor()
+    bias, factor = attn.position_bias(partition) if bias is None else bias, attn.factor()
     if isinstance(factor, Tensor):
         q, factor = q * factor[:, None, None], 1.0
     mask = None if bias is None else bias[None]
     context = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=factor)
     attended = attn.output(context.transpose(1, 2).flatten(2))
-    return partition.join(attended.view(*pixels.shape[:-1], attended.shape[-1]))
+    return partition.join(attended.view(*pixels.shape[: 1 + 2 * axes], attended.shape[-1]))
 
 
 def gathers(x: Tensor, backend: str) -> bool:
