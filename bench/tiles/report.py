@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -283,11 +284,11 @@ class Pass:
     @property
     def bytes(self) -> int:
         """Every input and output once."""
-        problem, (height, width) = self.problem, self.problem.partition.size
+        problem, pixels = self.problem, prod(self.problem.partition.size)
         K, V, backward = problem.key_width, problem.value_width, self.name == "backward"
         widths = (2 * K + 2 * V) + backward * (2 * K + V)  # q, k, v, out; or q, k, v, do and dq, dk, dv
         tables = problem.bias * (1 + backward) * problem.partition.tokens**2
-        return problem.itemsize * problem.heads * (problem.maps * height * width * widths + tables)
+        return problem.itemsize * problem.heads * (problem.maps * pixels * widths + tables)
 
     @property
     def flops(self) -> int:
