@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -81,9 +81,9 @@ def add_problem(parser: argparse.ArgumentParser) -> None:
     add("--dtype", type=read_dtype, default=argparse.SUPPRESS, help=what)
 
 
-def given(args: argparse.Namespace) -> str:
-    """Those of the options of a problem that were given, by name: "" where there are none."""
-    return " ".join(f"--{name}" for name in DEFAULTS if hasattr(args, name))
+def given(args: argparse.Namespace, but: Sequence[str] = ()) -> str:
+    """Those of the options of a problem that were given, but some, by name: "" where there are none."""
+    return " ".join(f"--{name}" for name in DEFAULTS if hasattr(args, name) and name not in but)
 
 
 def machine(args: argparse.Namespace) -> Machine:
