@@ -244,6 +244,8 @@ PARTITIONS = [
     Partition.interlaced((5, 7), stride=(2, 3)),
     Partition.interlaced((6, 8), grid=(3, 2)),
     Partition.dense((3, 5)),
+    Partition.local((3, 5, 4), (2, 2, 3)),
+    Partition.interlaced((4, 5, 6), stride=(2, 3, 2)),
 ]
 
 
@@ -252,9 +254,10 @@ def test_groups_are_gathered_as_the_partition_has_them(partition: Partition) -> 
     x = torch.randn(2, *partition.size, 3, 4)
     groups = peers.gather(partition, x).unflatten(0, (2, partition.groups))
     assert torch.equal(peers.scatter(partition, groups.flatten(0, 1)), x)
-    for y, column in ((0, 0), (partition.size[0] - 1, partition.size[1] - 1), (2, 1)):
-        group, token = partition.seat(y, column)
-        assert torch.equal(groups[:, group, :, token], x[:, y, column])
+    pixels: list[tuple[int, ...]] = [(0,) * len(partition), tuple(side - 1 for side in partition.size), (2, 1, 3)]
+    for pixel in (each[: len(partition)] for each in pixels):
+        (group, token), here = partition.seat(*pixel), (slice(None), *pixel)
+        assert torch.equal(groups[:, group, :, token], x[here])
 
 
 @pytest.mark.parametrize("who", ["sdpa", "authors"])
