@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from functools import reduce
 from pathlib import Path
 
 import pytest
@@ -249,6 +250,11 @@ PARTITIONS = [
 ]
 
 
+def place(pixel: tuple[int, ...], size: tuple[int, ...]) -> int:
+    """The number of a pixel in a map, row by row."""
+    return reduce(lambda before, axis: before * axis[1] + axis[0], zip(pixel, size, strict=True), 0)
+
+
 @pytest.mark.parametrize("partition", PARTITIONS, ids=map(str, range(len(PARTITIONS))))
 def test_groups_are_gathered_as_the_partition_has_them(partition: Partition) -> None:
     x = torch.randn(2, *partition.size, 3, 4)
@@ -256,8 +262,8 @@ def test_groups_are_gathered_as_the_partition_has_them(partition: Partition) -> 
     assert torch.equal(peers.scatter(partition, groups.flatten(0, 1)), x)
     pixels: list[tuple[int, ...]] = [(0,) * len(partition), tuple(side - 1 for side in partition.size), (2, 1, 3)]
     for pixel in (each[: len(partition)] for each in pixels):
-        (group, token), here = partition.seat(*pixel), (slice(None), *pixel)
-        assert torch.equal(groups[:, group, :, token], x[here])
+        group, token = partition.seat(*pixel)
+        assert torch.equal(groups[:, group, :, token], x.flatten(1, len(pixel))[:, place(pixel, partition.size)])
 
 
 @pytest.mark.parametrize("who", ["sdpa", "authors"])
