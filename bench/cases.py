@@ -78,7 +78,7 @@ class Case:
         tables = str(self.table_dtype).removeprefix("torch.")
         said = {
             f"{self.share} a key": self.share > 1, bias: self.bias, "scales": self.scales,
-            f"tables of {tables}": self.table_dtype is not None, "valid": self.valid,
+            f"tables of {tables}": self.table_dtype is not None and (self.bias or self.scales), "valid": self.valid,
             f"{self.extra} extra keys{weighted}": self.extra > 0,
         }  # fmt: skip
         return "".join(f", {words}" for words, is_so in said.items() if is_so)
