@@ -25,7 +25,7 @@ from isa_triton.partition import Partition
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx90a", "gfx1100", "gfx1200")
 
 
-SHAPES = {  # attention in networks that people run, on one of their maps
+SHAPES = {  # attention in networks that people run, on one of their maps or volumes
     name: Problem(partition, *widths, heads, bias, name=name)
     for name, partition, widths, heads, bias in (
         ("ISA 64", Partition.local((128, 256), (8, 8)), (256, 512), 1, False),
@@ -46,6 +46,10 @@ SHAPES = {  # attention in networks that people run, on one of their maps
         ("MaxViT 256", Partition.interlaced((64, 128), grid=(16, 16)), (32, 32), 4, True),
         ("HRFormer 49", Partition.local((64, 48), (7, 7)), (39, 39), 2, True),
         ("dense 16384", Partition.dense((128, 128)), (256, 256), 1, False),
+        ("Pangu 144", Partition.local((8, 91, 180), (2, 6, 12)), (32, 32), 12, True),
+        ("volume 216", Partition.local((24, 24, 24), (6, 6, 6)), (8, 8), 4, True),
+        ("SwinUNETR 343", Partition.local((48, 48, 48), (7, 7, 7)), (16, 16), 3, True),
+        ("Video Swin 392", Partition.local((16, 56, 56), (8, 7, 7)), (32, 32), 3, True),
     )
 }
 FP16 = ("ISA 64", "ISA 256", "heads 256", "Swin 49")  # it has bf16's tiles and other matrix instructions: these suffice
