@@ -194,7 +194,7 @@ def set_backend(network: Model, backend: str) -> Model:
     """Let every layer of this library in a network attend by a backend of `partitioned_attention`, in place.
 
     Args:
-        network: any that holds our layers, or one of them. (`models.timm.accelerate` sets that of timm's blocks.)
+        network: any that holds our layers, or one of them. (`models.accelerate` sets that of others' blocks.)
         backend: "triton", "eager" or "auto".
 
     Returns:

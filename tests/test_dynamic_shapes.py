@@ -19,8 +19,8 @@ from torch.export import Dim, ExportedProgram
 
 from isa_triton import ISAHead, ISAModule, Partition, SelfAttention2d, partitioned_attention
 from isa_triton.inference import decompose, fuse
+from isa_triton.models import accelerate
 from isa_triton.models.ianet import IANet
-from isa_triton.models.timm import accelerate
 from tests.cases import assert_same, relative_error
 
 P = (3, 4)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from isa_triton import ISAHead
 from isa_triton.inference import fuse
-from isa_triton.models.timm import accelerate
+from isa_triton.models import accelerate
 from tests.cases import relative_error
 
 BACKBONES: dict[str, tuple[str, dict[str, Any]]] = {

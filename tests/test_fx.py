@@ -14,9 +14,9 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 from isa_triton import InterlacedSparseSelfAttention, ISAHead, ISAModule, SelfAttention2d
 from isa_triton.inference import fuse
+from isa_triton.models import accelerate
 from isa_triton.models.ianet import ianet
 from isa_triton.models.resnet import isa_resnet
-from isa_triton.models.timm import accelerate
 from tests.cases import relative_error
 
 LAYERS = {

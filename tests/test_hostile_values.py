@@ -26,7 +26,7 @@ from isa_triton import (
     partitioned_attention_with_lse,
     tiles,
 )
-from isa_triton.models import block, ianet, timm
+from isa_triton.models import accelerate, block, ianet, report, restore
 
 HOSTILE: dict[str, Callable[[], Any]] = {  # made anew for each call: generators are used up
     "None": lambda: None,
@@ -131,8 +131,9 @@ DOORS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {  # and arguments
     "from_mmseg": (checkpoints.from_mmseg, {"state_dict": {}}),
     "from_paddleseg": (checkpoints.from_paddleseg, {"state_dict": {}}),
     "ianet.from_mmseg": (ianet.from_mmseg, {"state_dict": {}}),
-    "accelerate": (timm.accelerate, {"model": SWIN, "backend": "auto"}),
-    "restore": (timm.restore, {"model": network()}),
+    "accelerate": (accelerate, {"model": SWIN, "backend": "auto"}),
+    "restore": (restore, {"model": network()}),
+    "report": (report, {"model": network()}),
     "ISABlock": (
         partial(built, block.ISABlock, X), {"channels": 4, "key_channels": 2, "value_channels": 2} | STAGE | CASCADE
     ),

@@ -14,7 +14,8 @@ from timm.models.maxxvit import PartitionAttentionCl
 from timm.models.swin_transformer import SwinTransformerBlock
 from torch import Tensor, nn
 
-from isa_triton.models.timm import AcceleratedBlockCl, AcceleratedSwinBlock, accelerate, restore
+from isa_triton.models import accelerate, restore
+from isa_triton.models.accelerated.timm import AcceleratedBlockCl, AcceleratedSwinBlock
 from tests.cases import assert_same, outputs_and_gradients, relative_error
 
 MAXVIT: dict[str, Any] = {"depths": (1, 1, 1, 1), "embed_dim": (32, 32, 64, 64), "stem_width": 16}
@@ -178,14 +179,14 @@ def test_attention_is_over_the_real_pixels_of_every_group(nchw: bool, size: tupl
 
 
 def test_what_cannot_be_accelerated_is_named() -> None:
-    with pytest.raises(ValueError, match=r"must hold partition attention .* got Linear without any"):
+    with pytest.raises(ValueError, match=r"must hold window attention .* got Linear without any"):
         accelerate(nn.Linear(2, 2))
     with pytest.raises(ValueError, match=r"backend must be one of 'auto'.* got 'cuda'"):
         accelerate(tiny(), backend="cuda")
-    with pytest.raises(ValueError, match=r"attn_drop 0, not 0\.1"):
+    with pytest.raises(ValueError, match=r"a probability of 0, not 0\.1"):
         accelerate(tiny(transformer_attn_drop=0.1)).train()(torch.randn(1, 3, 128, 128))
     swin = timm.create_model("swin_tiny_patch4_window7_224", img_size=56, attn_drop_rate=0.2, **SWIN)
-    with pytest.raises(ValueError, match=r"attn_drop 0, not 0\.2"):
+    with pytest.raises(ValueError, match=r"a probability of 0, not 0\.2"):
         accelerate(swin).train()(torch.randn(1, 3, 56, 56))
 
 

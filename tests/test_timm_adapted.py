@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from isa_triton.models.timm import accelerate, restore
+from isa_triton.models import accelerate, restore
 from tests.cases import relative_error
 
 

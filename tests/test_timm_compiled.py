@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
-from isa_triton.models.timm import AcceleratedSwinBlock, accelerate
+from isa_triton.models import accelerate
+from isa_triton.models.accelerated.timm import AcceleratedSwinBlock
 from tests.cases import relative_error
 
 MAXVIT: dict[str, Any] = {"img_size": 128, "depths": (1,), "embed_dim": (32,), "stem_width": 8}

@@ -16,7 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from isa_triton import InterlacedSparseSelfAttention, ISAHead, Partition, partitioned_attention
 from isa_triton.inference import fuse
-from isa_triton.models.timm import accelerate
+from isa_triton.models import accelerate
 from tests.cases import PARTITIONS, qkv, relative_error
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the tracers, about themselves

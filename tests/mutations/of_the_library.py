@@ -328,16 +328,16 @@ DEFECTS = (
     # -- networks
     Defect(
         "timm's dropout of projections is lost",
-        "isa_triton/models/timm.py",
-        "return attn.proj_drop(attend(attn, x, partition, bias, backend))",
-        "return attend(attn, x, partition, bias, backend)",
+        "isa_triton/models/accelerated/timm.py",
+        "return self.proj_drop(project(self.proj, context))",
+        "return project(self.proj, context)",
         "test_timm_adapted.py::test_timms_dropout_of_projections_stays",
     ),
     Defect(
         "timm's heads are read in another order",
-        "isa_triton/models/timm.py",
-        'if getattr(attn, "head_first", False):',
-        "if False:",
+        "isa_triton/models/accelerated/timm.py",
+        'heads_first=getattr(self, "head_first", False)',
+        "heads_first=False",
         "test_timm.py::test_accelerated_models_are_the_same_function[rw: tables of q - k, heads first]",
     ),
     Defect(

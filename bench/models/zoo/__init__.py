@@ -1,0 +1,48 @@
+"""Networks that `isa_triton.models.accelerate` takes, tiny and with default arguments: one file for each package."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from torch import Tensor, nn
+
+from isa_triton._extras import install
+
+Size = tuple[int, ...]
+PACKAGES = ("timm", "torchvision")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A network of a package.
+
+    Attributes:
+        package, name: what it is.
+        make: builds it, tiny.
+        inputs: what it is called with on an image, video or volume of a size, in fp64; the first is differentiated.
+        sizes: three of them, of which windows do not divide the maps of at least one.
+        result: what is differentiated of what it returns.
+    """
+
+    package: str
+    name: str
+    make: Callable[[], nn.Module]
+    inputs: Callable[[Size], tuple[Any, ...]]
+    sizes: tuple[Size, ...]
+    result: Callable[[Any], Tensor] = lambda y: y
+
+    def __str__(self) -> str:
+        return f"{self.package} {self.name}"
+
+
+def entries(package: str) -> tuple[Entry, ...]:
+    """Those of a package. Raises ImportError where it is missing, with what installs it."""
+    try:
+        module = import_module(f"{__name__}.{package}")
+    except ModuleNotFoundError as error:
+        raise ImportError(f"{error.name} is not installed: {install('models')}") from error
+    found: tuple[Entry, ...] = module.ENTRIES
+    return found

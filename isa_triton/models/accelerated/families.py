@@ -1,0 +1,84 @@
+"""What a family of networks is to `accelerate`, and which there are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import nn
+
+Classes = dict[type[nn.Module], type[nn.Module]]
+
+# A module of theirs whose classes are known -> the file here that knows them.
+FAMILIES = {
+    "timm.models.maxxvit": "timm",
+    "timm.models.swin_transformer": "timm",
+    "torchvision.models.swin_transformer": "torchvision",
+    "torchvision.models.video.swin_transformer": "torchvision",
+}
+
+# A package -> the oldest and the newest version that the tests ran on.
+VERSIONS = {
+    "timm": ("1.0", "1.0.31"),
+    "torchvision": ("0.26", "0.29.1"),
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """Classes of theirs and ours.
+
+    Attributes:
+        blocks: what is taken, theirs -> ours: a subclass that overrides what makes windows of a map.
+        attentions: the modules in a block that are told of partitions, theirs -> ours.
+        inside: their names in a block; a block is left where a module of another class stands there.
+        left: other classes that attend in windows and stay theirs -> why.
+        partly: blocks of which some calls stay theirs -> which, and why.
+        added: names of methods of our blocks that theirs have not.
+    """
+
+    blocks: Classes
+    attentions: Classes = field(default_factory=dict)
+    inside: tuple[str, ...] = ()
+    left: dict[type[nn.Module], str] = field(default_factory=dict)
+    partly: dict[type[nn.Module], str] = field(default_factory=dict)
+    added: tuple[str, ...] = ()
+
+    def ours(self, module: nn.Module) -> type[nn.Module]:
+        """Our class for a module of theirs, or of ours."""
+        classes = self.blocks | self.attentions
+        return classes.get(type(module), type(module))
+
+    def theirs(self, module: nn.Module) -> type[nn.Module] | None:
+        """Their class for a module of ours."""
+        classes = {ours: theirs for theirs, ours in (self.blocks | self.attentions).items()}
+        return classes.get(type(module))
+
+    def takes(self, module: nn.Module) -> bool:
+        """Whether a module is a block, theirs or ours, and its attention too; no subclass: it may do something else."""
+        return _is_of(module, self.blocks) and not self._strange(module)
+
+    def attentions_of(self, block: nn.Module) -> list[nn.Module]:
+        """What stands in a block under the names that attention has there."""
+        return [block.get_submodule(name) for name in self.inside if hasattr(block, name)]
+
+    def finding(self, module: nn.Module) -> tuple[str, bool, str] | None:
+        """The class of a module that is known, whether it is accelerated, and why not."""
+        if type(module) in self.left:
+            return type(module).__name__, False, self.left[type(module)]
+        if (theirs := self.theirs(module)) and type(module) in self.blocks.values():
+            return theirs.__name__, True, self.partly.get(theirs, "")
+        if type(module) in self.blocks:
+            strange = self._strange(module)
+            return type(module).__name__, False, f"its attention is {strange[0]}" if strange else "not accelerated"
+        if isinstance(module, tuple(self.blocks)):
+            base = next(theirs for theirs in self.blocks if isinstance(module, theirs))
+            return type(module).__name__, False, f"a subclass of {base.__name__}, which may do something else"
+        return None
+
+    def _strange(self, block: nn.Module) -> list[str]:
+        """The classes of what stands in the place of attention and is not."""
+        return [type(x).__name__ for x in self.attentions_of(block) if not _is_of(x, self.attentions)]
+
+
+def _is_of(module: nn.Module, classes: Classes) -> bool:
+    return type(module) in classes or type(module) in classes.values()

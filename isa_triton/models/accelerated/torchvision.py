@@ -1,0 +1,124 @@
+"""torchvision's Swin, SwinV2 and video Swin: windows of maps [B, H, W, C] and videos [B, T, H, W, C], shifted or not.
+
+Swin (Liu et al., arXiv 2103.14030), SwinV2 with cosine attention (arXiv 2111.09883), video Swin (arXiv 2106.13230).
+Maps that windows do not divide have zeros behind them, which are attended; an axis that one window covers is not
+shifted.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models.swin_transformer import ShiftedWindowAttention, ShiftedWindowAttentionV2
+from torchvision.models.video.swin_transformer import ShiftedWindowAttention3d
+
+from ..._tracing import leaf_of_fx
+from ...maps import at_most
+from ...partition import Partition
+from .families import Family
+from .windows import OnMaps, attend, cached_bias, in_windows, shift_of, split, trains_faster_theirs
+
+
+class _InWindows(OnMaps):
+    """What all of them have in common; they read weights and call no layer, and so does this."""
+
+    backend: str
+    window_size: list[int]
+    shift_size: list[int]
+    num_heads: int
+    attention_dropout: float
+    dropout: float
+    training: bool
+    qkv: Any
+    proj: Any
+    relative_position_bias_table: nn.Parameter
+    get_relative_position_bias: Any
+
+    def in_windows(self, x: Tensor, theirs: Any) -> Tensor:
+        window = self.window(x)
+        shift = shift_of(x, window, self.shift_size)
+        if any(shift) and trains_faster_theirs(x, self.backend):
+            return theirs(x)
+        return in_windows(x, window, shift, lambda x, partition: attend(self, x, partition, self.backend))
+
+    def window(self, x: Tensor) -> list[int]:
+        return self.window_size
+
+    def heads(self, x: Tensor) -> tuple[Tensor, ...]:
+        return split(F.linear(x, self.qkv.weight, self.qkv.bias), self.num_heads)
+
+    def output(self, context: Tensor) -> Tensor:
+        return F.dropout(F.linear(context, self.proj.weight, self.proj.bias), self.dropout, self.training)
+
+    def dropout_p(self) -> float:
+        return self.attention_dropout
+
+    def position_bias(self, partition: Partition) -> Tensor:
+        return cached_bias(self, [self.relative_position_bias_table], self.get_relative_position_bias)[0]
+
+
+class AcceleratedShiftedWindowAttention(_InWindows, ShiftedWindowAttention):
+    """`ShiftedWindowAttention` of maps [B, H, W, C]."""
+
+    @leaf_of_fx
+    def forward(self, x: Tensor) -> Tensor:
+        return self.in_windows(x, super().forward)
+
+
+class AcceleratedShiftedWindowAttentionV2(_InWindows, ShiftedWindowAttentionV2):
+    """`ShiftedWindowAttentionV2` of maps [B, H, W, C]: cosine attention, an MLP's position bias."""
+
+    cpb_mlp: nn.Module
+    logit_scale: nn.Parameter
+
+    @leaf_of_fx
+    def forward(self, x: Tensor) -> Tensor:
+        return self.in_windows(x, super().forward)
+
+    def heads(self, x: Tensor) -> tuple[Tensor, ...]:
+        bias = self.qkv.bias
+        if bias is not None:  # there is none of keys
+            bias = bias * bias.new_tensor([1, 0, 1]).repeat_interleave(bias.shape[0] // 3)
+        q, k, v = split(F.linear(x, self.qkv.weight, bias), self.num_heads)
+        return F.normalize(q, dim=-1), F.normalize(k, dim=-1), v
+
+    def factor(self) -> Tensor:
+        return self.logit_scale.clamp(max=math.log(100.0)).exp().flatten()
+
+    def position_bias(self, partition: Partition) -> Tensor:
+        return cached_bias(self, list(self.cpb_mlp.parameters()), self.get_relative_position_bias)[0]
+
+
+class AcceleratedShiftedWindowAttention3d(_InWindows, ShiftedWindowAttention3d):
+    """`ShiftedWindowAttention3d` of videos [B, T, H, W, C]."""
+
+    @leaf_of_fx
+    def forward(self, x: Tensor) -> Tensor:
+        return self.in_windows(x, super().forward)
+
+    def window(self, x: Tensor) -> list[int]:
+        return list(map(at_most, self.window_size, x.shape[1:4]))
+
+    def position_bias(self, partition: Partition) -> Tensor:
+        window = [axis.tokens for axis in partition]
+
+        def compute() -> Tensor:
+            return self.get_relative_position_bias(window)
+
+        return cached_bias(self, [self.relative_position_bias_table], compute, window)[0]
+
+
+_PARTLY = "shifted windows in training on a CPU are torchvision's"
+
+FAMILY = Family(
+    blocks={
+        ShiftedWindowAttention: AcceleratedShiftedWindowAttention,
+        ShiftedWindowAttentionV2: AcceleratedShiftedWindowAttentionV2,
+        ShiftedWindowAttention3d: AcceleratedShiftedWindowAttention3d,
+    },
+    added=("window",),
+    partly=dict.fromkeys((ShiftedWindowAttention, ShiftedWindowAttentionV2, ShiftedWindowAttention3d), _PARTLY),
+)
