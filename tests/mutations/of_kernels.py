@@ -296,8 +296,8 @@ OTHERS = (
     Defect(
         "backward in another precision",
         "isa_triton/backend/triton.py",
-        "            precision, scales=scales, valid=valid,\n        )  # fmt: skip\n    if partials",
-        "            scales=scales, valid=valid,\n        )  # fmt: skip\n    if partials",
+        "            precision, call.dropout_p, scales=scales, valid=valid, seed=seed,\n        )  # fmt: skip\n    if partials",
+        "            \"ieee\", call.dropout_p, scales=scales, valid=valid, seed=seed,\n        )  # fmt: skip\n    if partials",
         f"{BACKEND}both_passes_multiply_with_the_same_precision",
     ),
     Defect(
