@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from isa_triton._extras import install
 
 Size = tuple[int, ...]
-PACKAGES = ("spandrel", "timm", "torchvision")
+PACKAGES = ("monai", "spandrel", "timm", "torchvision", "transformers")
 
 
 @dataclass(frozen=True)
