@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from isa_triton._extras import install
 
 Size = tuple[int, ...]
-PACKAGES = ("spandrel", "timm", "torchvision")
+PACKAGES = ("boltz", "sam2", "spandrel", "timm", "torchvision", "transformers_hiera")
+APART = {"aurora": "microsoft-aurora", "boltz": "boltz", "sam2": "sam2"}  # they pin too much for an extra of ours
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,9 @@ def entries(package: str) -> tuple[Entry, ...]:
     try:
         module = import_module(f"{__name__}.{package}")
     except ModuleNotFoundError as error:
-        raise ImportError(f"{error.name} is not installed: {install('models')}") from error
+        apart = f"pip install --no-deps {APART.get(package)}, and what it imports: {error.name}"
+        raise ImportError(
+            f"{error.name} is not installed: {apart if package in APART else install('models')}"
+        ) from error
     found: tuple[Entry, ...] = module.ENTRIES
     return found

@@ -10,6 +10,8 @@ Classes = dict[type[nn.Module], type[nn.Module]]
 
 # A module of theirs whose classes are known -> the file here that knows them.
 FAMILIES = {
+    "boltz.model.layers.triangular_attention.attention": "boltz",
+    "sam2.modeling.backbones.hieradet": "sam2",
     "spandrel.architectures.DAT.__arch.DAT": "spandrel_dat",
     "spandrel.architectures.DRCT.__arch.drct_arch": "spandrel_drct",
     "spandrel.architectures.HAT.__arch.HAT": "spandrel_hat",
@@ -18,6 +20,8 @@ FAMILIES = {
     "spandrel.architectures.SwinIR.__arch.SwinIR": "spandrel_swinir",
     "spandrel.architectures.Uformer.__arch.Uformer": "spandrel_uformer",
     "timm.models.maxxvit": "timm",
+    "transformers.models.hiera.modeling_hiera": "transformers_hiera",
+    "transformers.models.sam2.modeling_sam2": "transformers_sam2",
     "timm.models.swin_transformer": "timm",
     "torchvision.models.swin_transformer": "torchvision",
     "torchvision.models.video.swin_transformer": "torchvision",
@@ -25,9 +29,12 @@ FAMILIES = {
 
 # A package -> the oldest and the newest version that the tests ran on.
 VERSIONS = {
+    "boltz": ("2.2", "2.2.1"),
+    "sam2": ("1.1", "1.1.0"),
     "spandrel": ("0.4", "0.4.2"),
     "timm": ("1.0", "1.0.31"),
     "torchvision": ("0.26", "0.29.1"),
+    "transformers": ("5.24", "5.24.0"),
 }
 
 
@@ -38,7 +45,7 @@ class Family:
     Attributes:
         blocks: what is taken, theirs -> ours: a subclass that overrides what makes windows of a map.
         attentions: the modules in a block that are told of partitions, theirs -> ours.
-        inside: their names in a block, such as "attn.qkv"; a block is left where a module of another class stands there.
+        inside: their names in a block, as "attn.qkv"; a block is left where a module of another class stands there.
         left: other classes that attend in windows and stay theirs -> why.
         partly: blocks of which some calls stay theirs -> which, and why.
         added: names of methods of our blocks that theirs have not.
