@@ -44,7 +44,7 @@ def test_is_exported(entry: Entry) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_rows_without_keys_attend_to_all_as_theirs_do(dtype: torch.dtype) -> None:
-    """Boltz's mask is -1e9: a row that has nothing else forgets its scores, all of them in fp32, eight digits in fp64."""
+    """Boltz's mask is -1e9: a row without keys forgets its scores: all of them in fp32, eight digits in fp64."""
     theirs = network(ENTRIES[0], dtype)
     z, mask = typed(ENTRIES[0].inputs((16,)), dtype)
     mask[:, 5] = mask[:, :, 7] = 0
@@ -57,6 +57,6 @@ def test_rows_without_keys_attend_to_all_as_theirs_do(dtype: torch.dtype) -> Non
 
 def test_more_leading_axes_are_maps_of_their_own() -> None:
     z, mask = (torch.stack([x, x.roll(1, 1)]) for x in ENTRIES[0].inputs((7,)))
-    theirs = network(ENTRIES[0]).starting
+    theirs = network(ENTRIES[0]).get_submodule("starting")
     ours = accelerate(copy.deepcopy(theirs))
     torch.testing.assert_close(ours(z, mask), theirs(z, mask), rtol=1e-10, atol=1e-10)

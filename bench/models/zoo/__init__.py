@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from isa_triton._extras import install
 
 Size = tuple[int, ...]
-PACKAGES = ("boltz", "sam2", "spandrel", "timm", "torchvision", "transformers_hiera")
+PACKAGES = ("boltz", "sam2", "spandrel", "timm", "torchvision", "transformers_hiera", "transformers_qwen")
 APART = {"aurora": "microsoft-aurora", "boltz": "boltz", "sam2": "sam2"}  # they pin too much for an extra of ours
 
 
@@ -44,9 +44,8 @@ def entries(package: str) -> tuple[Entry, ...]:
     try:
         module = import_module(f"{__name__}.{package}")
     except ModuleNotFoundError as error:
-        apart = f"pip install --no-deps {APART.get(package)}, and what it imports: {error.name}"
-        raise ImportError(
-            f"{error.name} is not installed: {apart if package in APART else install('models')}"
-        ) from error
+        apart = f"pip install --no-deps {APART.get(package)}, and what it imports"
+        how = apart if package in APART else install("models")
+        raise ImportError(f"{error.name} is not installed: {how}") from error
     found: tuple[Entry, ...] = module.ENTRIES
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 
 from torch import nn
 
@@ -21,6 +22,7 @@ FAMILIES = {
     "spandrel.architectures.Uformer.__arch.Uformer": "spandrel_uformer",
     "timm.models.maxxvit": "timm",
     "transformers.models.hiera.modeling_hiera": "transformers_hiera",
+    "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl": "transformers_qwen",
     "transformers.models.sam2.modeling_sam2": "transformers_sam2",
     "timm.models.swin_transformer": "timm",
     "torchvision.models.swin_transformer": "torchvision",
@@ -45,7 +47,7 @@ class Family:
     Attributes:
         blocks: what is taken, theirs -> ours: a subclass that overrides what makes windows of a map.
         attentions: the modules in a block that are told of partitions, theirs -> ours.
-        inside: their names in a block, as "attn.qkv"; a block is left where a module of another class stands there.
+        inside: their names in a block, as "blocks.*.attn"; it is left where a module of another class stands there.
         left: other classes that attend in windows and stay theirs -> why.
         partly: blocks of which some calls stay theirs -> which, and why.
         added: names of methods of our blocks that theirs have not.
@@ -74,8 +76,8 @@ class Family:
 
     def attentions_of(self, block: nn.Module) -> list[nn.Module]:
         """What stands in a block under the names that attention has there."""
-        inside = dict(block.named_modules(remove_duplicate=False))
-        return [inside[name] for name in self.inside if name in inside]
+        modules = block.named_modules(remove_duplicate=False)
+        return [module for name, module in modules if any(fnmatchcase(name, pattern) for pattern in self.inside)]
 
     def finding(self, module: nn.Module) -> tuple[str, bool, str] | None:
         """The class of a module that is known, whether it is accelerated, and why not."""

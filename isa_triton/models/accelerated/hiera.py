@@ -39,4 +39,4 @@ def pools(block: Any, stride: Any) -> bool:
     return block.window_size == 0 or bool(stride)
 
 
-PARTLY = "blocks that attend to the whole map, or whose queries are pooled, are {}'s: no partition has fewer queries than keys"
+PARTLY = "blocks that attend to the whole map, or whose queries are pooled, so fewer than keys, are {}'s"

@@ -1,4 +1,4 @@
-"""Hiera (Ryali et al., arXiv 2306.00989) of transformers: mask units, whose tokens lie far apart on a line [B, L, C]."""
+"""Hiera (Ryali et al., arXiv 2306.00989) of transformers: mask units, whose tokens lie apart on a line [B, L, C]."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class AcceleratedHieraMaskUnitAttention(OnMaps, HieraMaskUnitAttention):
 FAMILY = Family(
     blocks={HieraMaskUnitAttention: AcceleratedHieraMaskUnitAttention},
     partly={
-        HieraMaskUnitAttention: "those that attend to the whole map, whose queries are pooled, or whose weights are asked for, are"
-        " transformers'"
+        HieraMaskUnitAttention: "those that attend to the whole map, whose queries are pooled, or whose weights are"
+        " asked for, are transformers'"
     },
 )
