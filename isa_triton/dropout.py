@@ -72,7 +72,9 @@ def rows_of(seed: Tensor, maps: int, heads: int, pixels: int) -> tuple[Tensor, T
     calls = seed.shape[0]
     head = numbers(heads // calls).repeat(calls)
     of_head = seed[:, None].expand(-1, heads // calls).reshape(-1)
-    return row_keys(of_head & _LOW, (of_head >> 32) & _LOW, numbers(maps)[:, None, None], head, numbers(pixels)[:, None])
+    return row_keys(
+        of_head & _LOW, (of_head >> 32) & _LOW, numbers(maps)[:, None, None], head, numbers(pixels)[:, None]
+    )
 
 
 def factors(start: Tensor, step: Tensor, pixel: Tensor, dropout_p: float, dtype: torch.dtype) -> Tensor:

@@ -48,9 +48,7 @@ _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? scales, Tensor? v
 _CALL = "float scale, SymInt[] axes, bool with_lse, str backend, float dropout_p=0.0"
 _BESIDE = 4  # tensors that backward takes beside the inputs
 _library = torch.library.Library("isa_triton", "DEF")
-_library.define(
-    f"forward({_INPUTS}, {_CALL}) -> (Tensor, Tensor)"
-)
+_library.define(f"forward({_INPUTS}, {_CALL}) -> (Tensor, Tensor)")
 _library.define(
     f"backward({_INPUTS}, Tensor? out, Tensor? lse, Tensor do, Tensor? dlse, {_CALL})"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"

@@ -192,7 +192,9 @@ def test_seeds_come_from_the_generator(backend: str) -> None:
     assert not torch.equal(call(3), partitioned_attention(q, k, v, partition, dropout_p=P, backend=backend))
     torch.manual_seed(3)
     drawn_seed = torch.randint(2**63 - 1, (1,))[0]
-    assert torch.equal(call(3), partitioned_attention(q, k, v, partition, dropout_p=P, seed=drawn_seed, backend=backend))
+    assert torch.equal(
+        call(3), partitioned_attention(q, k, v, partition, dropout_p=P, seed=drawn_seed, backend=backend)
+    )
 
 
 def test_an_expectation_is_what_attention_is_without() -> None:
@@ -280,7 +282,10 @@ def test_compiled_programs_draw_seeds() -> None:
 @pytest.mark.parametrize("backend", ["eager", "triton"])
 def test_vmap_is_one_call_after_another(backend: str) -> None:
     """With one seed for all calls and with one for each, also nested; the heads of a call are counted from 0."""
-    partition, dtype = PARTITIONS["rows" if backend == "triton" else "local-ragged"], torch.float64 if backend == "eager" else torch.float32
+    partition, dtype = (
+        PARTITIONS["rows" if backend == "triton" else "local-ragged"],
+        torch.float64 if backend == "eager" else torch.float32,
+    )
     q, k, v = torch.randn(3, 3, 2, *partition.size, 2, 4, dtype=dtype)
 
     def call(q: Tensor, k: Tensor, v: Tensor, seed: Any) -> Tensor:
@@ -352,9 +357,11 @@ def test_uncommon_numbers_of_maps_heads_and_keys() -> None:
     assert dropout_mask(rows, maps=0, heads=2, **DROPOUT).shape == (0, 4, 6, 2, 6)
 
 
-COMPILED = test_door.COMPILED.replace("scales, valid, q, lse", "scales, valid, seed, q, lse").replace(
-    "    found =", "    seed = layout(2, dtype=torch.int64)\n    found ="
-).replace(', "ieee")', ', "ieee", 0.5)')
+COMPILED = (
+    test_door.COMPILED.replace("scales, valid, q, lse", "scales, valid, seed, q, lse")
+    .replace("    found =", "    seed = layout(2, dtype=torch.int64)\n    found =")
+    .replace(', "ieee")', ', "ieee", 0.5)')
+)
 
 
 @pytest.mark.slow

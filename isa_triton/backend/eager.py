@@ -106,9 +106,7 @@ def backward(
     return _backward(inputs, do, dlse, call, _numbers(inputs))
 
 
-def _backward(
-    inputs: Inputs, do: Tensor, dlse: Tensor | None, call: Call, numbers: dict[str, Tensor]
-) -> Gradients:
+def _backward(inputs: Inputs, do: Tensor, dlse: Tensor | None, call: Call, numbers: dict[str, Tensor]) -> Gradients:
     if call.partition.wraps:
         dlse = None if dlse is None else _roll(dlse, call.partition)
         inputs, unrolled, numbers = _rolled(inputs, call, numbers)

@@ -297,7 +297,7 @@ OTHERS = (
         "backward in another precision",
         "isa_triton/backend/triton.py",
         "            precision, call.dropout_p, scales=scales, valid=valid, seed=seed,\n        )  # fmt: skip\n    if partials",
-        "            \"ieee\", call.dropout_p, scales=scales, valid=valid, seed=seed,\n        )  # fmt: skip\n    if partials",
+        '            "ieee", call.dropout_p, scales=scales, valid=valid, seed=seed,\n        )  # fmt: skip\n    if partials',
         f"{BACKEND}both_passes_multiply_with_the_same_precision",
     ),
     Defect(
