@@ -286,7 +286,7 @@ def parts(case: Case, inputs: dict[str, Tensor], got: dict[str, Tensor]) -> dict
     found = {}
     for name, result in got.items():
         of_all = name in ("dscale", "dextra_k", "dextra_v")  # which are sums over pixels
-        equal = case.maps * math.prod(case.size) if of_all else case.partition.tokens
+        equal = case.maps * math.prod(case.size) + sum(case.widths) if of_all else case.partition.tokens
         equal = equal if case.layout in ("expanded", "scalar") else 0
         terms = natural.get(name, 0.0), uncertain, equal
         dtype = tables if name in ("dbias", "dscale") else case.rounded_to
