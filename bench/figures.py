@@ -27,6 +27,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 if TYPE_CHECKING:
     from bench import check, sharding
+    from bench.models import memory
 
 
 class Look(NamedTuple):
@@ -434,6 +435,28 @@ def _of_line(row: sharding.Row) -> str:
 
 
 # -- errors ------------------------------------------------------------------------------------------------------------
+
+
+def model_memory(rows: Sequence[memory.Row], path: Path) -> None:
+    """Peak bytes over the side of the input, original and accelerated: a panel for each network of several sizes."""
+    networks = [name for name in dict.fromkeys(row.network for row in rows) if len(_of_network(rows, name)) > 1]
+    with _saved(path, 1, max(1, len(networks)), 150, figsize=(4 * max(1, len(networks)), 3.8)) as (figure, panels):
+        for panel, name in zip(panels.flat, networks, strict=False):
+            for pass_, who in product(("forward", "training"), ("original", "accelerated")):
+                mine = [row for row in rows if (row.network, row.pass_, row.who) == (name, pass_, who)]
+                points = [(int(row.size.split("x")[-1]), row.peak_bytes / 2**30) for row in mine]
+                colour = "#0072B2" if who == "accelerated" else "#D55E00"
+                style = {"linestyle": "-" if pass_ == "training" else "--", "marker": "o", "color": colour}
+                panel.plot(*zip(*points, strict=True), label=f"{who}, {PASS_TITLES[pass_]}", **style)
+            panel.set(title=f"{name}, inputs {mine[0].size.count('x') + 1}-D", xlabel="side of the input", xscale="log")
+            panel.set(yscale="log", ylabel="peak GiB, fp32, counted")
+            _plain_ticks(panel.xaxis)
+            _plain_ticks(panel.yaxis)
+        _legend(figure, panels, columns=4)
+
+
+def _of_network(rows: Sequence[memory.Row], name: str) -> set[str]:
+    return {row.size for row in rows if row.network == name}
 
 
 def error_budget(rows: Sequence[check.Row], names: Sequence[str], path: Path, floor: float = 1e-4) -> None:

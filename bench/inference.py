@@ -1,4 +1,4 @@
-"""``python -m bench inference``: folded ISA against the authors' layout, and timm's MaxViT and Swin with our attention.
+"""``python -m bench inference``: folded ISA against the authors' layout.
 
 What is compared is timed in one interleaved run, a matmul that says how fast the machine is among it.
 """
@@ -9,7 +9,6 @@ import argparse
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib.util import find_spec
 from statistics import median
 
 import torch
@@ -34,19 +33,12 @@ from bench.workload import OnMap, Workload
 from isa_triton.inference import fuse
 
 SIZES = ((64, 64), (97, 97), (128, 128))
-MODELS = {  # and sides of images
-    "maxvit_tiny_tf_224": 224,
-    "maxvit_nano_rw_256": 256,
-    "maxvit_rmlp_nano_rw_256": 256,
-    "swin_tiny_patch4_window7_224": 224,
-}
 BLOCKS: tuple[Provider, ...] = (
     PROVIDERS["unfused"],
     PROVIDERS["isa"],
     replace(PROVIDERS["isa"], name="isa-folded", module=lambda workload: fuse(modules.isa_block(workload).eval())),
 )
 BLOCK = "ISA block"
-FASTER = {"isa-folded": "the folded block was {} times as fast as unfused", "accelerated": "timm's models {} times"}
 Makes = Mapping[str, Callable[[], Step]]
 Counts = Mapping[str, tuple[int, int]]
 HEADER = ("what", "map", "provider", "ms", "times", "GFLOPs", "MiB", "in matmuls", "GFLOP/s", "matmul's", "timed by")
@@ -57,9 +49,9 @@ RATES = 3  # columns at the end that only --verbose shows
 class Row(OnMap):
     """A line of the CSV."""
 
-    what: str  # the block or a model
+    what: str  # the block
     provider: str
-    height: int  # of the block's map or the model's image
+    height: int
     width: int
     seconds: float
     times: float  # as fast as the first of its group
@@ -79,9 +71,7 @@ class Row(OnMap):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_out(parser, "inference.csv")
-    add_sizes(parser, SIZES, "maps of the block in pixels", nargs="*")
-    models = "of timm; no name: leave them out"
-    parser.add_argument("--models", nargs="*", choices=MODELS, default=list(MODELS), metavar="NAME", help=models)
+    add_sizes(parser, SIZES, "maps of the block in pixels")
     add_widths(parser)
     add_partition_size(parser)
     add_rounds(parser, 9)
@@ -93,31 +83,23 @@ def run(args: argparse.Namespace) -> None:
     for map_ in args.sizes:
         check_partition_size(args.partition_size, map_)
     said, path, rows = Terminal(args), args.out / "inference.csv", list[Row]()
-    if args.models and not find_spec("timm"):
-        said.say("timm is not installed (pip install timm): its models are left out")
-        args.models = []
-    work = {f"{BLOCK}, {format_size(map_)}": partial(block, args, map_) for map_ in args.sizes}
-    work |= {name: partial(model, args, name) for name in args.models}
-    if not work:
-        raise argparse.ArgumentError(None, "--sizes and --models: neither names anything to measure")
     said.say(f"Every row goes to {path}")
-    with said.progress("maps and models", len(work)) as bar:
-        for name, measured in work.items():
-            bar.now(name)
-            rows += measured()
+    with said.progress("maps", len(args.sizes)) as bar:
+        for map_ in args.sizes:
+            bar.now(format_size(map_))
+            rows += block(args, map_)
             write(path, Row, rows)
             bar.advance()
-    said.show(*tables(rows, args.verbose))
+    said.show(table(rows, args.verbose))
     how = devices.account((row.how for row in rows), (row.clocks for row in rows))
     said.end(" ".join(filter(None, (sentence(rows), how))), path)
 
 
 def sentence(rows: Sequence[Row]) -> str:
     """How much faster ours are, from the slowest to the fastest."""
-    times = {name: [row.times for row in rows if row.provider == name] for name in FASTER}
-    ends = {name: dict.fromkeys(f"{end(found):.2f}" for end in (min, max)) for name, found in times.items() if found}
-    spans = {name: " to ".join(both) for name, both in ends.items()}
-    return f"In one interleaved run {', '.join(FASTER[name].format(span) for name, span in spans.items())}."
+    times = [row.times for row in rows if row.provider == "isa-folded"]
+    span = " to ".join(dict.fromkeys(f"{end(times):.2f}" for end in (min, max)))
+    return f"In one interleaved run the folded block was {span} times as fast as unfused."
 
 
 def block(args: argparse.Namespace, map_: tuple[int, int]) -> list[Row]:
@@ -128,26 +110,6 @@ def block(args: argparse.Namespace, map_: tuple[int, int]) -> list[Row]:
     makes = {p.name: partial(measure.step, p, workload, args.device, inputs) for p in BLOCKS}
     counts = {p.name: measure.count(partial(measure.step, p, workload)) for p in BLOCKS}
     return _rows(BLOCK, map_, makes, counts, args)
-
-
-def model(args: argparse.Namespace, name: str) -> list[Row]:
-    """One of timm's models as it is, and accelerated."""
-    import timm
-
-    from isa_triton.models import accelerate
-
-    side = MODELS[name]
-
-    def step(ours: bool) -> Step:
-        with torch.device(args.device):
-            network, x = timm.create_model(name).eval(), torch.randn(1, 3, side, side)
-        network = accelerate(network) if ours else network
-        return measure.forward(network, x)
-
-    # twice as it is: what those two differ by is noise
-    makes = {"timm": partial(step, False), "timm again": partial(step, False), "accelerated": partial(step, True)}
-    counts = {who: measure.count(make, fake=False) for who, make in makes.items()}  # timm looks at values
-    return _rows(name, (side, side), makes, counts, args)
 
 
 def _rows(what: str, map_: tuple[int, int], makes: Makes, counts: Counts, args: argparse.Namespace) -> list[Row]:
@@ -178,11 +140,7 @@ def matmul_share(step: Step, device: str) -> float:
     return sum(time for name, time in times.items() if name in matmuls or "conv" in name) / sum(times.values())
 
 
-def tables(rows: Sequence[Row], rates: bool) -> list[Table]:
-    """One for the block and one for the models."""
+def table(rows: Sequence[Row], rates: bool) -> Table:
+    """Everyone on every map."""
     shown = len(HEADER) if rates else -RATES
-    blocks, models = (
-        [row.cells()[:shown] for row in rows if (row.what == BLOCK) == of_block] for of_block in (True, False)
-    )
-    titled = {"ISA block, times unfused": blocks, "timm's models, times timm": models}
-    return [Table(title, HEADER[:shown], cells, words=3) for title, cells in titled.items() if cells]
+    return Table("ISA block, times unfused", HEADER[:shown], [row.cells()[:shown] for row in rows], words=3)

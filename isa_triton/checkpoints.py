@@ -19,6 +19,8 @@ from torch import Tensor
 
 from ._state_dict import find_prefix, plain_tensor, under
 
+_HRFORMER = "attn.q_proj.weight"  # behind the name of the layer
+_HRFORMER_LAYERS = ("q_proj", "k_proj", "v_proj", "out_proj")
 Tensors = dict[str, Tensor]
 Names = dict[str, str]  # of a published layout's tensors -> ours
 
@@ -130,6 +132,41 @@ def from_paddleseg(state_dict: Mapping[str, Any]) -> Tensors:
     prefix = find_prefix(state_dict, "global_relation.value_project.weight", "PaddleSeg ISANet")
     tensors = {name: x for name, x in under(state_dict, prefix).items() if not name.startswith("aux.")}
     return _context_first(_renamed(tensors, names, "PaddleSeg"))
+
+
+def from_hrformer(state_dict: Mapping[str, Any]) -> dict[str, Tensors]:
+    """The weights of every attention in a network of HRFormer's authors (classification, pose and segmentation alike).
+
+    Args:
+        state_dict: of a network, or of one layer of it, with any prefix. Tensors or NumPy arrays.
+
+    Returns:
+        By the name that the authors' layer has in the network: a state_dict for `HRFormerAttention`, which loads
+        strictly. Buffers of distances are left out, which follow from the window.
+
+    Raises:
+        TypeError: not a mapping.
+        ValueError: no attention of HRFormer in it, or tensors missing or not expected.
+
+    Examples:
+        >>> found = from_hrformer(torch.load("hrt_small.pth")["model"])  # doctest: +SKIP
+        >>> HRFormerAttention(32, 1).load_state_dict(found["stage2.0.branches.0.0.attn"])  # doctest: +SKIP
+    """
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"state_dict must be a mapping from names to tensors, got {type(state_dict).__name__}")
+    layers = [str(key).removesuffix(_HRFORMER) for key in state_dict if str(key).endswith(_HRFORMER)]
+    if not layers:
+        raise ValueError(f"state_dict holds no attention of HRFormer: no name ends with {_HRFORMER!r}")
+    names = {f"{layer}.{part}": f"{layer}.{part}" for layer in _HRFORMER_LAYERS for part in ("weight", "bias")}
+    found = {}
+    for layer in layers:
+        tensors = under(state_dict, f"{layer}attn.")
+        tensors.pop("relative_position_index", None)
+        table = "relative_position_bias_table"
+        found[layer.removesuffix(".")] = _renamed(
+            tensors, names | {table: table} if table in tensors else names, "HRFormer"
+        )
+    return found
 
 
 def _head_names(conv: str, norm: str, statistics: Names, classifier: str) -> Names:

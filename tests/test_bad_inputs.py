@@ -272,7 +272,7 @@ COMMANDS = [
     (["check", "--cases", "-1"], "must be a whole number from 1, got '-1'"),
     (["check", "--backends", "cuda"], "invalid choice: 'cuda'"),
     (["overhead", "--rounds", "many"], "must be a whole number from 1, got 'many'"),
-    (["inference", "--sizes", "--models"], "--sizes and --models: neither names anything to measure"),
+    (["models", "--networks", "resnet50"], "invalid choice: 'resnet50'"),
     (["scaling", "--size", "8"], "unrecognized arguments: --size 8"),
     (["tiles"], "required: TOOL"),
     (["tiles", "verify", "--shapes", "ISA 65"], "invalid choice: 'ISA 65'"),

@@ -297,6 +297,17 @@ def test_gradients_of_a_bias_per_map_are_the_same_every_time() -> None:
     assert torch.equal(gradient(), gradient())
 
 
+@pytest.mark.parametrize("size", [(2,), (5, 7)], ids=str)
+def test_no_map_has_no_bias(size: tuple[int, ...]) -> None:
+    """An empty batch with a bias for each of its maps: gradients of that shape, and no program that writes beyond."""
+    partition = Partition.local(size, window=(2,) * len(size))
+    q, k, v = (torch.randn(0, *size, 3, 16, requires_grad=True) for _ in range(3))
+    bias = torch.randn(0, 3, partition.tokens, partition.tokens, requires_grad=True)
+    out = partitioned_attention(q, k, v, partition, bias=bias, backend="triton")
+    gradients = torch.autograd.grad(out.sum(), (q, k, v, bias))
+    assert [gradient.shape for gradient in gradients] == [x.shape for x in (q, k, v, bias)]
+
+
 COMPILED = """
 import torch
 from triton.backends.compiler import GPUTarget

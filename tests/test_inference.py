@@ -229,7 +229,7 @@ def test_onnx_runtime_runs_what_was_exported(tmp_path: Path) -> None:
 
 def test_the_inference_command_writes_a_row_for_everyone(tmp_path: Path) -> None:
     widths = ["--channels", "32", "--key-channels", "8", "--value-channels", "32", "--partition-size", "4x3"]
-    main(["inference", "--sizes", "9x13", *widths, "--models", "--rounds", "1", "--out", str(tmp_path)])
+    main(["inference", "--sizes", "9x13", *widths, "--rounds", "1", "--out", str(tmp_path)])
     with (tmp_path / "inference.csv").open(newline="") as file:
         rows = {row["provider"]: row for row in csv.DictReader(file)}
     assert list(rows) == ["unfused", "isa", "isa-folded"]

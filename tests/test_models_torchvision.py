@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
+from bench.models.exact import network
 from bench.models.zoo import Entry, Size
+from isa_triton.models import accelerate
 from tests.accelerated_models import (
     check_exported,
     check_module_like_others,
@@ -35,3 +38,9 @@ def test_is_one_graph(entry: Entry) -> None:
 @pytest.mark.parametrize("entry", ENTRIES, ids=str)
 def test_is_exported(entry: Entry) -> None:
     check_exported(entry)
+
+
+def test_a_graph_that_has_no_block_left_says_so() -> None:
+    traced = torch.fx.symbolic_trace(network(ENTRIES[0]))
+    with pytest.raises(ValueError, match=r"without any; a graph of torch.fx .*: accelerate what it is traced from"):
+        accelerate(traced)

@@ -30,7 +30,7 @@ SMALL = {
     "train --data cityscapes/ --evaluate": TRAIN,
     "train --data data/ --data-set folder --check": "",
     "predict": "--device cpu",
-    "inference": f"--sizes 8 --models --rounds 1 {WIDTHS}",
+    "inference": f"--sizes 8 --rounds 1 {WIDTHS}",
     "norm": "--sizes 17x20 --channels 16 --rounds 1",
     "photograph": "--sizes 33x49 --rounds 1",
     "sharding": "--size 16 --channels 16 --partition-size 2 --rounds 1 --devices 1 2 --simulated-sizes 64",
@@ -43,6 +43,7 @@ SMALL = {
 ELSEWHERE = {
     "certify": "test_bench_certify.py",
     "overhead": "test_launches.py",
+    "models": "test_bench_models.py",
     "paper": "test_bench_paper.py",
     "pictures": "test_bench.py",
     "tiles": "test_bench_tile_search.py",

@@ -24,6 +24,7 @@ MODULES = (  # where it is what has an example
     "checkpoints",
     "inference",
     "models.block",
+    "models.hrformer",
     "models.ianet",
     "models.resnet",
     "models.accelerated",

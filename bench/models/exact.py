@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import copy
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from importlib import metadata
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bench.models.zoo import Entry, Size
+from bench.records import format_size
+from bench.terminal import Table
 from isa_triton.models import accelerate
 
 FLOOR = 1e-3  # of the largest gradient: where the true one is zero, as of a key's bias, rounding must not decide
@@ -96,3 +101,55 @@ def _result(entry: Entry, model: nn.Module, inputs: tuple[Any, ...]) -> Tensor:
 
 def _error(actual: Tensor, expected: Tensor, floor: float) -> float:
     return float((actual - expected).abs().max() / expected.abs().max().clamp(min=floor))
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the CSV: a tiny network on one size."""
+
+    package: str
+    network: str
+    size: str
+    training: bool
+    backend: str
+    output: float  # the largest error, relative to the largest entry
+    gradient: float  # the largest of all gradients
+    of: str  # the parameter with that gradient, or "input"
+    version: str  # of the package
+
+
+def rows(entry: Entry) -> list[Row]:
+    """An entry on all its sizes, in evaluation and in training, where maps lie and where they are copied."""
+    found = []
+    for size, training, backend in itertools.product(entry.sizes, (False, True), ("eager", "auto")):
+        errors = compare(entry, size, training=training, backend=backend)
+        what = entry.package, entry.name, format_size(size), training, backend
+        found.append(Row(*what, errors.output, errors.gradient, errors.of, version(entry.package)))
+    return found
+
+
+def version(package: str) -> str:
+    """Of the distribution that a package comes in."""
+    return metadata.version({"aurora": "microsoft-aurora"}.get(package, package))
+
+
+def table(found: Sequence[Row]) -> Table:
+    """The largest errors of each network."""
+    networks = dict.fromkeys((row.package, row.network) for row in found)
+    lines = []
+    for package, name in networks:
+        of = [row for row in found if (row.package, row.network) == (package, name)]
+        worst = max(row.output for row in of), max(row.gradient for row in of)
+        sizes = ", ".join(dict.fromkeys(row.size for row in of))
+        lines.append((package, name, sizes, *(f"{error:.1e}" for error in worst), of[0].version))
+    header = ("package", "network", "inputs", "outputs", "gradients", "version")
+    return Table("Largest relative errors in fp64, against the package's own", header, lines, words=3)
+
+
+def sentence(found: Sequence[Row]) -> str:
+    if not found:
+        return ""
+    return (
+        f"{len(found)} passes: outputs within {max(row.output for row in found):.1e} of the packages' own,"
+        f" gradients within {max(row.gradient for row in found):.1e}."
+    )

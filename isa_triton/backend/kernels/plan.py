@@ -113,7 +113,7 @@ def forward(layouts: Layouts, scale: float, partition: Partition, tile: Tile, pr
     maps, heads = layouts[0].shape[0], layouts[0].shape[-2]
     items = maps * partition.groups
     if given["bias"] is not None and partition.tokens <= tile.block_m == tile.block_n:
-        tables = heads * (given["maps"] or 1)
+        tables = _tables(heads, given["maps"])
         slots = min(items * heads // tables, max(1, PARTIAL_SUMS // tables)) if tables else 0
         given |= {"items": items, "slots": slots, "BLOCK": tile.block_n}
         yield from _launch(forward_group_kernel, slots * tables, given, tile)
@@ -133,7 +133,7 @@ def backward(
         given |= {"items": items, "slots": items, "maps": None}
     else:
         given |= {"items": items, "slots": partials.shape[0]}
-    tables = heads * (given["maps"] or 1)
+    tables = _tables(heads, given["maps"])
     if in_one_kernel(tiles, partition):
         tile = tiles.group or tiles.keys
         yield from _launch(backward_group_kernel, given["slots"] * tables, given | {"BLOCK": tile.block_m}, tile)
@@ -147,6 +147,11 @@ def backward(
     if partials is not None:
         programs = partials.shape[0] * tables * _blocks_of_pairs(tiles, partition)
         yield from _launch(backward_pairs_kernel, programs, given, tiles.pairs)
+
+
+def _tables(heads: int, maps: int | None) -> int:
+    """How many biases there are: for each head, and for each map (which may be none) where a map has its own."""
+    return heads if maps is None else heads * maps
 
 
 def _passes(given: dict[str, Any], items: int, tokens: int, tiles: BackwardTiles) -> Iterator[Launch]:

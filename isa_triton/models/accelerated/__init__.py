@@ -14,6 +14,7 @@ from importlib import import_module, metadata
 from typing import TypeVar
 
 from torch import nn
+from torch.fx import GraphModule
 
 from ..._extras import install
 from ...backend import check_backend
@@ -83,6 +84,8 @@ def accelerate(model: Model, *, backend: str = "auto") -> Model:
     blocks = [block for block in model.modules() for family in families if family.takes(block)]
     if not blocks:
         left = "".join(f"; {finding}" for finding in _findings(model, families))
+        if any(isinstance(module, GraphModule) for module in model.modules()):
+            left += "; a graph of torch.fx has functions in the place of modules: accelerate what it is traced from"
         raise ValueError(
             f"model must hold window attention of {', '.join(VERSIONS)}, got {type(model).__name__} without any{left}"
         )
