@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -75,7 +76,7 @@ def test_a_descriptors_model_is_accelerated() -> None:
 
 
 def test_hats_mask_is_made_for_blocks_that_ask() -> None:
-    hat = accelerate(next(entry for entry in ENTRIES if entry.name == "HAT").make().eval())
+    hat: Any = accelerate(next(entry for entry in ENTRIES if entry.name == "HAT").make().eval())
     with torch.no_grad():
         assert hat.calculate_mask((16, 24), torch.float32).numel() == 0
     assert hat.calculate_mask((16, 24), torch.float32).shape == (6, 64, 64)  # on a CPU, which trains faster theirs
