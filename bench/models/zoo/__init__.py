@@ -13,7 +13,7 @@ from isa_triton._extras import install
 
 Size = tuple[int, ...]
 PACKAGES = (
-    "boltz", "monai", "sam2", "spandrel", "timm", "torchvision", "transformers", "transformers_hiera",
+    "aurora", "boltz", "monai", "sam2", "spandrel", "timm", "torchvision", "transformers", "transformers_hiera",
     "transformers_qwen",
 )  # fmt: skip
 APART = {"aurora": "microsoft-aurora", "boltz": "boltz", "sam2": "sam2"}  # they pin too much for an extra of ours

@@ -11,6 +11,7 @@ Classes = dict[type[nn.Module], type[nn.Module]]
 
 # A module of theirs whose classes are known -> the file here that knows them.
 FAMILIES = {
+    "aurora.model.swin3d": "aurora",
     "boltz.model.layers.triangular_attention.attention": "boltz",
     "monai.networks.nets.swin_unetr": "monai",
     "sam2.modeling.backbones.hieradet": "sam2",
@@ -41,6 +42,7 @@ FAMILIES = {
 
 # A package -> the oldest and the newest version that the tests ran on.
 VERSIONS = {
+    "aurora": ("2.0", "2.0.1"),
     "boltz": ("2.2", "2.2.1"),
     "monai": ("1.5", "1.6.1"),
     "sam2": ("1.1", "1.1.0"),
