@@ -4,8 +4,8 @@ Queries and keys are named by their pixels in the map, row by row, and extra key
 do not depend on the partition, on tiles, or on who computes. Arithmetic is that of 32 bits: int64 tensors masked here,
 uint32 in kernels, which compile the very source of `mix`, `absorb`, `row_keys` and `draw`.
 
-The mixer is that of Wellons' hash-prospector (https://github.com/skeeto/hash-prospector), two multiplications, less than
-2^31 so that int64 has their products.
+The mixer is one that hash-prospector found (https://github.com/skeeto/hash-prospector): two multiplications, by less than
+2^31, so that int64 has their products.
 """
 
 from __future__ import annotations
@@ -72,7 +72,9 @@ def rows_of(seed: Tensor, maps: int, heads: int, pixels: int) -> tuple[Tensor, T
     calls = seed.shape[0]
     head = numbers(heads // calls).repeat(calls)
     of_head = seed[:, None].expand(-1, heads // calls).reshape(-1)
-    return row_keys(of_head & _LOW, (of_head >> 32) & _LOW, numbers(maps)[:, None, None], head, numbers(pixels)[:, None])
+    return row_keys(
+        of_head & _LOW, (of_head >> 32) & _LOW, numbers(maps)[:, None, None], head, numbers(pixels)[:, None]
+    )
 
 
 def factors(start: Tensor, step: Tensor, pixel: Tensor, dropout_p: float, dtype: torch.dtype) -> Tensor:

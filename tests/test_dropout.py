@@ -6,14 +6,25 @@ import math
 from collections.abc import Callable
 from itertools import product
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from isa_triton import Partition, dropout_mask, partitioned_attention, partitioned_attention_with_lse
+from isa_triton import (
+    ISAModule,
+    Partition,
+    SelfAttention2d,
+    dropout_mask,
+    maps,
+    partitioned_attention,
+    partitioned_attention_with_lse,
+)
 from isa_triton.backend import triton
+from isa_triton.inference import fuse
+from isa_triton.sharding import parallel
 from tests import test_door
 from tests.cases import PARTITIONS, relative_error
 from tests.compiling import run_compiling
@@ -103,8 +114,8 @@ def test_the_mask_is_a_hash_of_where_a_weight_stands(seed: int) -> None:
     expected = torch.zeros_like(mask)
     for b, h, *pixel in product(range(2), range(3), *map(range, partition.size)):
         query, (group, _) = (pixel[0] * height + pixel[1]) * width + pixel[2], partition.seat(*pixel)
-        keys = [partition.coordinates(group, token) for token in range(partition.tokens)]
-        keys = [(z * height + y) * width + x if inside else None for z, y, x, inside in keys]
+        seats = (partition.coordinates(group, token) for token in range(partition.tokens))
+        keys = [(z * height + y) * width + x if inside else None for z, y, x, inside in seats]
         keys += [partition.pixels, partition.pixels + 1]
         drawn = [key is not None and numbers_of(seed, b, h, query, key) >= int(P * 2**32) for key in keys]
         expected[(b, *pixel, h)] = torch.tensor(drawn)
@@ -192,7 +203,9 @@ def test_seeds_come_from_the_generator(backend: str) -> None:
     assert not torch.equal(call(3), partitioned_attention(q, k, v, partition, dropout_p=P, backend=backend))
     torch.manual_seed(3)
     drawn_seed = torch.randint(2**63 - 1, (1,))[0]
-    assert torch.equal(call(3), partitioned_attention(q, k, v, partition, dropout_p=P, seed=drawn_seed, backend=backend))
+    assert torch.equal(
+        call(3), partitioned_attention(q, k, v, partition, dropout_p=P, seed=drawn_seed, backend=backend)
+    )
 
 
 def test_an_expectation_is_what_attention_is_without() -> None:
@@ -280,7 +293,10 @@ def test_compiled_programs_draw_seeds() -> None:
 @pytest.mark.parametrize("backend", ["eager", "triton"])
 def test_vmap_is_one_call_after_another(backend: str) -> None:
     """With one seed for all calls and with one for each, also nested; the heads of a call are counted from 0."""
-    partition, dtype = PARTITIONS["rows" if backend == "triton" else "local-ragged"], torch.float64 if backend == "eager" else torch.float32
+    partition, dtype = (
+        PARTITIONS["rows" if backend == "triton" else "local-ragged"],
+        torch.float64 if backend == "eager" else torch.float32,
+    )
     q, k, v = torch.randn(3, 3, 2, *partition.size, 2, 4, dtype=dtype)
 
     def call(q: Tensor, k: Tensor, v: Tensor, seed: Any) -> Tensor:
@@ -300,6 +316,40 @@ def test_vmap_is_one_call_after_another(backend: str) -> None:
     of_all = torch.func.vmap(gradient)(q, k, v, seeds)
     one_by_one = torch.stack([gradient(*x) for x in zip(q, k, v, seeds, strict=True)])
     assert relative_error(of_all, one_by_one) < 10 * tolerance
+
+
+# -- layers ------------------------------------------------------------------------------------------------------------
+
+
+def test_layers_drop_weights_in_training_alone() -> None:
+    x = torch.randn(2, 8, 9, 12)
+    layer = SelfAttention2d(8, 4, 8, pattern="local", partition_size=4, num_heads=2, attention_dropout=0.5)
+    without = SelfAttention2d(8, 4, 8, pattern="local", partition_size=4, num_heads=2)
+    without.load_state_dict(layer.state_dict())
+    assert "attention_dropout=0.5" in repr(layer)
+    with patch.object(maps, "partitioned_attention", wraps=partitioned_attention) as attend:
+        torch.manual_seed(3)
+        first = layer(x)
+        assert attend.call_args.kwargs["dropout_p"] == 0.5
+        assert not torch.equal(layer(x), first)
+        torch.manual_seed(3)
+        assert torch.equal(layer(x), first)
+    without.load_state_dict(layer.state_dict())
+    assert torch.equal(layer.eval()(x), without.eval()(x))
+    assert torch.equal(fuse(layer)(x), fuse(without)(x))
+    block = ISAModule(8, 4, 8, 8, partition_size=4, dropout=0.0, attention_dropout=0.5)
+    assert {stage.attention_dropout for stage in block.modules() if isinstance(stage, SelfAttention2d)} == {0.5}
+    for wrong, kind in ((1, ValueError), (-0.1, ValueError), ("a", TypeError)):
+        with pytest.raises(kind, match="attention_dropout must be a number from 0 to less than 1"):
+            SelfAttention2d(8, 4, 8, pattern="local", attention_dropout=wrong)  # type: ignore[arg-type]
+
+
+def test_sharded_layers_refuse_it() -> None:
+    with pytest.raises(
+        ValueError, match=r"branches\.0\.long_range\.attention_dropout must be 0 to be sharded, got 0\.5"
+    ):
+        parallel._check(ISAModule(8, 4, 8, 8, attention_dropout=0.5))
+    parallel._check(ISAModule(8, 4, 8, 8))
 
 
 # -- the door ----------------------------------------------------------------------------------------------------------
@@ -352,9 +402,11 @@ def test_uncommon_numbers_of_maps_heads_and_keys() -> None:
     assert dropout_mask(rows, maps=0, heads=2, **DROPOUT).shape == (0, 4, 6, 2, 6)
 
 
-COMPILED = test_door.COMPILED.replace("scales, valid, q, lse", "scales, valid, seed, q, lse").replace(
-    "    found =", "    seed = layout(2, dtype=torch.int64)\n    found ="
-).replace(', "ieee")', ', "ieee", 0.5)')
+COMPILED = (
+    test_door.COMPILED.replace("scales, valid, q, lse", "scales, valid, seed, q, lse")
+    .replace("    found =", "    seed = layout(2, dtype=torch.int64)\n    found =")
+    .replace(', "ieee")', ', "ieee", 0.5)')
+)
 
 
 @pytest.mark.slow

@@ -239,6 +239,4 @@ def test_no_backend_starts_on_a_partition_with_a_hole() -> None:
     with pytest.raises(ValueError, match=message):
         torch.ops.isa_triton.backward(q, q, q, None, *rest, None, None, q, None, *call)
     with pytest.raises(ValueError, match=r"q must be a map of \(4, 6\), as axes say, got shape \(1, 3, 6"):
-        torch.ops.isa_triton.forward(
-            q[:, :3], q, q, None, *rest, 1.0, Partition.rows((4, 6)).flat(), False, "eager"
-        )
+        torch.ops.isa_triton.forward(q[:, :3], q, q, None, *rest, 1.0, Partition.rows((4, 6)).flat(), False, "eager")

@@ -84,9 +84,7 @@ class Call(NamedTuple):
         return self.scale, self.partition.flat(), self.with_lse, self.backend, self.dropout_p
 
     @classmethod
-    def unflatten(
-        cls, scale: float, axes: Sequence[int], with_lse: bool, backend: str, dropout_p: float = 0.0
-    ) -> Call:
+    def unflatten(cls, scale: float, axes: Sequence[int], with_lse: bool, backend: str, dropout_p: float = 0.0) -> Call:
         """The inverse of `flat`."""
         return cls(scale, Partition.unflatten(axes), with_lse, backend, dropout_p)
 
