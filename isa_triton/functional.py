@@ -278,8 +278,9 @@ def _with_extra(
     some = torch.where(total > 0, total, 1)  # a query without keys has parts of 0, any other one of 1
     if seed is not None:
         maps, *size, heads, n = theirs.shape
-        rows = (x.unflatten(1, size)[..., None] for x in rows_of(seed, maps, heads, prod(size)))
-        theirs = theirs * factors(*rows, prod(size) + torch.arange(n, device=q.device), call.dropout_p, s.dtype)
+        start, step = (x.unflatten(1, size)[..., None] for x in rows_of(seed, maps, heads, prod(size)))
+        keys = prod(size) + torch.arange(n, device=q.device)
+        theirs = theirs * factors(start, step, keys, call.dropout_p, s.dtype)
     context = torch.einsum("b...hn,bnhv->b...hv", theirs, tensors["extra_v"].to(s.dtype))
     out = ((ours[..., None] * out + context) / some[..., None]).to(out.dtype)
     return out, torch.where(total > 0, largest + some.log(), -torch.inf)

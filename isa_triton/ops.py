@@ -79,23 +79,25 @@ def _fake_backward(*tensors_and_call: Any) -> Tensors:
 
 
 def _taken(tensors_and_call: Sequence[Any], beside: int = 0) -> tuple[Inputs, Sequence[Any], Call]:
-    """What an operator was given: the inputs, so many tensors beside them, the call, which ends where defaults begin."""
+    """What an operator was given: the inputs, so many tensors beside them, the call, whose defaults are left out."""
     n = len(Inputs._fields)
     inputs, call = Inputs(*tensors_and_call[:n]), Call.unflatten(*tensors_and_call[n + beside :])
     return inputs, tensors_and_call[n : n + beside], call
 
 
 def _forward_flops(*shapes_and_call: Any, **_: Any) -> int:
-    (q, _, v, *_), _, call = _taken(shapes_and_call)
-    return _matmul_flops(q, call, widths=q[-1] + v[-1])
+    inputs, _, call = _taken(shapes_and_call)
+    return _matmul_flops(inputs, call, of_keys=1, of_values=1)
 
 
 def _backward_flops(*shapes_and_call: Any, **_: Any) -> int:
-    (q, _, v, *_), _, call = _taken(shapes_and_call, _BESIDE)
-    return _matmul_flops(q, call, widths=3 * q[-1] + 2 * v[-1])  # the scores again, dP, dv, dq, dk
+    inputs, _, call = _taken(shapes_and_call, _BESIDE)
+    return _matmul_flops(inputs, call, of_keys=3, of_values=2)  # the scores again, dq, dk; dP, dv
 
 
-def _matmul_flops(q: Any, call: Call, widths: int) -> int:
+def _matmul_flops(inputs: Any, call: Call, of_keys: int, of_values: int) -> int:
+    q, _, v, *_ = inputs  # their shapes
+    widths = of_keys * q[-1] + of_values * v[-1]
     return 2 * q[0] * q[-2] * widths * call.partition.pairs
 
 

@@ -6,14 +6,25 @@ import math
 from collections.abc import Callable
 from itertools import product
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from isa_triton import Partition, dropout_mask, partitioned_attention, partitioned_attention_with_lse
+from isa_triton import (
+    ISAModule,
+    Partition,
+    SelfAttention2d,
+    dropout_mask,
+    maps,
+    partitioned_attention,
+    partitioned_attention_with_lse,
+)
 from isa_triton.backend import triton
+from isa_triton.inference import fuse
+from isa_triton.sharding import parallel
 from tests import test_door
 from tests.cases import PARTITIONS, relative_error
 from tests.compiling import run_compiling
@@ -103,8 +114,8 @@ def test_the_mask_is_a_hash_of_where_a_weight_stands(seed: int) -> None:
     expected = torch.zeros_like(mask)
     for b, h, *pixel in product(range(2), range(3), *map(range, partition.size)):
         query, (group, _) = (pixel[0] * height + pixel[1]) * width + pixel[2], partition.seat(*pixel)
-        keys = [partition.coordinates(group, token) for token in range(partition.tokens)]
-        keys = [(z * height + y) * width + x if inside else None for z, y, x, inside in keys]
+        seats = (partition.coordinates(group, token) for token in range(partition.tokens))
+        keys = [(z * height + y) * width + x if inside else None for z, y, x, inside in seats]
         keys += [partition.pixels, partition.pixels + 1]
         drawn = [key is not None and numbers_of(seed, b, h, query, key) >= int(P * 2**32) for key in keys]
         expected[(b, *pixel, h)] = torch.tensor(drawn)
@@ -307,6 +318,40 @@ def test_vmap_is_one_call_after_another(backend: str) -> None:
     assert relative_error(of_all, one_by_one) < 10 * tolerance
 
 
+# -- layers ------------------------------------------------------------------------------------------------------------
+
+
+def test_layers_drop_weights_in_training_alone() -> None:
+    x = torch.randn(2, 8, 9, 12)
+    layer = SelfAttention2d(8, 4, 8, pattern="local", partition_size=4, num_heads=2, attention_dropout=0.5)
+    without = SelfAttention2d(8, 4, 8, pattern="local", partition_size=4, num_heads=2)
+    without.load_state_dict(layer.state_dict())
+    assert "attention_dropout=0.5" in repr(layer)
+    with patch.object(maps, "partitioned_attention", wraps=partitioned_attention) as attend:
+        torch.manual_seed(3)
+        first = layer(x)
+        assert attend.call_args.kwargs["dropout_p"] == 0.5
+        assert not torch.equal(layer(x), first)
+        torch.manual_seed(3)
+        assert torch.equal(layer(x), first)
+    without.load_state_dict(layer.state_dict())
+    assert torch.equal(layer.eval()(x), without.eval()(x))
+    assert torch.equal(fuse(layer)(x), fuse(without)(x))
+    block = ISAModule(8, 4, 8, 8, partition_size=4, dropout=0.0, attention_dropout=0.5)
+    assert {stage.attention_dropout for stage in block.modules() if isinstance(stage, SelfAttention2d)} == {0.5}
+    for wrong, kind in ((1, ValueError), (-0.1, ValueError), ("a", TypeError)):
+        with pytest.raises(kind, match="attention_dropout must be a number from 0 to less than 1"):
+            SelfAttention2d(8, 4, 8, pattern="local", attention_dropout=wrong)  # type: ignore[arg-type]
+
+
+def test_sharded_layers_refuse_it() -> None:
+    with pytest.raises(
+        ValueError, match=r"branches\.0\.long_range\.attention_dropout must be 0 to be sharded, got 0\.5"
+    ):
+        parallel._check(ISAModule(8, 4, 8, 8, attention_dropout=0.5))
+    parallel._check(ISAModule(8, 4, 8, 8))
+
+
 # -- the door ----------------------------------------------------------------------------------------------------------
 
 
@@ -357,16 +402,15 @@ def test_uncommon_numbers_of_maps_heads_and_keys() -> None:
     assert dropout_mask(rows, maps=0, heads=2, **DROPOUT).shape == (0, 4, 6, 2, 6)
 
 
-COMPILED = (
-    test_door.COMPILED.replace("scales, valid, q, lse", "scales, valid, seed, q, lse")
-    .replace("    found =", "    seed = layout(2, dtype=torch.int64)\n    found =")
-    .replace(', "ieee")', ', "ieee", 0.5)')
-)
-
-
 @pytest.mark.slow
 def test_kernels_with_dropout_compile() -> None:
-    done = run_compiling("-c", COMPILED)
+    """Of two calls of vmap; the mixer's second multiplier is in the code of every kernel."""
+    program = test_door.COMPILED.replace("seed = None", "seed = layout(2, dtype=torch.int64)")
+    program = program.replace(', "ieee")', ', "ieee", 0.5)')
+    program = program.replace(
+        "len(launch.compile(each, target).asm) > 0", f"'{0x735A2D97}' in launch.compile(each, target).asm['llir']"
+    )
+    done = run_compiling("-c", program)
     assert done.returncode == 0, done.stderr
     assert {line.split()[0] for line in done.stdout.splitlines()} == {"sm_90", "gfx942"}
     assert all(line.endswith("True") for line in done.stdout.splitlines())

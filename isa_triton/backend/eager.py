@@ -330,7 +330,8 @@ def _sdpa_is_faster(inputs: Inputs) -> bool:
     """Whether torch's scaled_dot_product_attention beats matmul, softmax, matmul on a chunk [n, T, width] in cache.
 
     Its kernels want equal widths. On CPUs it was up to a width of 128 (and slower at ISA's own 256 and 512). Elsewhere
-    it saves the scores' way through memory. It has one scale and another dropout, and its mask would have to be made for every group.
+    it saves the scores' way through memory. It has one scale and another dropout, and its mask would have to be made
+    for every group.
     """
     q, _, v, bias, scales, valid, seed = inputs
     if any(x is not None for x in (scales, valid, seed)) or (bias is not None and bias.dim() == 4):

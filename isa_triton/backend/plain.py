@@ -48,8 +48,9 @@ def attention(inputs: Inputs, scale: float, partition: Partition, dropout_p: flo
         s = s.masked_fill(keyless, 0)
     p, lse = s.softmax(-1).to(v.dtype), s.logsumexp(-1)
     if seed is not None:
-        rows = (x[:, pixel].transpose(2, 3)[..., None] for x in rows_of(seed, q.shape[0], q.shape[-2], math.prod(size)))
-        p = p * factors(*rows, pixel[:, None, None], dropout_p, p.dtype)
+        rows = rows_of(seed, q.shape[0], q.shape[-2], math.prod(size))  # [B, pixels, heads] each
+        start, step = (x[:, pixel].transpose(2, 3)[..., None] for x in rows)  # [B, G, heads, T, 1]
+        p = p * factors(start, step, pixel[:, None, None], dropout_p, p.dtype)
     out = p @ vs
     if keyless is not None:
         out, lse = out.masked_fill(keyless, 0), lse.masked_fill(keyless.squeeze(-1), -torch.inf)

@@ -9,7 +9,8 @@ For a query i and a key j of one group, with the gradients do of out and dlse of
     dq_i  = scale * sum_j ds_ij k_j           dk_j = scale * sum_i ds_ij q_i
     dbias_ij = sum of ds_ij over maps and groups, or over the groups of its map
 
-With dropout, whose factors z_ij are 0 or 1 / (1 - p), out_i and dv_j have z_ij p_ij for p_ij, and dp_ij = z_ij do_i . v_j.
+With dropout, whose factors z_ij are 0 or 1 / (1 - dropout_p), out_i and dv_j have z_ij p_ij for p_ij, and dp_ij is
+z_ij do_i . v_j.
 
 Where heads have a `scale` each, a tensor, dq is left without it: the caller needs it so for the gradient of the scales.
 

@@ -284,7 +284,7 @@ def log_sum_exp(row_max, row_sum, bias):
 
 @triton.jit
 def kept(dropout, heads, query, key, axes, TRANSPOSED: tl.constexpr = False):
-    """What weights are multiplied by, [queries, keys] or transposed: 0 where dropped. None where there is no dropout."""
+    """What weights are multiplied by, [queries, keys] or transposed: 0 where dropped. None without dropout."""
     if dropout is None:
         return None
     else:  # noqa: RET505
