@@ -13,11 +13,15 @@ from bench.tiles import options, report
 from bench.tiles.options import make_problem, read_tokens
 from bench.tiles.report import Pass
 from bench.tiles.roofline import MACHINES
-from bench.tiles.verify import SHAPES
+from bench.tiles.verify import DEFAULT, SHAPES, VOLUMES
 from isa_triton.partition import Partition
 from tests.compiling import run_compiling
 
-VOLUMES = [shape for shape, problem in SHAPES.items() if len(problem.partition) == 3]
+
+def test_verify_names_volumes_and_takes_maps_by_default() -> None:
+    assert {SHAPES[shape].partition.tokens for shape in VOLUMES} == {144, 216, 343, 392}
+    assert {*DEFAULT, *VOLUMES} == {*SHAPES}
+    assert {len(SHAPES[shape].partition) for shape in DEFAULT} == {2}
 
 
 def test_tokens_are_so_many_or_the_sides_of_a_group() -> None:

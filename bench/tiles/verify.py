@@ -52,6 +52,8 @@ SHAPES = {  # attention in networks that people run, on one of their maps or vol
         ("Video Swin 392", Partition.local((16, 56, 56), (8, 7, 7)), (32, 32), 3, True),
     )
 }
+VOLUMES = tuple(name for name, problem in SHAPES.items() if len(problem.partition) == 3)
+DEFAULT = tuple(name for name in SHAPES if name not in VOLUMES)  # for volumes no tile was made yet, and some spill
 FP16 = ("ISA 64", "ISA 256", "heads 256", "Swin 49")  # it has bf16's tiles and other matrix instructions: these suffice
 COLUMNS = ("shape", "dtype", "kernel", "warps", "regs", "spills", "CTAs/SM")
 DETAILS = ("matrix", "row loads", "row stores", "other loads", "other stores", "smem", "tmem", "tile", "tile from")
@@ -63,7 +65,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add, names = parser.add_argument, list(SHAPES)
     add("--targets", nargs="+", choices=LIMITS, default=list(TARGETS), metavar="TARGET",
         help=f"of {' '.join(LIMITS)} (default: {' '.join(TARGETS)})")  # fmt: skip
-    add("--shapes", nargs="+", choices=names, metavar="SHAPE", help=f"of {', '.join(names)} (default: all)")
+    add(
+        "--shapes",
+        nargs="+",
+        choices=names,
+        metavar="SHAPE",
+        help=f"of {', '.join(names)} (default: all but the volumes)",
+    )
     options.add_shape(parser)
     what = f"default: {' '.join(DTYPES)}"
     add("--dtypes", nargs="+", type=options.read_dtype, default=list(DTYPES), metavar="DTYPE", help=what)
@@ -98,7 +106,7 @@ def problems(args: argparse.Namespace) -> list[Problem]:
     described = options.given(args)
     if described and args.shapes:
         raise argparse.ArgumentError(None, f"--shapes names problems, and {described} describes another: give one")
-    return [options.problem(args)] if described else [SHAPES[name] for name in args.shapes or SHAPES]
+    return [options.problem(args)] if described else [SHAPES[name] for name in args.shapes or DEFAULT]
 
 
 def launches(

@@ -33,7 +33,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add, names = parser.add_argument, list(verify.SHAPES)
     add("--targets", nargs="+", choices=LIMITS, default=["sm_90"], metavar="TARGET",
         help=f"of {' '.join(LIMITS)} (default: sm_90)")  # fmt: skip
-    add("--shapes", nargs="+", choices=names, metavar="SHAPE", help=f"of {', '.join(names)} (default: all)")
+    add(
+        "--shapes",
+        nargs="+",
+        choices=names,
+        metavar="SHAPE",
+        help=f"of {', '.join(names)} (default: all but the volumes)",
+    )
     options.add_shape(parser)
     add_sizes(parser, (), "maps of each, whose groups stay as they are (default, and always of volumes: its own)")
     add("--batches", nargs="+", type=positive, default=[], metavar="N", help="maps in a batch (default: as --maps)")
