@@ -17,7 +17,7 @@ from bench.records import format_size
 from bench.terminal import Table
 from isa_triton.models import accelerate
 
-FLOOR = 1e-3  # of the largest gradient: where the true one is zero, as of a key's bias, rounding must not decide
+FLOOR = 1e-2  # of the largest gradient: where the true one is zero, as of a key's bias, rounding must not decide
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,8 @@ def network(entry: Entry, dtype: torch.dtype = torch.float64, training: bool = F
     torch.manual_seed(0)
     model = entry.make().to(dtype).train(training)
     for parameter in model.parameters():
-        if parameter.dim() > 1 and parameter.abs().max() > 0.1:  # those of layers are random
+        differs = parameter.numel() > 1 and parameter.std() > 0
+        if parameter.dim() > 1 and parameter.abs().max() > 0.1 and differs:  # those of layers are random
             continue
         with torch.no_grad():
             parameter.add_(torch.randn_like(parameter), alpha=0.2)

@@ -94,6 +94,8 @@ def accelerate(model: Model, *, backend: str = "auto") -> Model:
             for module in (block, *family.attentions_of(block)):
                 module.__class__ = family.ours(module)
             block.backend = backend  # type: ignore[assignment]
+        for holder in filter(family.holds, model.modules()):
+            holder.__class__ = family.ours(holder)
     return model
 
 
@@ -165,8 +167,10 @@ def _version(package: str) -> str:
 
 def _check_overrides(family: Family) -> None:
     """Raises AttributeError where a method of ours takes the place of none of theirs, or has other parameters."""
-    for theirs, ours in family.blocks.items():
-        for name, method in vars(ours).items():
+    for theirs, ours in (family.blocks | family.holders).items():
+        mixed_in = [base for base in ours.__mro__ if not issubclass(theirs, base)]
+        common = {name: x for base in reversed(mixed_in) for name, x in vars(base).items() if hasattr(theirs, name)}
+        for name, method in (common | vars(ours)).items():
             is_override = name == "forward" or (name not in family.added and not hasattr(OnMaps, name))
             if inspect.isfunction(method) and is_override:
                 expected = inspect.signature(getattr(theirs, name))
