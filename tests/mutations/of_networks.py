@@ -49,7 +49,6 @@ ALL = (
         " - axis.origin",
         "",
         f"test_models_spandrel.py::{SAME}[Uformer (32, 32)]",
-        "shifts are half a window, and origins minus that: place + w / 2 and place - w / 2 are the same place",
     ),
     Defect(
         "zeros behind a map are one key, not as many as there are",

@@ -12,11 +12,17 @@ from torch import Tensor, nn
 from isa_triton._extras import install
 
 Size = tuple[int, ...]
-PACKAGES = (
-    "aurora", "boltz", "monai", "sam2", "spandrel", "timm", "torchvision", "transformers", "transformers_hiera",
-    "transformers_qwen",
-)  # fmt: skip
 APART = {"aurora": "microsoft-aurora", "boltz": "boltz", "sam2": "sam2"}  # they pin too much for an extra of ours
+PACKAGES = (
+    *APART,
+    "monai",
+    "spandrel",
+    "timm",
+    "torchvision",
+    "transformers",
+    "transformers_hiera",
+    "transformers_qwen",
+)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ ENTRIES = (
     Entry(
         "sam2",
         "Hiera",
-        partial(Hiera, window_spec=(8, 4), global_att_blocks=(3,), **HIERA),
+        partial(Hiera, window_spec=(8, 5), global_att_blocks=(3,), **HIERA),
         image,
         ((64, 64), (64, 128), (96, 160)),
         lambda maps: maps[-1] + maps[0].mean(),

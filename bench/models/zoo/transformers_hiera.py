@@ -22,7 +22,7 @@ def sam2() -> Sam2HieraDetModel:
             blocks_per_stage=[2, 3],
             embed_dim_per_stage=[12, 24],
             num_attention_heads_per_stage=[3, 6],
-            window_size_per_stage=[8, 4],
+            window_size_per_stage=[8, 5],
             global_attention_blocks=[3],
             num_query_pool_stages=1,
         )

@@ -18,6 +18,7 @@ from ..._tracing import leaf_of_fx
 from ...functional import partitioned_attention
 from ...partition import Partition
 from .families import Family
+from .windows import gathers
 
 
 class MapAttention(Attention):
@@ -74,7 +75,8 @@ class _OfPairs(TriangleAttention):
     def forward(
         self, x: Tensor, mask: Tensor | None = None, chunk_size: int | None = None, use_kernels: bool = False
     ) -> Tensor:
-        if use_kernels or x.shape[-2] != x.shape[-3]:
+        faster_theirs = mask is not None and gathers(x, self.backend) and not torch.is_grad_enabled()
+        if use_kernels or faster_theirs or x.shape[-2] != x.shape[-3]:
             attended: Tensor = super().forward(x, mask, chunk_size, use_kernels)
             return attended
         batch, size = x.shape[:-3], x.shape[-3:-1]
@@ -96,7 +98,7 @@ class AcceleratedTriangleAttentionEndingNode(_OfPairs, TriangleAttentionEndingNo
     """Around the ending node: columns."""
 
 
-PARTLY = "calls with use_kernels=True are cuequivariance's"
+PARTLY = "calls with use_kernels=True are cuequivariance's, and on a CPU those in inference with a mask Boltz's"
 
 FAMILY = Family(
     blocks={
