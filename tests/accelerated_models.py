@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import pickle
+import warnings
 from collections.abc import Sequence
 
 import pytest
@@ -20,7 +21,8 @@ DTYPES = {torch.float64: 1e-10, torch.float32: 1e-5}
 def zoo(package: str) -> tuple[Entry, ...]:
     """The entries of a package; the test file is skipped, with what to install, where it is missing."""
     try:
-        return entries(package)
+        with warnings.catch_warnings(action="ignore"):  # of their imports
+            return entries(package)
     except ImportError as error:
         pytest.skip(str(error), allow_module_level=True)
 

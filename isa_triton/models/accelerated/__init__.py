@@ -155,9 +155,14 @@ def _family(name: str) -> Family:
         oldest, newest = VERSIONS[package]
         raise ImportError(
             f"accelerate knows {package} from {oldest} to {newest}, and other classes than those of the installed"
-            f" {metadata.version(package)} ({error}): {install('models')}"
+            f" {_version(package)} ({error}): {install('models')}"
         ) from error
     return family
+
+
+def _version(package: str) -> str:
+    """The installed one of what is imported by a name, which may be another than the package's."""
+    return metadata.version(metadata.packages_distributions()[package][0])
 
 
 def _check_overrides(family: Family) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 
 from torch import nn
 
@@ -10,7 +11,10 @@ Classes = dict[type[nn.Module], type[nn.Module]]
 
 # A module of theirs whose classes are known -> the file here that knows them.
 FAMILIES = {
+    "aurora.model.swin3d": "aurora",
+    "boltz.model.layers.triangular_attention.attention": "boltz",
     "monai.networks.nets.swin_unetr": "monai",
+    "sam2.modeling.backbones.hieradet": "sam2",
     "spandrel.architectures.DAT.__arch.DAT": "spandrel_dat",
     "spandrel.architectures.DRCT.__arch.drct_arch": "spandrel_drct",
     "spandrel.architectures.HAT.__arch.HAT": "spandrel_hat",
@@ -27,7 +31,10 @@ FAMILIES = {
     "torchvision.models.video.swin_transformer": "torchvision",
     "transformers.models.clap.modeling_clap": "transformers_clap",
     "transformers.models.donut.modeling_donut_swin": "transformers_donut",
+    "transformers.models.hiera.modeling_hiera": "transformers_hiera",
     "transformers.models.maskformer.modeling_maskformer_swin": "transformers_maskformer",
+    "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl": "transformers_qwen",
+    "transformers.models.sam2.modeling_sam2": "transformers_sam2",
     "transformers.models.swin.modeling_swin": "transformers_swin",
     "transformers.models.swin2sr.modeling_swin2sr": "transformers_swin2sr",
     "transformers.models.swinv2.modeling_swinv2": "transformers_swinv2",
@@ -35,7 +42,10 @@ FAMILIES = {
 
 # A package -> the oldest and the newest version that the tests ran on.
 VERSIONS = {
+    "aurora": ("2.0", "2.0.1"),
+    "boltz": ("2.2", "2.2.1"),
     "monai": ("1.5", "1.6.1"),
+    "sam2": ("1.1", "1.1.0"),
     "spandrel": ("0.4", "0.4.2"),
     "timm": ("1.0", "1.0.31"),
     "torchvision": ("0.26", "0.29.1"),
@@ -50,7 +60,7 @@ class Family:
     Attributes:
         blocks: what is taken, theirs -> ours: a subclass that overrides what makes windows of a map.
         attentions: the modules in a block that are told of partitions, theirs -> ours.
-        inside: their names in a block, as "attn.qkv"; a block is left where a module of another class stands there.
+        inside: their names in a block, as "blocks.*.attn"; it is left where a module of another class stands there.
         holders: modules that hold blocks and prepare what those of theirs need, such as masks, theirs -> ours.
         left: other classes that attend in windows and stay theirs -> why.
         partly: blocks of which some calls stay theirs -> which, and why.
@@ -84,8 +94,8 @@ class Family:
 
     def attentions_of(self, block: nn.Module) -> list[nn.Module]:
         """What stands in a block under the names that attention has there."""
-        inside = dict(block.named_modules(remove_duplicate=False))
-        return [inside[name] for name in self.inside if name in inside]
+        modules = block.named_modules(remove_duplicate=False)
+        return [module for name, module in modules if any(fnmatchcase(name, pattern) for pattern in self.inside)]
 
     def finding(self, module: nn.Module) -> tuple[str, bool, str] | None:
         """The class of a module that is known, whether it is accelerated, and why not."""

@@ -99,3 +99,4 @@ class SquareWindows(nn.Module):
 
 
 PARTLY = "shifted windows in training on a CPU are spandrel's"
+TRAINING = "training on a CPU is spandrel's"

@@ -12,7 +12,7 @@ from ..._tracing import leaf_of_fx
 from ...partition import Partition
 from .families import Family
 from .restoration import PARTLY, SquareWindows, WindowsOfMaps, bias_of
-from .windows import attend, cached_bias, trains_faster_theirs
+from .windows import attend, cached_bias
 
 
 class MapWindowAttention(WindowsOfMaps, WindowAttention):
@@ -54,24 +54,23 @@ class AcceleratedHAB(SquareWindows, HAB):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
-class AcceleratedHAT(HAT):
-    """`HAT`, which makes one mask for all of its blocks: none, where none of them asks."""
+class HATWithoutMask(HAT):
+    """`HAT`, which makes one mask for all of its blocks, only where one of them takes it."""
 
-    backend: str
     layers: Any
     conv_first: nn.Conv2d
 
     def calculate_mask(self, x_size: tuple[int, int], dtype: torch.dtype) -> Tensor:
         blocks = [block for layer in self.layers for block in layer.residual_group.blocks]
-        accelerated = all(type(block) is AcceleratedHAB for block in blocks)
-        if not accelerated or trains_faster_theirs(self.conv_first.weight, self.backend):
+        if any(type(block) is not AcceleratedHAB or block.is_theirs(self.conv_first.weight) for block in blocks):
             mask: Tensor = super().calculate_mask(x_size, dtype)
             return mask
         return torch.empty(0, dtype=dtype)
 
 
 FAMILY = Family(
-    blocks={HAB: AcceleratedHAB, HAT: AcceleratedHAT},
+    blocks={HAB: AcceleratedHAB},
+    holders={HAT: HATWithoutMask},
     attentions={WindowAttention: MapWindowAttention},
     inside=("attn",),
     left={OCAB: "its keys are those of larger windows, which overlap: no partition"},

@@ -11,8 +11,8 @@ from ..._tracing import leaf_of_fx
 from ...axis import grid, local
 from ...partition import Partition
 from .families import Family
-from .restoration import bias_of
-from .windows import GivenPartitions, TokensOf, attend, cached_bias, project
+from .restoration import TRAINING, bias_of
+from .windows import GivenPartitions, TokensOf, attend, cached_bias, project, trains_faster_theirs
 
 WINDOWS, GRID = 2, 8  # where attention stands in a block's layers, each between two layers that move pixels
 
@@ -57,6 +57,9 @@ class AcceleratedOSABlock(OSA_Block):
 
     @leaf_of_fx
     def forward(self, x: Tensor) -> Tensor:
+        if trains_faster_theirs(x, self.backend):
+            y: Tensor = super().forward(x)
+            return y
         for i, layer in enumerate(self.layer):
             if i in (WINDOWS, GRID):
                 x = self.attended(x, layer, local if i == WINDOWS else grid)
@@ -76,5 +79,6 @@ FAMILY = Family(
     blocks={OSA_Block: AcceleratedOSABlock},
     attentions={Attention: MapAttention},
     inside=(f"layer.{WINDOWS}.fn", f"layer.{GRID}.fn"),
+    partly={OSA_Block: TRAINING},
     added=("attended",),
 )

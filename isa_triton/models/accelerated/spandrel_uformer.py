@@ -12,7 +12,7 @@ from ..._tracing import leaf_of_fx
 from ...axis import local
 from ...partition import Partition
 from .families import Family
-from .restoration import PARTLY, WindowsOfMaps, bias_of
+from .restoration import TRAINING, WindowsOfMaps, bias_of
 from .windows import cached_bias, trains_faster_theirs
 
 
@@ -46,7 +46,7 @@ class AcceleratedLeWinTransformerBlock(LeWinTransformerBlock):
 
     @leaf_of_fx
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        if mask is not None or (self.shift_size > 0 and trains_faster_theirs(x, self.backend)):
+        if mask is not None or trains_faster_theirs(x, self.backend):
             return super().forward(x, mask)
         if self.cross_modulator is not None:
             x = x + self.cross_attn(x, self.cross_modulator.weight)
@@ -69,6 +69,6 @@ FAMILY = Family(
     blocks={LeWinTransformerBlock: AcceleratedLeWinTransformerBlock},
     attentions={WindowAttention: MapWindowAttention, LinearProjection: LinearProjection},
     inside=("attn", "attn.qkv"),
-    partly={LeWinTransformerBlock: f"{PARTLY}, and so is a call with a mask of pixels"},
+    partly={LeWinTransformerBlock: f"{TRAINING}, and so is a call with a mask of pixels"},
     added=("modulators",),
 )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..._tracing import is_exported, is_inference, is_known_to_be, is_plain
 from ...axis import ceil_div, local
-from ...functional import partitioned_attention
+from ...functional import missing_tokens, partitioned_attention
 from ...maps import linear, unpad
 from ...partition import Partition
 
@@ -62,12 +62,10 @@ class TokensOf(OnMaps):
 class GivenPartitions(OnMaps):
     """An attention class of theirs that a block calls: of maps where it is given a partition, else it is theirs."""
 
-    def forward(
-        self, x: Tensor, *args: Any, partition: Partition | None = None, backend: str = "auto", **options: Any
-    ) -> Any:
+    def forward(self, *args: Any, partition: Partition | None = None, backend: str = "auto", **options: Any) -> Any:
         if partition is None:
-            return super().forward(x, *args, **options)
-        return self.of_map(x, partition, backend)
+            return super().forward(*args, **options)
+        return self.of_map(args[0], partition, backend)
 
     def of_map(self, x: Tensor, partition: Partition, backend: str) -> Any:
         """What it returns of a map [B, *size, C], for all groups."""
@@ -85,6 +83,32 @@ def attend(attn: OnMaps, x: Tensor, partition: Partition, backend: str, *, bias:
     q, k, v = attn.heads(x)  # [B, *size, heads, width]
     bias, factor = attn.position_bias(partition) if bias is None else bias, attn.factor()
     return attn.output(partitioned_attention(q, k, v, partition, bias=bias, scale=factor, backend=backend).flatten(-2))
+
+
+def attend_with_zeros(attn: OnMaps, x: Tensor, partition: Partition, backend: str) -> Tensor:
+    """The same where zeros fill the groups up that the map x [B, *size, C] does not: one key for all, no padded map.
+
+    Without a position bias, which would tell them apart.
+    """
+    if is_known_to_be(partition.divides):
+        return attend(attn, x, partition, backend)
+    if gathers(x, backend):
+        ends = [axis.origin + axis.groups * axis.tokens - axis.size for axis in partition]
+        around = [0, 0, *(n for axis, end in zip(partition, ends, strict=True) for n in (end, -axis.origin))][::-1]
+        around = [0, 0, *around[:-2]]
+        whole = Partition(*(local(axis.groups * axis.tokens, axis.tokens) for axis in partition))
+        return unpad(attend(attn, F.pad(x, around), whole, backend), around)
+    q, k, v = attn.heads(x)  # [B, *size, heads, width]
+    _, of_zero, value = attn.heads(x.new_zeros(1, *[1] * len(partition), x.shape[-1]))
+    out = partitioned_attention(
+        *(q, k, v, partition),
+        scale=attn.factor(),
+        extra_k=of_zero.flatten(1, -3).expand(x.shape[0], -1, -1, -1),  # [B, 1, heads, width]
+        extra_v=value.flatten(1, -3).expand(x.shape[0], -1, -1, -1),
+        extra_weight=missing_tokens(partition, x.device)[None, ..., None].to(x.dtype),  # [1, *size, 1]
+        backend=backend,
+    )
+    return attn.output(out.flatten(-2))
 
 
 def _attend_gathered(attn: OnMaps, x: Tensor, partition: Partition, bias: Tensor | None) -> Tensor:
