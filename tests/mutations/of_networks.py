@@ -16,6 +16,13 @@ ALL = (
         "test_models_torchvision.py::test_attention_weights_are_dropped_as_often_as_by_torchvision",
     ),
     Defect(
+        "the weights of zeros behind a map are dropped at once, or not",
+        f"{HERE}windows.py",
+        " or _dropout_p(attn) > 0:",
+        ":",
+        "test_models_windows.py::test_the_weight_of_every_zero_is_dropped_by_itself",
+    ),
+    Defect(
         "MONAI's bias of a query and a key is that of the key and the query",
         f"{HERE}monai.py",
         "[:n, :n]",

@@ -77,9 +77,14 @@ def attend(attn: OnMaps, x: Tensor, partition: Partition, backend: str, *, bias:
     if gathers(x, backend) and is_known_to_be(partition.divides) and attn.gathers():
         return _attend_gathered(attn, x, partition, bias)
     q, k, v = attn.heads(x)  # [B, *size, heads, width]
-    bias, factor = attn.position_bias(partition) if bias is None else bias, attn.factor()
-    options: dict[str, Any] = {"bias": bias, "scale": factor, "dropout_p": _dropout_p(attn), "backend": backend}
-    return attn.output(partitioned_attention(q, k, v, partition, **options).flatten(-2))
+    context = partitioned_attention(
+        *(q, k, v, partition),
+        bias=attn.position_bias(partition) if bias is None else bias,
+        scale=attn.factor(),
+        dropout_p=_dropout_p(attn),
+        backend=backend,
+    )
+    return attn.output(context.flatten(-2))
 
 
 def attend_with_zeros(attn: OnMaps, x: Tensor, partition: Partition, backend: str) -> Tensor:
@@ -89,7 +94,7 @@ def attend_with_zeros(attn: OnMaps, x: Tensor, partition: Partition, backend: st
     """
     if is_known_to_be(partition.divides):
         return attend(attn, x, partition, backend)
-    if gathers(x, backend):
+    if gathers(x, backend) or _dropout_p(attn) > 0:  # which drops the weight of every zero by itself
         ends = [axis.origin + axis.groups * axis.tokens - axis.size for axis in partition]
         around = [0, 0, *(n for axis, end in zip(partition, ends, strict=True) for n in (end, -axis.origin))][::-1]
         around = [0, 0, *around[:-2]]
@@ -103,7 +108,6 @@ def attend_with_zeros(attn: OnMaps, x: Tensor, partition: Partition, backend: st
         extra_k=of_zero.flatten(1, -3).expand(x.shape[0], -1, -1, -1),  # [B, 1, heads, width]
         extra_v=value.flatten(1, -3).expand(x.shape[0], -1, -1, -1),
         extra_weight=missing_tokens(partition, x.device)[None, ..., None].to(x.dtype),  # [1, *size, 1]
-        dropout_p=_dropout_p(attn),
         backend=backend,
     )
     return attn.output(out.flatten(-2))
