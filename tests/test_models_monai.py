@@ -72,7 +72,7 @@ def masks(model: nn.Module, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> int:
 
 
 def test_masks_are_made_only_where_a_block_takes_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, (x,) = network(VOLUMES), VOLUMES.inputs(VOLUMES.sizes[0])
+    model, (x,) = network(IMAGES), IMAGES.inputs(IMAGES.sizes[0])
     assert masks(model, x, monkeypatch) == 4
     accelerate(model, backend="eager")
     assert masks(model, x, monkeypatch) == 0
@@ -81,6 +81,8 @@ def test_masks_are_made_only_where_a_block_takes_them(monkeypatch: pytest.Monkey
         assert masks(model, x, monkeypatch) == 0
     assert masks(model, x, monkeypatch) == 2  # in training, of the stages that have a shifted block
     assert masks(restore(model), x, monkeypatch) == 4
+    volumes, (x,) = accelerate(network(VOLUMES)), VOLUMES.inputs(VOLUMES.sizes[0])
+    assert masks(volumes, x, monkeypatch) == 0
 
 
 def test_a_block_of_somebody_else_gets_its_mask() -> None:

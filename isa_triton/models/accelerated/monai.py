@@ -66,7 +66,8 @@ class AcceleratedSwinTransformerBlock(SwinTransformerBlock):
 
     def is_left(self, x: Tensor) -> bool:
         """Whether a call is theirs, and needs the mask."""
-        return any(self.shift_size) and trains_faster_theirs(x, self.backend)
+        of_image = x.dim() == 4
+        return of_image and any(self.shift_size) and trains_faster_theirs(x, self.backend)
 
 
 class StageWithoutMask(BasicLayer):
@@ -91,6 +92,6 @@ FAMILY = Family(
     attentions={WindowAttention: WindowAttentionOnMaps},
     inside=("attn",),
     holders={BasicLayer: StageWithoutMask},
-    partly={SwinTransformerBlock: "shifted windows in training on a CPU are MONAI's"},
+    partly={SwinTransformerBlock: "shifted windows of images in training on a CPU are MONAI's"},
     added=("is_left",),
 )

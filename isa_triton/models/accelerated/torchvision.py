@@ -26,6 +26,7 @@ from .windows import (
     OnMaps,
     attend,
     cached_bias,
+    gathers,
     in_windows,
     project,
     shift_of,
@@ -161,8 +162,8 @@ class AcceleratedPartitionAttentionLayer(PartitionAttentionLayer):
 
     @leaf_of_fx
     def forward(self, x: Tensor) -> Any:
-        size = tuple(x.shape[2:])
-        if size != tuple(self.grid_size) or not is_plain(self.attn_layer, nn.Sequential) or len(self.attn_layer) != 3:
+        size, is_known = tuple(x.shape[2:]), is_plain(self.attn_layer, nn.Sequential) and len(self.attn_layer) == 3
+        if gathers(x, self.backend) or size != tuple(self.grid_size) or not is_known:
             return super().forward(x)
         if self.partition_type == "window":
             partition = Partition(*(local(extent, self.p) for extent in size))
@@ -187,5 +188,6 @@ FAMILY = Family(
     attentions={RelativePositionalMultiHeadAttention: MaxVitAttentionOnMaps},
     inside=("attn_layer.1",),
     added=("window",),
-    partly=dict.fromkeys((ShiftedWindowAttention, ShiftedWindowAttentionV2, ShiftedWindowAttention3d), _PARTLY),
+    partly=dict.fromkeys((ShiftedWindowAttention, ShiftedWindowAttentionV2, ShiftedWindowAttention3d), _PARTLY)
+    | {PartitionAttentionLayer: "on a CPU it is torchvision's, whose pixels stay side by side in all of the layer"},
 )
