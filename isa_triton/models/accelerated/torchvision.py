@@ -53,7 +53,7 @@ class _InWindows(OnMaps):
     def in_windows(self, x: Tensor, theirs: Any) -> Tensor:
         window = self.window(x)
         shift = shift_of(x, window, self.shift_size)
-        if any(shift) and trains_faster_theirs(x, self.backend):
+        if any(shift) and len(shift) == 2 and trains_faster_theirs(x, self.backend):  # the mask of a video is dear
             return theirs(x)
         return in_windows(x, window, shift, lambda x, partition: attend(self, x, partition, self.backend))
 
@@ -188,6 +188,6 @@ FAMILY = Family(
     attentions={RelativePositionalMultiHeadAttention: MaxVitAttentionOnMaps},
     inside=("attn_layer.1",),
     added=("window",),
-    partly=dict.fromkeys((ShiftedWindowAttention, ShiftedWindowAttentionV2, ShiftedWindowAttention3d), _PARTLY)
+    partly=dict.fromkeys((ShiftedWindowAttention, ShiftedWindowAttentionV2), _PARTLY)
     | {PartitionAttentionLayer: "on a CPU it is torchvision's, whose pixels stay side by side in all of the layer"},
 )
