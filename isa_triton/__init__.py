@@ -11,13 +11,14 @@ What a user calls, and below it what it rests on; a file imports from lower line
     ops                       operators and derivatives of every order, for autograd, compilers and torch.func
     backend/                  what a backend promises; eager, triton with its kernels/, plain: the formula
     tiles/                    how much of a problem a program of a kernel takes, by architecture: data and its look-up
+    dropout                   which weights are dropped: one hash, for tensors and for kernels
     partition                 Axis, Partition: the one equation of geometry
 
 ``python -m isa_triton`` says what is installed and which backend runs.
 """
 
 from .axis import Axis
-from .functional import missing_tokens, partitioned_attention, partitioned_attention_with_lse
+from .functional import dropout_mask, missing_tokens, partitioned_attention, partitioned_attention_with_lse
 from .maps import set_backend
 from .modules import (
     InterlacedSparseSelfAttention,
@@ -39,6 +40,7 @@ __all__ = [
     "SelfAttention1d",
     "SelfAttention2d",
     "SelfAttention3d",
+    "dropout_mask",
     "missing_tokens",
     "partitioned_attention",
     "partitioned_attention_with_lse",

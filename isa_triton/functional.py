@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import sys
 from contextlib import nullcontext
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import _tracing, ops, replays
-from .axis import along
+from .axis import along, whole
 from .backend import check_backend, choose
 from .backend.contract import Call, Inputs
-from .partition import Partition, check_partition
+from .dropout import factors, rows_of
+from .partition import Partition, check_partition, flat_index
 
+_SEEDS = 2**63
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -30,6 +33,8 @@ def partitioned_attention(
     extra_k: Tensor | None = None,
     extra_v: Tensor | None = None,
     extra_weight: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | int | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Softmax attention among the tokens of every group of a feature map, without moving a pixel.
@@ -59,6 +64,11 @@ def partitioned_attention(
         extra_v: [B, n, heads, V], their values.
         extra_weight: [n] or [B or 1, H, W, n], at least 0: as so many copies of a key (default 1), for each query. With
             `missing_tokens` a padded map need not exist. Not differentiated.
+        dropout_p: probability, from 0 and less than 1, that a weight is zeroed after the softmax; the others are
+            divided by 1 - p. lse is that without. Which weights, `dropout_mask` says: by the seed and by where query
+            and key stand, so all backends and derivatives have the same, and recomputation too, and nothing is stored.
+        seed: of dropout, an int64 tensor of no dimensions on q's device, or an integer; drawn from PyTorch's generator
+            of that device by default (`torch.manual_seed`).
         backend: "triton" (the kernels), "eager" (PyTorch, any device and dtype) or "auto": the kernels for CUDA, ROCm
             and XPU tensors of the dtypes they take (fp16, bf16, fp32) where triton is installed, eager otherwise.
 
@@ -76,7 +86,7 @@ def partitioned_attention(
         >>> partitioned_attention(q, k, v, Partition.interlaced((16, 24), stride=(8, 8))).shape
         torch.Size([1, 16, 24, 1, 32])
     """
-    options = bias, scale, valid, (extra_k, extra_v, extra_weight), backend
+    options = bias, scale, valid, (extra_k, extra_v, extra_weight), dropout_p, seed, backend
     return _attention(q, k, v, partition, *options, with_lse=False)[0]
 
 
@@ -92,6 +102,8 @@ def partitioned_attention_with_lse(
     extra_k: Tensor | None = None,
     extra_v: Tensor | None = None,
     extra_weight: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | int | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """As `partitioned_attention`, with the log-sum-exp of every pixel's scores.
@@ -107,6 +119,8 @@ def partitioned_attention_with_lse(
         extra_k: [B, n, heads, K], keys that every pixel attends too.
         extra_v: [B, n, heads, V], their values.
         extra_weight: [n] or [B or 1, H, W, n], as how many copies they count.
+        dropout_p: probability that a weight is zeroed; lse is that without dropout.
+        seed: of dropout, an integer or an int64 tensor of no dimensions.
         backend: "triton", "eager" or "auto".
 
     Returns:
@@ -124,8 +138,52 @@ def partitioned_attention_with_lse(
         >>> partitioned_attention_with_lse(q, k, v, Partition.local((16, 24), window=(8, 8)))[1].shape
         torch.Size([1, 16, 24, 1])
     """
-    options = bias, scale, valid, (extra_k, extra_v, extra_weight), backend
+    options = bias, scale, valid, (extra_k, extra_v, extra_weight), dropout_p, seed, backend
     return _attention(q, k, v, partition, *options, with_lse=True)
+
+
+def dropout_mask(
+    partition: Partition, *, maps: int, heads: int, dropout_p: float, seed: Tensor | int, extra_keys: int = 0
+) -> Tensor:
+    """Which weights `partitioned_attention` keeps, of every pixel to the tokens of its group and to extra keys.
+
+    Args:
+        partition: of the map.
+        maps: B.
+        heads: of the queries.
+        dropout_p: probability that a weight is zeroed.
+        seed: as it was given there.
+        extra_keys: n, of `extra_k`.
+
+    Returns:
+        [B, H, W, heads, tokens + n], bool, on the seed's device; False for tokens outside the map.
+
+    Raises:
+        TypeError: a probability or a seed of the wrong kind or dtype.
+        ValueError: a probability outside of [0, 1).
+
+    Examples:
+        >>> partition = Partition.local((4, 6), window=(2, 3))
+        >>> mask = dropout_mask(partition, maps=2, heads=1, dropout_p=0.5, seed=7)
+        >>> mask.shape, mask.sum().item()
+        (torch.Size([2, 4, 6, 1, 6]), 154)
+    """
+    check_partition(partition)
+    p, device = _checked_probability(dropout_p), seed.device if isinstance(seed, Tensor) else torch.device("cpu")
+    seeds, size = _as_seed(seed, device), partition.size
+
+    def numbers(count: int) -> Tensor:
+        return torch.arange(count, device=device)
+
+    *place, inside = partition.coordinates(numbers(partition.groups)[:, None], numbers(partition.tokens))
+    seat = partition.seat(*(numbers(n).view(-1, *[1] * (len(size) - i)) for i, n in enumerate(size, start=1)))[0]
+    extra = (partition.pixels + numbers(extra_keys)).expand(partition.groups, -1)
+    keys = torch.cat([flat_index(tuple(place), tuple(partition)), extra], -1)  # [groups, tokens + n]
+    exists = torch.cat([inside, torch.ones_like(extra, dtype=torch.bool)], -1)
+    group = seat.expand(size).flatten()
+    start, step = (x[..., None] for x in rows_of(seeds, maps, heads, partition.pixels))  # [B, pixels, heads, 1]
+    kept = factors(start, step, keys[group][:, None], p, torch.float32) > 0
+    return (kept & exists[group][:, None]).unflatten(1, size)
 
 
 def missing_tokens(partition: Partition, device: torch.device | str | None = None) -> Tensor:
@@ -161,10 +219,13 @@ def _attention(
     scale: float | Tensor | None,
     valid: Tensor | None,
     extra: Extra,
+    dropout_p: float,
+    seed: Tensor | int | None,
     backend: str,
     with_lse: bool,
 ) -> tuple[Tensor, Tensor]:
-    plain = valid is None and extra == (None, None, None)
+    drops = seed is not None or type(dropout_p) not in (float, int) or dropout_p != 0
+    plain = valid is None and extra == (None, None, None) and not drops
     key = replays.key(q, k, v, bias, partition, scale, backend, with_lse) if plain else None
     if key is not None and (results := replays.again(key, q, k, v, bias)) is not None:
         return results
@@ -183,29 +244,26 @@ def _attention(
     factor, scales = _checked_scale(scale, q)
     if valid is not None:
         _check_valid(valid, q)
-    call = Call(factor, partition, with_lse or extra != (None, None, None), choose(backend, q))
+    dropout_p, seeds = _checked_dropout(dropout_p, seed, q)
+    call = Call(factor, partition, with_lse or extra != (None, None, None), choose(backend, q), dropout_p)
+    inputs = Inputs(q, k, v, bias, scales, valid, seeds)
     with torch.autocast(kind, enabled=False) if casts else nullcontext():  # no further: what is fp32 inside stays so
-        results = ops.attention(Inputs(q, k, v, bias, scales, valid), call)
+        results = ops.attention(inputs, call)
         if "extra_k" in tensors:
-            return _with_extra(*results, q, tensors, factor, scales, valid)
+            return _with_extra(*results, inputs, call, tensors)
     if key is not None and all(tensors[name] is x for name, x in given.items()):  # nothing was cast
         replays.remember(key, q, k, v, bias, call)
     return results
 
 
 def _with_extra(
-    out: Tensor,
-    lse: Tensor,
-    q: Tensor,
-    tensors: dict[str, Tensor],
-    factor: float,
-    scales: Tensor | None,
-    valid: Tensor | None,
+    out: Tensor, lse: Tensor, inputs: Inputs, call: Call, tensors: dict[str, Tensor]
 ) -> tuple[Tensor, Tensor]:
     """out and lse of a softmax over more keys: of two sets, each exp(lse) is the other's weight."""
+    q, _, _, _, scales, valid, seed = inputs
     if valid is not None:  # whatever others hold
         q = q.masked_fill(~valid[..., None, None], 0)
-    s = factor * torch.einsum("b...hk,bnhk->b...hn", q.to(lse.dtype), tensors["extra_k"].to(lse.dtype))
+    s = call.scale * torch.einsum("b...hk,bnhk->b...hn", q.to(lse.dtype), tensors["extra_k"].to(lse.dtype))
     if scales is not None:
         s = s * scales[:, None]
     if (weight := tensors.get("extra_weight")) is not None:
@@ -216,6 +274,11 @@ def _with_extra(
     ours, theirs = (lse - largest).exp(), (s - largest[..., None]).exp()
     total = ours + theirs.sum(-1)
     some = torch.where(total > 0, total, 1)  # a query without keys has parts of 0, any other one of 1
+    if seed is not None:
+        maps, *size, heads, n = theirs.shape
+        start, step = (x.unflatten(1, size)[..., None] for x in rows_of(seed, maps, heads, prod(size)))
+        keys = prod(size) + torch.arange(n, device=q.device)
+        theirs = theirs * factors(start, step, keys, call.dropout_p, s.dtype)
     context = torch.einsum("b...hn,bnhv->b...hv", theirs, tensors["extra_v"].to(s.dtype))
     out = ((ours[..., None] * out + context) / some[..., None]).to(out.dtype)
     return out, torch.where(total > 0, largest + some.log(), -torch.inf)
@@ -325,6 +388,40 @@ def _checked_scale(scale: Any, q: Tensor) -> tuple[float, Tensor | None]:
     if not -sys.float_info.max <= scale <= sys.float_info.max:  # nor an integer beyond it
         raise ValueError(f"scale must be finite, got {scale!r}")
     return float(scale), None
+
+
+def _checked_dropout(dropout_p: Any, seed: Any, q: Tensor) -> tuple[float, Tensor | None]:
+    """The probability, and the seed as backends take it; none without dropout."""
+    probability = _checked_probability(dropout_p)
+    if not probability:
+        if seed is not None:
+            raise ValueError("seed is that of dropout: give a dropout_p above 0 with it, or no seed")
+        return 0.0, None
+    if seed is None:
+        return probability, torch.randint(_SEEDS - 1, (1,), dtype=torch.int64, device=q.device)
+    if isinstance(seed, Tensor):
+        _check_device("seed", seed, q)
+    return probability, _as_seed(seed, q.device)
+
+
+def _checked_probability(dropout_p: Any) -> float:
+    if isinstance(dropout_p, bool) or not isinstance(dropout_p, (int, float)):
+        raise TypeError(f"dropout_p must be a number, got {dropout_p!r}")
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p must be at least 0 and less than 1, got {dropout_p!r}")
+    return float(dropout_p)
+
+
+def _as_seed(seed: Any, device: torch.device) -> Tensor:
+    """A seed as an int64 tensor [1], without a look at a device's memory."""
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64 or seed.dim():
+            raise TypeError(f"seed must be a torch.int64 of no dimensions, got {seed.dtype} of {tuple(seed.shape)}")
+        return seed.reshape(1)
+    number = whole("seed", seed)
+    if not -_SEEDS <= number < _SEEDS:
+        raise ValueError(f"seed must have 64 bits with its sign, got {seed!r}")
+    return torch.full((1,), number, dtype=torch.int64, device=device)
 
 
 def _check_valid(valid: Any, q: Tensor) -> None:

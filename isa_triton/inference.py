@@ -269,5 +269,5 @@ def decompose(program: ExportedProgram) -> ExportedProgram:
 
 def _plain_forward(*tensors_and_call: Any) -> tuple[Tensor, Tensor]:
     n = len(Inputs._fields)
-    scale, partition, *_ = Call.unflatten(*tensors_and_call[n:])
-    return plain.attention(Inputs(*tensors_and_call[:n]), scale, partition)
+    call = Call.unflatten(*tensors_and_call[n:])
+    return plain.attention(Inputs(*tensors_and_call[:n]), call.scale, call.partition, call.dropout_p)

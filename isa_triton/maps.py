@@ -337,11 +337,14 @@ def pads(pattern: str, padding: str) -> bool:
     return padding == "zeros" and pattern in PARTITIONED
 
 
-def attend_maps(q: Tensor, k: Tensor, v: Tensor, partition: Partition, num_heads: int, backend: str) -> Tensor:
+def attend_maps(
+    q: Tensor, k: Tensor, v: Tensor, partition: Partition, num_heads: int, backend: str, dropout_p: float = 0.0
+) -> Tensor:
     """Attention between maps: q, k [B, K, H, W] and v [B, V, H, W] -> context [B, V, H, W], K and V of all heads."""
     axes = range(1, q.dim() - 1)
     q, k, v = (_channels_last(x).unflatten(-1, (num_heads, -1)) for x in (q, k, v))  # [B, H, W, heads, width]
-    context = partitioned_attention(q, k, v, partition, backend=backend).flatten(-2)  # [B, H, W, V]
+    context = partitioned_attention(q, k, v, partition, dropout_p=dropout_p, backend=backend)
+    context = context.flatten(-2)  # [B, H, W, V]
     return context.permute(0, context.dim() - 1, *axes)
 
 
@@ -461,12 +464,13 @@ def check_flag(name: str, value: bool) -> bool:
     return value
 
 
-def check_probability(name: str, value: float) -> float:
-    """The value. Raises TypeError or ValueError, by name, where it is no number from 0 to 1."""
+def check_probability(name: str, value: float, less: bool = False) -> float:
+    """The value. Raises TypeError or ValueError, by name, where it is no number from 0 to 1, or not `less` than 1."""
+    wanted = f"{name} must be a number from 0 to {'less than ' * less}1, got {short(value)}"
     if type(value) not in (int, float):
-        raise TypeError(f"{name} must be a number from 0 to 1, got {short(value)}")
-    if not 0 <= value <= 1:
-        raise ValueError(f"{name} must be a number from 0 to 1, got {short(value)}")
+        raise TypeError(wanted)
+    if not 0 <= value <= 1 or (less and value == 1):
+        raise ValueError(wanted)
     return value
 
 

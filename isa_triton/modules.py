@@ -58,6 +58,7 @@ class StageOptions(TypedDict, total=False):
     norm_layer: NormLayer | None
     activation: Activation
     recompute: bool
+    attention_dropout: float
 
 
 class ISAOptions(StageOptions, total=False):
@@ -86,6 +87,7 @@ class SelfAttention(Attends):
         norm_layer: NormLayer | None = None,
         activation: Activation = RELU,
         recompute: bool = False,
+        attention_dropout: float = 0.0,
     ) -> None:
         super().__init__()
         out_channels = in_channels if out_channels is None else out_channels
@@ -98,6 +100,7 @@ class SelfAttention(Attends):
         self.padding = one_of("padding", padding, ("zeros", "mask"))
         self._backend = check_backend(backend)
         self.recompute = check_flag("recompute", recompute)
+        self.attention_dropout = check_probability("attention_dropout", attention_dropout, less=True)
 
         pointwise = POINTWISE[self.axes]
 
@@ -121,7 +124,8 @@ class SelfAttention(Attends):
             x = from_map(as_map(x).contiguous(memory_format=torch.channels_last), x.shape[2:])
         q, k = (recomputed(f, x) if recompute else f(x) for f in (self.query, self.key))
         partition, folds = self.partition(x.shape[2:]), self._folds(x)
-        context = attend_maps(q, k, x if folds else self.value(x), partition, self.num_heads, self._backend)
+        values, dropout_p = x if folds else self.value(x), self.attention_dropout if self.training else 0.0
+        context = attend_maps(q, k, values, partition, self.num_heads, self._backend, dropout_p)
         output: Any = self.output
         if folds:
             matrix = output.conv.matrix() @ self.value.matrix()
@@ -151,7 +155,9 @@ class SelfAttention(Attends):
 
     def extra_repr(self) -> str:
         heads = f", num_heads={self.num_heads}" if self.num_heads > 1 else ""
-        return f"pattern={self.pattern!r}, partition_size={self.partition_size}{heads}, padding={self.padding!r}"
+        dropout = f", attention_dropout={self.attention_dropout}" if self.attention_dropout else ""
+        sizes = f"partition_size={self.partition_size}{heads}, padding={self.padding!r}{dropout}"
+        return f"pattern={self.pattern!r}, {sizes}"
 
 
 class SelfAttention2d(SelfAttention):
@@ -179,6 +185,7 @@ class SelfAttention2d(SelfAttention):
         activation: makes an activation.
         recompute: in training, keep nothing of what is inside the key and query projections and compute it again in
             backward: fewer bytes, more time. An attribute too. Under torch.compile the compiler decides what to keep.
+        attention_dropout: probability that a weight of attention is dropped in training, less than 1; an attribute too.
 
     x [B, in_channels, H, W] -> [B, out_channels, H, W], channels_last.
 
@@ -240,8 +247,8 @@ class InterlacedSparseSelfAttention(Attends):
         axes: of the maps; 1 for lines [B, C, L], 3 for volumes [B, C, D, H, W].
         partition_size: (P_h, P_w), or P for all axes, of both stages.
         order: "long-short", as published, or "short-long".
-        **options: num_heads, padding, backend, norm_layer, activation and recompute of `SelfAttention2d`. The map is
-            padded once, before both stages.
+        **options: num_heads, padding, backend, norm_layer, activation, recompute and attention_dropout of
+            `SelfAttention2d`. The map is padded once, before both stages.
 
     x [B, in_channels, H, W] -> [B, out_channels, H, W], channels_last.
 

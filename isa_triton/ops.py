@@ -20,14 +20,14 @@ from .backend import BY_NAME, plain
 from .backend.contract import Call, Gradients, Inputs, empty_gradients, empty_outputs
 
 Tensors = tuple[Tensor, ...]
-DIFFERENTIABLE = 5  # of `Inputs`: all but valid
+DIFFERENTIABLE = 5  # of `Inputs`: all but valid and seed
 NONE: tuple[None, ...] = (None,) * (len(Inputs._fields) - DIFFERENTIABLE)  # the gradients of the others
 
 
 def attention(inputs: Inputs, call: Call) -> tuple[Tensor, Tensor]:
-    """out and lse (meaningful if `call.with_lse`), differentiable with respect to all inputs but valid."""
+    """out and lse (meaningful if `call.with_lse`), differentiable with respect to all inputs but valid and seed."""
     if _tracing.wants_torch_operators():
-        return plain.attention(inputs, call.scale, call.partition)
+        return _plain_attention(inputs, call)
     return _apply(_Attention, *inputs, call)
 
 
@@ -38,59 +38,66 @@ def gradients(
     return Gradients(*_apply(_AttentionBackward, *inputs, out, lse, do, dlse, call))
 
 
+def _plain_attention(inputs: Inputs, call: Call) -> tuple[Tensor, Tensor]:
+    return plain.attention(inputs, call.scale, call.partition, call.dropout_p)
+
+
 # -- operators: what a compiler keeps in its graph instead of the loop over chunks or the kernels ----------------------
 
+_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? scales, Tensor? valid, Tensor? seed"
+_CALL = "float scale, SymInt[] axes, bool with_lse, str backend, float dropout_p=0.0"
+_BESIDE = 4  # tensors that backward takes beside the inputs
 _library = torch.library.Library("isa_triton", "DEF")
+_library.define(f"forward({_INPUTS}, {_CALL}) -> (Tensor, Tensor)")
 _library.define(
-    "forward(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? scales, Tensor? valid, float scale, SymInt[] axes,"
-    " bool with_lse, str backend) -> (Tensor, Tensor)"
-)
-_library.define(
-    "backward(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? scales, Tensor? valid, Tensor? out, Tensor? lse,"
-    " Tensor do, Tensor? dlse, float scale, SymInt[] axes, bool with_lse, str backend)"
+    f"backward({_INPUTS}, Tensor? out, Tensor? lse, Tensor do, Tensor? dlse, {_CALL})"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 
 @torch.library.impl(_library, "forward", "CompositeExplicitAutograd")
 def _forward_operator(*tensors_and_call: Any) -> Tensors:
-    inputs, _, call = _taken(tensors_and_call)
+    inputs, _others, call = _taken(tensors_and_call)
     return _run_forward(inputs, call.checked(inputs.q))
 
 
 @torch.library.impl(_library, "backward", "CompositeExplicitAutograd")
 def _backward_operator(*tensors_and_call: Any) -> Tensors:
-    inputs, (out, lse, do, dlse), call = _taken(tensors_and_call)
+    inputs, (out, lse, do, dlse), call = _taken(tensors_and_call, _BESIDE)
     return _run_backward(inputs, out, lse, do, dlse, call.checked(inputs.q))
 
 
 @torch.library.register_fake("isa_triton::forward", lib=_library)
 def _fake_forward(*tensors_and_call: Any) -> Tensors:
-    inputs, _, call = _taken(tensors_and_call)
+    inputs, _others, call = _taken(tensors_and_call)
     return empty_outputs(inputs, call.with_lse)
 
 
 @torch.library.register_fake("isa_triton::backward", lib=_library)
 def _fake_backward(*tensors_and_call: Any) -> Tensors:
-    return empty_gradients(_taken(tensors_and_call)[0])
+    return empty_gradients(_taken(tensors_and_call, _BESIDE)[0])
 
 
-def _taken(tensors_and_call: Sequence[Any]) -> tuple[Inputs, Sequence[Any], Call]:
-    """What an operator was given: the inputs, what there is beside them, the call."""
-    n, call = len(Inputs._fields), len(Call._fields)
-    return Inputs(*tensors_and_call[:n]), tensors_and_call[n:-call], Call.unflatten(*tensors_and_call[-call:])
+def _taken(tensors_and_call: Sequence[Any], beside: int = 0) -> tuple[Inputs, Sequence[Any], Call]:
+    """What an operator was given: the inputs, so many tensors beside them, the call, whose defaults are left out."""
+    n = len(Inputs._fields)
+    inputs, call = Inputs(*tensors_and_call[:n]), Call.unflatten(*tensors_and_call[n + beside :])
+    return inputs, tensors_and_call[n : n + beside], call
 
 
-def _forward_flops(q: Any, k: Any, v: Any, *rest: Any, **_: Any) -> int:
-    return _matmul_flops(q, Call.unflatten(*rest[-4:]), widths=q[-1] + v[-1])
+def _forward_flops(*shapes_and_call: Any, **_: Any) -> int:
+    inputs, _others, call = _taken(shapes_and_call)
+    return _matmul_flops(inputs, call, of_keys=1, of_values=1)
 
 
-def _backward_flops(q: Any, k: Any, v: Any, *rest: Any, **_: Any) -> int:
-    widths = 3 * q[-1] + 2 * v[-1]  # the scores again, dP, dv, dq, dk
-    return _matmul_flops(q, Call.unflatten(*rest[-4:]), widths)
+def _backward_flops(*shapes_and_call: Any, **_: Any) -> int:
+    inputs, _others, call = _taken(shapes_and_call, _BESIDE)
+    return _matmul_flops(inputs, call, of_keys=3, of_values=2)  # the scores again, dq, dk; dP, dv
 
 
-def _matmul_flops(q: Any, call: Call, widths: int) -> int:
+def _matmul_flops(inputs: Any, call: Call, of_keys: int, of_values: int) -> int:
+    q, _, v, *_ = inputs  # their shapes
+    widths = of_keys * q[-1] + of_values * v[-1]
     return 2 * q[0] * q[-2] * widths * call.partition.pairs
 
 
@@ -128,19 +135,33 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def run(
-        q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scales: Tensor | None, valid: Tensor | None, call: Call
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias: Tensor | None,
+        scales: Tensor | None,
+        valid: Tensor | None,
+        seed: Tensor | None,
+        call: Call,
     ) -> Tensors:
-        inputs = Inputs(q, k, v, bias, scales, valid)
+        inputs = Inputs(q, k, v, bias, scales, valid, seed)
         if _is_operator(call, *inputs):
             return torch.ops.isa_triton.forward.default(*inputs, *call.flat())
         return _run_forward(inputs, call)
 
     @staticmethod
     def forward(
-        q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scales: Tensor | None, valid: Tensor | None, call: Call
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias: Tensor | None,
+        scales: Tensor | None,
+        valid: Tensor | None,
+        seed: Tensor | None,
+        call: Call,
     ) -> Tensors:
         with_lse = call.with_lse or _keeps_output(q, v, call)
-        return _Attention.run(q, k, v, bias, scales, valid, call._replace(with_lse=with_lse))
+        return _Attention.run(q, k, v, bias, scales, valid, seed, call._replace(with_lse=with_lse))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
@@ -187,13 +208,14 @@ class _AttentionBackward(torch.autograd.Function):
         bias: Tensor | None,
         scales: Tensor | None,
         valid: Tensor | None,
+        seed: Tensor | None,
         out: Tensor | None,
         lse: Tensor | None,
         do: Tensor,
         dlse: Tensor | None,
         call: Call,
     ) -> Tensors:
-        inputs = Inputs(q, k, v, bias, scales, valid)
+        inputs = Inputs(q, k, v, bias, scales, valid, seed)
         if _is_operator(call, *inputs, do, dlse):
             return torch.ops.isa_triton.backward.default(*inputs, out, lse, do, dlse, *call.flat())
         return tuple(_run_backward(inputs, out, lse, do, dlse, call))
@@ -207,14 +229,14 @@ class _AttentionBackward(torch.autograd.Function):
         ctx.save_for_forward(*tensors, do, dlse)
 
     @staticmethod
-    def _plain(call: Call, valid: Tensor | None) -> Callable[..., Tensors]:
+    def _plain(call: Call, given: Sequence[Tensor | None]) -> Callable[..., Tensors]:
         """The gradients as a function of q, k, v, bias, scales, do and dlse; out and lse are functions of those."""
 
         def gradients(*tensors: Any) -> Tensors:
             *inputs, do, dlse = tensors
 
             def f(*inputs: Any) -> Tensors:
-                out, lse = plain.attention(Inputs(*(*inputs, valid)), call.scale, call.partition)
+                out, lse = _plain_attention(Inputs(*(*inputs, *given)), call)
                 return (out,) if dlse is None else (out, lse)
 
             found = _pull_back(f, inputs, (do,) if dlse is None else (do, dlse))
@@ -224,14 +246,14 @@ class _AttentionBackward(torch.autograd.Function):
 
     @staticmethod
     def _inputs(tensors: Sequence[Any]) -> tuple[Sequence[Any], Any]:
-        """What the gradients depend on, and valid, of what was saved."""
-        *inputs, valid, do, dlse = tensors
-        return (*inputs, do, dlse), valid
+        """What the gradients are differentiated by, and what else was given, of what was saved."""
+        inputs, given, do_and_dlse = tensors[:DIFFERENTIABLE], tensors[DIFFERENTIABLE:-2], tensors[-2:]
+        return (*inputs, *do_and_dlse), given
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
-        tensors, valid = _AttentionBackward._inputs(ctx.saved_tensors)
-        *found, ddo, ddlse = _pull_back(_AttentionBackward._plain(ctx.call, valid), tensors, cotangents)
+        tensors, given = _AttentionBackward._inputs(ctx.saved_tensors)
+        *found, ddo, ddlse = _pull_back(_AttentionBackward._plain(ctx.call, given), tensors, cotangents)
         return *found, *NONE, None, None, ddo, ddlse, None
 
     @staticmethod
@@ -254,10 +276,11 @@ def _keeps_output(q: Tensor, v: Tensor, call: Call) -> bool:
 class _AttentionForwardMode(_Attention):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, Tensor | None]:
-        *tensors, valid = ctx.saved_tensors[: len(Inputs._fields)]
+        saved = ctx.saved_tensors[: len(Inputs._fields)]
+        tensors, given = saved[:DIFFERENTIABLE], saved[DIFFERENTIABLE:]
 
         def f(*tensors: Any) -> Tensors:
-            return plain.attention(Inputs(*(*tensors, valid)), ctx.call.scale, ctx.call.partition)
+            return _plain_attention(Inputs(*(*tensors, *given)), ctx.call)
 
         out, lse = _push_forward(f, tensors, tangents[:DIFFERENTIABLE])
         return out, lse if ctx.call.with_lse else None
@@ -266,10 +289,10 @@ class _AttentionForwardMode(_Attention):
 class _AttentionBackwardForwardMode(_AttentionBackward):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensors:
-        given = len(Inputs._fields)
-        tangents = (*tangents[:DIFFERENTIABLE], *tangents[given + 2 : given + 4])  # all but those of out and lse
-        tensors, valid = _AttentionBackward._inputs(ctx.saved_tensors)
-        return _push_forward(_AttentionBackward._plain(ctx.call, valid), tensors, tangents)
+        n = len(Inputs._fields)
+        tangents = (*tangents[:DIFFERENTIABLE], *tangents[n + 2 : n + 4])  # all but those of out and lse
+        tensors, given = _AttentionBackward._inputs(ctx.saved_tensors)
+        return _push_forward(_AttentionBackward._plain(ctx.call, given), tensors, tangents)
 
 
 _FORWARD_MODE: dict[Any, Any] = {_Attention: _AttentionForwardMode, _AttentionBackward: _AttentionBackwardForwardMode}
@@ -295,7 +318,7 @@ def _setup_operator(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
 
 def _differentiate_operator(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
     *of_tensors, _ = _Attention.backward(ctx, *gradients)
-    return *of_tensors, None, None, None, None  # what a call is made of has none
+    return *of_tensors, *[None] * len(Call._fields)
 
 
 # An exported graph holds the operator without the Function around it, and must train all the same.
@@ -306,12 +329,13 @@ torch.library.register_autograd(
 
 def _folded_inputs(tensors: Sequence[Any], dims: Sequence[Any], n: int, at: int) -> Sequence[Any]:
     """`Inputs` whose vmapped dimension has become more heads, which stand at `at`."""
-    q, k, v, bias, scales, valid = tensors
+    q, k, v, bias, scales, valid, seed = tensors
     if valid is not None and dims[5] is not None:
         raise NotImplementedError("torch.func.vmap has no `valid` of its own for each call: make them one batch")
     of_bias = None if bias is None else bias.dim() - 3 - (dims[3] is not None)
     places = at, at, at, of_bias, 0
-    return *(_fold(x, dim, n, i) for x, dim, i in zip((q, k, v, bias, scales), dims, places, strict=False)), valid
+    folded = (_fold(x, dim, n, i) for x, dim, i in zip((q, k, v, bias, scales), dims, places, strict=False))
+    return *folded, valid, _fold(seed, dims[6], n, 0)
 
 
 def _fold(x: Tensor | None, dim: int | None, n: int, heads: int | None) -> Tensor | None:

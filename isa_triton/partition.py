@@ -43,6 +43,14 @@ def coordinates(group, token, axes):  # type: ignore[no-untyped-def]
         return before + (pixel,), there & here  # noqa: RUF005  # which they do not know
 
 
+def flat_index(pixel, axes):  # type: ignore[no-untyped-def]
+    """The number of a pixel, a tuple of places on all axes, in the map row by row: the last axis is fastest."""
+    if len(axes) == 1:
+        return pixel[0]
+    else:  # noqa: RET505
+        return flat_index(pixel[:-1], axes[:-1]) * axes[-1].size + pixel[-1]
+
+
 class Partition(tuple[Axis, ...]):
     """A line, a feature map or a volume partitioned into groups; attention connects the tokens of a group.
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from isa_triton import Partition, missing_tokens, partitioned_attention, partitioned_attention_with_lse
+from isa_triton import Partition, dropout_mask, missing_tokens, partitioned_attention, partitioned_attention_with_lse
 from tests.cases import PARTITIONS, relative_error
 from tests.compiling import run_compiling
 
@@ -79,7 +79,10 @@ def drawn(partition: Partition, features: tuple[str, ...], dtype: torch.dtype = 
 
 
 def formula(partition: Partition, given: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Dense attention over all pixels and all extra keys, in fp64, with a loop over maps and heads; out and lse."""
+    """Dense attention over all pixels and all extra keys, in fp64, with a loop over maps and heads; out and lse.
+
+    `kept` [B, *size, heads, tokens + n] says by what the weights of a pixel are multiplied.
+    """
     given = {name: x.double() if x.is_floating_point() else x for name, x in given.items()}
     q, k, v, size = given["q"], given["k"], given["v"], partition.size
     group, token = torch.tensor([partition.seat(*pixel) for pixel in product(*map(range, size))]).T
@@ -104,6 +107,9 @@ def formula(partition: Partition, given: dict[str, Tensor]) -> tuple[Tensor, Ten
         scores = scores.masked_fill(~valid[:, None], -torch.inf)
         keyless = (scores == -torch.inf).all(-1, keepdim=True)
         p = scores.masked_fill(keyless, 0).softmax(-1).masked_fill(keyless, 0)
+        if (kept := given.get("kept")) is not None:
+            factors = kept[b, ..., h, :].flatten(0, -2)  # [pixels, tokens + n]
+            p = p * torch.cat([factors[:, token], factors[:, partition.tokens :]], -1)
         outs.append(p @ values)
         lse = scores.masked_fill(keyless, 0).logsumexp(-1)
         lses.append(lse.masked_fill(keyless[:, 0], -torch.inf))
@@ -130,10 +136,16 @@ def learned(given: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def compared(partition: Partition, given: dict[str, Tensor], tolerance: float, backend: str = "eager") -> None:
+def compared(
+    partition: Partition, given: dict[str, Tensor], tolerance: float, backend: str = "eager", **dropout: Any
+) -> None:
     """Output, lse and all gradients are the formula's."""
     given, exact = learned(given), learned({n: x.double() if x.is_floating_point() else x for n, x in given.items()})
-    options: dict[str, Any] = {name: x for name, x in given.items() if name not in ("q", "k", "v")}
+    options: dict[str, Any] = {name: x for name, x in given.items() if name not in ("q", "k", "v")} | dropout
+    if dropout:
+        (maps, *_, heads, _), n = given["q"].shape, given["extra_k"].shape[1] if "extra_k" in given else 0
+        mask = dropout_mask(partition, maps=maps, heads=heads, **dropout, extra_keys=n)
+        exact["kept"] = mask.double() / (1 - dropout["dropout_p"])
     got = partitioned_attention_with_lse(given["q"], given["k"], given["v"], partition, **options, backend=backend)
     expected = formula(partition, exact)
     infinite = expected[1].isinf()
@@ -330,10 +342,11 @@ for name, target in (("sm_90", GPUTarget("cuda", 90, 32)), ("gfx942", GPUTarget(
     lse, scales = layout(*here, heads, dtype=torch.float32), layout(heads, dtype=torch.float32)
     bias = layout(maps, heads, tokens, tokens, dtype=torch.float32)
     valid = layout(*here, heads, dtype=torch.uint8, stride=(*torch.empty(here, device="meta").stride(), 0))
+    seed = None
     found = tiles.backward(name, width, width, "bfloat16", tokens)
     tile = tiles.lookup(name, "forward", width, width, "bfloat16", tokens)
     sums = layout(*plan.bias_partials_shape(maps, heads, partition, found, per_map=True), dtype=torch.float32)
-    given = q, k, k, bias, scales, valid, q, lse
+    given = q, k, k, bias, scales, valid, seed, q, lse
     launches = [*plan.forward(given, 1.0, partition, tile, "ieee")]
     launches += plan.backward((*given, q, lse, q, q, q, lse, sums), 1.0, partition, found, "ieee")
     for each in launches:

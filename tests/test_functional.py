@@ -19,6 +19,7 @@ from isa_triton.backend import eager
 from isa_triton.backend.contract import Call
 from tests.cases import PARTITIONS, qkv, relative_error
 
+NONE = None, None, None  # scales, valid, seed
 every_partition = pytest.mark.parametrize("partition", PARTITIONS.values(), ids=PARTITIONS.keys())
 
 
@@ -298,10 +299,10 @@ def test_operators_pass_opcheck(with_bias: bool, transposed: bool) -> None:
     axes = Call(0.5, partition, False, "eager").flat()[1]
     for with_lse in (False, True):
         torch.library.opcheck(
-            torch.ops.isa_triton.forward.default, (q, k, v, bias, None, None, 0.5, axes, with_lse, "eager")
+            torch.ops.isa_triton.forward.default, (q, k, v, bias, *NONE, 0.5, axes, with_lse, "eager")
         )
         dlse = torch.randn(q.shape[:-1]) if with_lse else None
-        arguments = (q, k, v, bias, None, None, None, None, torch.randn_like(v), dlse, 0.5, axes, with_lse, "eager")
+        arguments = (q, k, v, bias, *NONE, None, None, torch.randn_like(v), dlse, 0.5, axes, with_lse, "eager")
         torch.library.opcheck(torch.ops.isa_triton.backward.default, arguments)
 
 
@@ -315,7 +316,7 @@ def test_flops_of_operators_and_of_matmuls_agree_with_the_pairs(partition: Parti
     axes = Call(1.0, partition, False, "eager").flat()[1]
     for attention in (
         lambda: partitioned_attention(q, k, v, partition),
-        lambda: torch.ops.isa_triton.forward.default(q, k, v, None, None, None, 1.0, axes, False, "eager")[0],
+        lambda: torch.ops.isa_triton.forward.default(q, k, v, None, *NONE, 1.0, axes, False, "eager")[0],
     ):
         with FlopCounterMode(display=False) as counter:
             out = attention()
@@ -324,7 +325,7 @@ def test_flops_of_operators_and_of_matmuls_agree_with_the_pairs(partition: Parti
             out.backward(torch.ones_like(out))
         assert counter.get_total_flops() == backward
     with FlopCounterMode(display=False) as counter:
-        torch.ops.isa_triton.backward.default(q, k, v, None, None, None, None, None, v, None, 1.0, axes, False, "eager")
+        torch.ops.isa_triton.backward.default(q, k, v, None, *NONE, None, None, v, None, 1.0, axes, False, "eager")
     assert counter.get_total_flops() == backward
 
 

@@ -230,15 +230,13 @@ def test_what_constructors_make_passes(size: tuple[int, ...]) -> None:
 def test_no_backend_starts_on_a_partition_with_a_hole() -> None:
     """Nor do the operators that exported programs hold, with other maps either."""
     partition, q = Partition(Axis(4, 1, 3, 3, 1), Axis.local(6, 3)), torch.randn(1, 4, 6, 1, 2)
-    call = 1.0, partition.flat(), False, "eager"
+    call, rest = (1.0, partition.flat(), False, "eager"), (None, None, None)  # scales, valid, seed
     message = r"partition\.h must have every pixel in one group once: pixel 3 is there 0 times"
     with pytest.raises(ValueError, match=message):
         partitioned_attention(q, q, q, partition)
     with pytest.raises(ValueError, match=message):
-        torch.ops.isa_triton.forward(q, q, q, None, None, None, *call)
+        torch.ops.isa_triton.forward(q, q, q, None, *rest, *call)
     with pytest.raises(ValueError, match=message):
-        torch.ops.isa_triton.backward(q, q, q, None, None, None, None, None, q, None, *call)
+        torch.ops.isa_triton.backward(q, q, q, None, *rest, None, None, q, None, *call)
     with pytest.raises(ValueError, match=r"q must be a map of \(4, 6\), as axes say, got shape \(1, 3, 6"):
-        torch.ops.isa_triton.forward(
-            q[:, :3], q, q, None, None, None, 1.0, Partition.rows((4, 6)).flat(), False, "eager"
-        )
+        torch.ops.isa_triton.forward(q[:, :3], q, q, None, *rest, 1.0, Partition.rows((4, 6)).flat(), False, "eager")

@@ -6,6 +6,7 @@ Shapes, here and wherever backends are spoken of; [H, W] stands for the map, a l
     lse, dlse       [B, H, W, heads]           bias, dbias       [heads, tokens, tokens], [B, heads, tokens, tokens]
                                                                  or None
     valid           [B, H, W] or None          scales, dscales   [heads] or None
+    seed            [calls] or None
 
 k and v, and dk and dv, may have fewer heads, which divide those of q.
 """
@@ -29,6 +30,7 @@ class Inputs(NamedTuple):
         bias: added to the scores, in any floating dtype; for all maps or for each.
         scales: of the heads, by which their scores are multiplied beside the call's scale.
         valid: which pixels exist, bool: others are never attended, and their out and gradients are zero.
+        seed: of dropout, int64; more than one (`calls` of torch.func.vmap) are of as many neighbouring heads each.
 
     Examples:
         >>> q = torch.zeros(1, 4, 6, 4, 16)
@@ -42,6 +44,7 @@ class Inputs(NamedTuple):
     bias: Tensor | None = None
     scales: Tensor | None = None
     valid: Tensor | None = None
+    seed: Tensor | None = None
 
     @property
     def share(self) -> int:
@@ -62,6 +65,7 @@ class Call(NamedTuple):
         partition: which pixels attend which.
         with_lse: whether lse is wanted too.
         backend: "eager" or "triton".
+        dropout_p: the share of weights that is dropped, by the seed among the inputs.
 
     Examples:
         >>> call = Call(0.25, Partition.rows((4, 6)), with_lse=False, backend="eager")
@@ -73,15 +77,16 @@ class Call(NamedTuple):
     partition: Partition
     with_lse: bool
     backend: str
+    dropout_p: float = 0.0
 
-    def flat(self) -> tuple[float, list[int], bool, str]:
+    def flat(self) -> tuple[float, list[int], bool, str, float]:
         """As `torch.library` takes it, which knows numbers, lists of them and strings."""
-        return self.scale, self.partition.flat(), self.with_lse, self.backend
+        return self.scale, self.partition.flat(), self.with_lse, self.backend, self.dropout_p
 
     @classmethod
-    def unflatten(cls, scale: float, axes: Sequence[int], with_lse: bool, backend: str) -> Call:
+    def unflatten(cls, scale: float, axes: Sequence[int], with_lse: bool, backend: str, dropout_p: float = 0.0) -> Call:
         """The inverse of `flat`."""
-        return cls(scale, Partition.unflatten(axes), with_lse, backend)
+        return cls(scale, Partition.unflatten(axes), with_lse, backend, dropout_p)
 
     def checked(self, q: Tensor) -> Call:
         """The call, for q [B, H, W, heads, K], of an operator, which may stand in anybody's graph.
@@ -115,6 +120,7 @@ class Backend(Protocol):
     def forward(self, inputs: Inputs, call: Call) -> tuple[Tensor, Tensor]:
         """``out = softmax(scale q k^T + bias) v`` inside every group, and lse, the log-sum-exp of its scores.
 
+        With dropout the softmax is multiplied by `dropout.factors`, and lse is what it is without.
         0 and minus infinity for a query without a key, because none is valid or its bias is minus infinity for every
         key in the map, and for one that is not valid; its gradients are 0.
         Both as `empty_outputs` makes them; lse means something if `call.with_lse`.
@@ -178,7 +184,7 @@ def empty_gradients(inputs: Inputs) -> Gradients:
         >>> [tuple(x.shape) for x in empty_gradients(Inputs(q, q, q))]
         [(1, 4, 6, 1, 16), (1, 4, 6, 1, 16), (1, 4, 6, 1, 16), (0,), (0,)]
     """
-    q, k, v, bias, scales, _ = inputs
+    q, k, v, bias, scales, *_ = inputs
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     dbias, dscales = (q.new_empty(0) if x is None else x.new_empty(x.shape) for x in (bias, scales))
     return Gradients(dq, dk, dv, dbias, dscales)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..axis import Run
+from ..dropout import factors, rows_of
 from ..partition import Partition
 from .contract import Call, Gradients, Inputs, empty_gradients, empty_outputs, lse_dtype
 
@@ -23,6 +24,7 @@ OPAQUE = False  # PyTorch's own operators, which modes may look into
 # Bytes of a chunk's tokens and scores: on a CPU a share of the last-level cache, elsewhere enough work for a launch.
 _CHUNK_BYTES_CPU = 8 << 20
 _CHUNK_BYTES_ELSEWHERE = 256 << 20
+_SCORES_WITH_DROPOUT = 8  # times the memory of scores: some int64 for each
 _WORTH_A_CALL = 2**25  # FLOPs a thread: 256 tokens at ISA's 256 channels
 
 
@@ -33,21 +35,27 @@ def keeps_output(q: Tensor, v: Tensor, partition: Partition) -> bool:
 
 def forward(inputs: Inputs, call: Call) -> tuple[Tensor, Tensor]:
     """``out = softmax(scale q k^T + bias) v`` inside every group, and lse, the log-sum-exp of its scores (or empty)."""
+    return _forward(inputs, call, _numbers(inputs))
+
+
+def _forward(inputs: Inputs, call: Call, numbers: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     if call.partition.wraps:
-        out, lse = forward(_rolled(inputs, call.partition), _unrolled(call))
+        out, lse = _forward(*_rolled(inputs, call, numbers))
         return _roll_back(out, call.partition), _roll_back(lse, call.partition) if call.with_lse else lse
-    scale, partition, with_lse, _ = call
+    scale, partition, with_lse, *_ = call
     inputs = _spread(inputs)
-    (q, k, v, bias, _, valid), (out, lse) = inputs, empty_outputs(inputs, with_lse)
+    (q, k, v, bias, _, valid, _), (out, lse) = inputs, empty_outputs(inputs, with_lse)
     if not with_lse and _sdpa_is_faster(inputs):
         _sdpa_forward(q, k, v, bias, call, out)
         return out, lse
     maps = {"q": q, "k": k, "v": v, "out": out} | ({"lse": lse[..., None]} if with_lse else {})
-    for chunk in _chunks(partition, maps, inputs):
+    for chunk in _chunks(partition, maps | numbers, inputs):
         qs, ks, vs = chunk.load("q"), chunk.load("k"), chunk.load("v")  # [n, T, width]
         o, l = chunk.scratch("o", vs.shape), lse.new_empty(vs.shape[:2])
         for rows in chunk.query_blocks:
             s, p = chunk.softmax_scores(qs[:, rows], ks, rows, scale)  # [n, rows, T]
+            if numbers:
+                p.mul_(chunk.factors(rows, call.dropout_p))
             _product(p, vs, out=o[:, rows])
             if with_lse:
                 l[:, rows] = s.to(l.dtype).logsumexp(-1)
@@ -92,22 +100,28 @@ def backward(
 
     ``P = softmax(S)``, ``dv = P^T do``, ``dP = do v^T``, ``dS = P (dP - rowsum(P dP) + dlse)``,
     ``dq = scale dS k``, ``dk = scale dS^T q``, dbias is dS summed over the groups, and over the batch if all maps share
-    it; dscales is S's part without them times dS, ``q . dq`` before dq has its head's.
+    it; dscales is S's part without them times dS, ``q . dq`` before dq has its head's. With dropout dv and dP have its
+    factors.
     """
+    return _backward(inputs, do, dlse, call, _numbers(inputs))
+
+
+def _backward(inputs: Inputs, do: Tensor, dlse: Tensor | None, call: Call, numbers: dict[str, Tensor]) -> Gradients:
     if call.partition.wraps:
         dlse = None if dlse is None else _roll(dlse, call.partition)
-        found = backward(_rolled(inputs, call.partition), None, None, _roll(do, call.partition), dlse, _unrolled(call))
+        inputs, unrolled, numbers = _rolled(inputs, call, numbers)
+        found = _backward(inputs, _roll(do, call.partition), dlse, unrolled, numbers)
         dq, dk, dv = (_roll_back(x, call.partition) for x in found[:3])
         return found._replace(dq=dq, dk=dk, dv=dv)
     scale, partition, of_keys = call.scale, call.partition, inputs.k.shape[-2]
     inputs = _spread(inputs)
-    (q, k, v, _, _, valid), (dq, dk, dv, dbias, dscales) = inputs, empty_gradients(inputs)
+    (q, k, v, _, _, valid, _), (dq, dk, dv, dbias, dscales) = inputs, empty_gradients(inputs)
     if valid is not None:
         do = do.masked_fill(~valid[..., None, None], 0)
         dlse = None if dlse is None else dlse.masked_fill(~valid[..., None], 0)
     dbias_sum = dbias.new_zeros(dbias.shape, dtype=lse_dtype(dbias.dtype))
     dscales_sum = dscales.new_zeros(dscales.shape, dtype=lse_dtype(dscales.dtype))
-    maps = {"q": q, "k": k, "v": v, "do": do, "dq": dq, "dk": dk, "dv": dv}
+    maps = {"q": q, "k": k, "v": v, "do": do, "dq": dq, "dk": dk, "dv": dv} | numbers
     if dlse is not None:
         maps["dlse"] = dlse[..., None]
     for chunk in _chunks(partition, maps, inputs):
@@ -118,8 +132,12 @@ def backward(
         for rows in chunk.query_blocks:
             add = 0 if rows.start == 0 else 1  # the first block of queries overwrites dk and dv, the others add
             dp, p = chunk.softmax_scores(qs[:, rows], ks, rows, scale)  # the scores' memory becomes dP's
-            _product(p.mT, dos[:, rows], out=dvs, beta=add)
+            kept = chunk.factors(rows, call.dropout_p) if numbers else None
+            weights = p if kept is None else torch.mul(p, kept, out=chunk.scratch("weights", p.shape))
+            _product(weights.mT, dos[:, rows], out=dvs, beta=add)
             _product(dos[:, rows], vs.mT, out=dp)
+            if kept is not None:
+                dp.mul_(kept)
             ds = torch._softmax_backward_data(dp, p, -1, p.dtype, grad_input=chunk.scratch("ds", dp.shape))
             if dls is not None:
                 ds.addcmul_(p, dls[:, rows])
@@ -144,12 +162,22 @@ def backward(
 
 def _spread(inputs: Inputs) -> Inputs:
     """With a head of k and v for each of q, and zeros where no pixel is valid."""
-    q, k, v, bias, scales, valid = inputs
+    q, k, v, _, _, valid, _ = inputs
     if inputs.share > 1:
         k, v = (x.repeat_interleave(inputs.share, -2) for x in (k, v))
     if valid is not None:
         q, k, v = (x.masked_fill(~valid[..., None, None], 0) for x in (q, k, v))
-    return Inputs(q, k, v, bias, scales, valid)
+    return inputs._replace(q=q, k=k, v=v)
+
+
+def _numbers(inputs: Inputs) -> dict[str, Tensor]:
+    """What dropout knows queries and keys by, as maps [B, H, W, heads, 1]; none where nothing is dropped."""
+    if inputs.seed is None:
+        return {}
+    maps, *size, heads, _ = inputs.q.shape
+    numbers = dict(zip(("start", "step"), rows_of(inputs.seed, maps, heads, math.prod(size)), strict=True))
+    numbers["pixel"] = torch.arange(math.prod(size), device=inputs.q.device)[None, :, None].expand(maps, -1, heads)
+    return {name: x.unflatten(1, size)[..., None] for name, x in numbers.items()}
 
 
 class _Scratch:
@@ -201,6 +229,11 @@ class _Chunk:
         self._keyless = None if self.bias is None else (self.bias == -torch.inf).all(-1, keepdim=True)
         self.scales = None if scales is None else scales[heads, None, None].to(scratch.dtype)  # [heads, 1, 1]
         self._outside = self.load("valid").mT == 0 if "valid" in views else None  # [n, 1, T]
+
+    def factors(self, rows: slice, dropout_p: float) -> Tensor:
+        """What dropout multiplies the weights of a block of queries by, [n, rows, T]."""
+        start, step, pixel = (self._views[name].reshape(-1, self._tokens) for name in ("start", "step", "pixel"))
+        return factors(start[:, rows, None], step[:, rows, None], pixel[:, None], dropout_p, self.scratch.dtype)
 
     def load(self, name: str) -> Tensor:
         """The chunk of a map as [n, T, width], copied to scratch memory."""
@@ -270,7 +303,8 @@ def _chunks(partition: Partition, maps: dict[str, Tensor], inputs: Inputs) -> It
     for piece in partition.pieces():
         tokens = math.prod(run.tokens for run in piece)
         rows = min(tokens, max(1, budget // tokens))
-        attentions = max(1, budget // (tokens * (2 * q.shape[-1] + 2 * v.shape[-1] + rows)))
+        scores = rows * (1 if inputs.seed is None else _SCORES_WITH_DROPOUT)
+        attentions = max(1, budget // (tokens * (2 * q.shape[-1] + 2 * v.shape[-1] + scores)))
         query_blocks = tuple(slice(i, min(i + rows, tokens)) for i in range(0, tokens, rows))
         views = {name: partition.view(x, piece).movedim(-2, 1 + n) for name, x in maps.items()}
         for box in _boxes(views["q"].shape[: 2 + n], attentions):
@@ -296,10 +330,11 @@ def _sdpa_is_faster(inputs: Inputs) -> bool:
     """Whether torch's scaled_dot_product_attention beats matmul, softmax, matmul on a chunk [n, T, width] in cache.
 
     Its kernels want equal widths. On CPUs it was up to a width of 128 (and slower at ISA's own 256 and 512). Elsewhere
-    it saves the scores' way through memory. It has one scale, and its mask would have to be made for every group.
+    it saves the scores' way through memory. It has one scale and another dropout, and its mask would have to be made
+    for every group.
     """
-    q, _, v, bias, scales, valid = inputs
-    if scales is not None or valid is not None or (bias is not None and bias.dim() == 4):
+    q, _, v, bias, scales, valid, seed = inputs
+    if any(x is not None for x in (scales, valid, seed)) or (bias is not None and bias.dim() == 4):
         return False
     return q.shape[-1] == v.shape[-1] and (q.device.type != "cpu" or q.shape[-1] <= 128)
 
@@ -317,10 +352,13 @@ def _crop(bias: Tensor, partition: Partition, piece: tuple[Run, ...]) -> Tensor:
     return bias.unflatten(-1, tokens).unflatten(-1 - len(tokens), tokens)[(..., *inside, *inside)]
 
 
-def _rolled(inputs: Inputs, partition: Partition) -> Inputs:
+def _rolled(inputs: Inputs, call: Call, numbers: dict[str, Tensor]) -> tuple[Inputs, Call, dict[str, Tensor]]:
+    """Of maps that are rolled, so that no group lies across a seam."""
+    partition = call.partition
     q, k, v = (_roll(x, partition) for x in inputs[:3])
     valid = None if inputs.valid is None else _roll(inputs.valid, partition)
-    return inputs._replace(q=q, k=k, v=v, valid=valid)
+    numbers = {name: _roll(x, partition) for name, x in numbers.items()}
+    return inputs._replace(q=q, k=k, v=v, valid=valid), call._replace(partition=partition.unrolled()), numbers
 
 
 def _roll(x: Tensor, partition: Partition) -> Tensor:
@@ -336,7 +374,3 @@ def _shifts(partition: Partition, sign: int) -> tuple[list[int], list[int]]:
     """By how many pixels which dimensions are rolled."""
     wrapped = [(sign * axis.origin, dim) for dim, axis in enumerate(partition, start=1) if axis.wraps]
     return [shift for shift, _ in wrapped], [dim for _, dim in wrapped]
-
-
-def _unrolled(call: Call) -> Call:
-    return call._replace(partition=call.partition.unrolled())

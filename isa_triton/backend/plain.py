@@ -5,19 +5,21 @@ It holds all scores: made for derivatives beyond the first and for export, not t
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..axis import Axis
-from ..partition import Partition
+from ..dropout import factors, rows_of
+from ..partition import Partition, flat_index
 from .contract import Inputs, lse_dtype
 
 
-def attention(inputs: Inputs, scale: float, partition: Partition) -> tuple[Tensor, Tensor]:
+def attention(inputs: Inputs, scale: float, partition: Partition, dropout_p: float = 0.0) -> tuple[Tensor, Tensor]:
     """out and lse, as `contract.Backend.forward` returns them."""
-    q, k, v, bias, scales, valid = inputs
+    q, k, v, bias, scales, valid, seed = inputs
     size, device, n = partition.size, q.device, len(partition)
     if inputs.share > 1:
         k, v = (x.repeat_interleave(inputs.share, -2) for x in (k, v))
@@ -25,12 +27,9 @@ def attention(inputs: Inputs, scale: float, partition: Partition) -> tuple[Tenso
         q, k, v = (x.masked_fill(~valid[..., None, None], 0) for x in (q, k, v))
     q, k, v = (x.expand(-1, *size, -1, -1) for x in (q, k, v))  # refuses other sizes where a graph meets them
     group, token = torch.arange(partition.groups, device=device), torch.arange(partition.tokens, device=device)
-    partition = Partition(*(_of_tensors(axis, device) for axis in partition))
+    axes, partition = tuple(partition), Partition(*(_of_tensors(axis, device) for axis in partition))
     *place, inside = partition.coordinates(group[:, None], token)  # [G, T] each
-    pixel = place[0]
-    for here, extent in zip(place[1:], size[1:], strict=True):
-        pixel = pixel * extent + here
-    pixel = torch.where(inside, pixel, 0)
+    pixel = torch.where(inside, flat_index(tuple(place), axes), 0)
     qs, ks, vs = (t.flatten(1, n)[:, pixel].transpose(2, 3) for t in (q, k, v))  # [B, G, heads, T, width]
     outside = ~inside[:, None, None]  # [G, 1, 1, T]
     if valid is not None:
@@ -47,15 +46,20 @@ def attention(inputs: Inputs, scale: float, partition: Partition) -> tuple[Tenso
         forbidden = outside if bias is None else outside | (bias == -torch.inf)
         keyless = forbidden.all(-1, keepdim=True)  # [(B,) G, heads or 1, T or 1, 1]
         s = s.masked_fill(keyless, 0)
-    out, lse = s.softmax(-1).to(v.dtype) @ vs, s.logsumexp(-1)
+    p, lse = s.softmax(-1).to(v.dtype), s.logsumexp(-1)
+    if seed is not None:
+        rows = rows_of(seed, q.shape[0], q.shape[-2], math.prod(size))  # [B, pixels, heads] each
+        start, step = (x[:, pixel].transpose(2, 3)[..., None] for x in rows)  # [B, G, heads, T, 1]
+        p = p * factors(start, step, pixel[:, None, None], dropout_p, p.dtype)
+    out = p @ vs
     if keyless is not None:
         out, lse = out.masked_fill(keyless, 0), lse.masked_fill(keyless.squeeze(-1), -torch.inf)
 
     grid = [torch.arange(extent, device=device).view(-1, *[1] * (n - i)) for i, extent in enumerate(size, start=1)]
     group, token = partition.seat(*grid)  # [H, W]
-    (group, token), axes = torch.broadcast_tensors(group, token), range(n)
+    (group, token), dims = torch.broadcast_tensors(group, token), range(n)
     out, lse = out[:, group, :, token], lse[:, group, :, token]  # [H, W, B, heads, ...]
-    out, lse = out.permute(n, *axes, n + 1, n + 2), lse.permute(n, *axes, n + 1)
+    out, lse = out.permute(n, *dims, n + 1, n + 2), lse.permute(n, *dims, n + 1)
     if valid is not None:
         out, lse = out.masked_fill(~valid[..., None, None], 0), lse.masked_fill(~valid[..., None], -torch.inf)
     return out, lse

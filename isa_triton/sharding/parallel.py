@@ -115,6 +115,11 @@ def _check(module: nn.Module) -> None:
             raise ValueError(f"maps of two axes alone are spread over devices, and {name or 'module'} has {part.axes}")
         if isinstance(part, SelfAttention2d) and part.pattern == "dense":
             raise ValueError("pattern 'dense' is one group, which cannot be spread over devices")
+        if isinstance(part, SelfAttention2d) and part.attention_dropout:
+            raise ValueError(
+                f"{name or 'module'}.attention_dropout must be 0 to be sharded, got {part.attention_dropout}: what is"
+                " dropped depends on where pixels stand in the whole map"
+            )
         if isinstance(part, ConvNormReLU):
             reach_of(part.conv)
             if not isinstance(part.norm, (nn.BatchNorm2d, nn.SyncBatchNorm, nn.Identity)):

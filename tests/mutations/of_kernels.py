@@ -296,9 +296,30 @@ OTHERS = (
     Defect(
         "backward in another precision",
         "isa_triton/backend/triton.py",
-        "            precision, scales=scales, valid=valid,\n        )  # fmt: skip\n    if partials",
-        "            scales=scales, valid=valid,\n        )  # fmt: skip\n    if partials",
+        "precision, call.dropout_p, scales=scales, valid=valid, seed=seed,\n        )  # fmt: skip\n    if partials",
+        '"ieee", call.dropout_p, scales=scales, valid=valid, seed=seed,\n        )  # fmt: skip\n    if partials',
         f"{BACKEND}both_passes_multiply_with_the_same_precision",
+    ),
+    Defect(
+        "kept weights of the transposed mask",
+        "isa_triton/backend/kernels/common.py",
+        "        if TRANSPOSED:\n            drawn = draw(start[None, :], step[None, :], key_pixel[:, None])",
+        "        if TRANSPOSED:\n            drawn = draw(start[:, None], step[:, None], key_pixel[None, :])",
+        "test_dropout.py::test_every_kernel_drops_what_the_mask_says[whole groups]",
+    ),
+    Defect(
+        "heads of a call counted on",
+        "isa_triton/backend/kernels/common.py",
+        "(query.head % of_call).to",
+        "query.head.to",
+        "test_dropout.py::test_vmap_is_one_call_after_another[triton]",
+    ),
+    Defect(
+        "dropout of dP left out",
+        "isa_triton/backend/kernels/backward.py",
+        "        dp = dropped(dp, factors)\n        delta",
+        "        delta",
+        "test_dropout.py::test_every_kernel_drops_what_the_mask_says[one block]",
     ),
     Defect(
         "dlse as it lies, and not negated",

@@ -9,6 +9,9 @@ For a query i and a key j of one group, with the gradients do of out and dlse of
     dq_i  = scale * sum_j ds_ij k_j           dk_j = scale * sum_i ds_ij q_i
     dbias_ij = sum of ds_ij over maps and groups, or over the groups of its map
 
+With dropout, whose factors z_ij are 0 or 1 / (1 - dropout_p), out_i and dv_j have z_ij p_ij for p_ij, and dp_ij is
+z_ij do_i . v_j.
+
 Where heads have a `scale` each, a tensor, dq is left without it: the caller needs it so for the gradient of the scales.
 
 dlse enters through delta, for d lse_i / d s_ij = p_ij. A group that fits in one block has all its p and dp on chip: one
@@ -31,9 +34,11 @@ from isa_triton.backend.kernels.common import (
     anywhere,
     divisor,
     down,
+    dropped,
     exp,
     inner_products,
     items_of,
+    kept,
     load,
     locate,
     pairs,
@@ -64,7 +69,7 @@ def store_sum(partials, index, query, key, values):
 
 @triton.jit
 def backward_group_kernel(
-    q, k, v, bias, scales, valid, do, dlse, dq, dk, dv, partials, scale, heads, items, slots, maps, axes,
+    q, k, v, bias, scales, valid, dropout, do, dlse, dq, dk, dv, partials, scale, heads, items, slots, maps, axes,
     K: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     SHARE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -84,14 +89,16 @@ def backward_group_kernel(
         score = scores(product, factor, bias, down(token), across(token))  # [BLOCK, BLOCK]
         weight = weigh(score, LOWEST, bias)[0]
         p = weight / divisor(tl.sum(weight, 1))  # a query outside the map has one too, but its do is zero
+        factors = kept(dropout, heads, token, token, axes)
 
         dp = tl.zeros([BLOCK, BLOCK], tl.float32)
         for chunk in range(0, V, BLOCK_V):
             do_chunk, v_chunk = load(do_rows, chunk, V, BLOCK_V), load(v_rows, chunk, V, BLOCK_V)
             dp = tl.dot(do_chunk, v_chunk.T, dp, input_precision=PRECISION)
-            dv_chunk = tl.dot(p.to(do_chunk.dtype).T, do_chunk, input_precision=PRECISION)
+            dv_chunk = tl.dot(dropped(p, factors).to(do_chunk.dtype).T, do_chunk, input_precision=PRECISION)
             store(rows(dv, token), chunk, dv_chunk, V, BLOCK_V)
 
+        dp = dropped(dp, factors)
         delta = tl.sum(p * dp, 1)
         if dlse is not None:
             delta -= one_each(dlse, token, 0.0)
@@ -163,7 +170,7 @@ def unpack(x, dtype, TIME: tl.constexpr):
 
 @triton.jit
 def backward_queries_kernel(
-    q, k, v, bias, scales, valid, out, lse, do, dlse, dq, delta, scale, heads, axes,
+    q, k, v, bias, scales, valid, dropout, out, lse, do, dlse, dq, delta, scale, heads, axes,
     K: tl.constexpr, V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     WIDTH_K: tl.constexpr, SHARE: tl.constexpr, ONE_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
@@ -184,6 +191,7 @@ def backward_queries_kernel(
         p = finite_probabilities(product, factor, bias, lse_m[:, None], down(query), across(key))  # [BLOCK_M, BLOCK_N]
         packed = pack(p.to(dtype))
         dp = inner_products(do_rows, v_rows, V, BLOCK_V, PRECISION)
+        dp = dropped(dp, kept(dropout, heads, query, key, axes))
         delta_m = tl.sum(unpack(packed, dtype, 1) * dp, 1)
     else:
         delta_m = tl.zeros([BLOCK_M], tl.float32)
@@ -206,7 +214,8 @@ def backward_queries_kernel(
             k_rows, v_rows = rows(k, shared(key, SHARE)), rows(v, shared(key, SHARE))
             product = inner_products(q_rows, k_rows, K, BLOCK_K, PRECISION)
             p = finite_probabilities(product, factor, bias, lse_m[:, None], down(query), across(key))
-            ds = p * (inner_products(do_rows, v_rows, V, BLOCK_V, PRECISION) - delta_m[:, None])
+            dp = inner_products(do_rows, v_rows, V, BLOCK_V, PRECISION)
+            ds = p * (dropped(dp, kept(dropout, heads, query, key, axes)) - delta_m[:, None])
             keys = load(k_rows, 0, K, WIDTH_K)
             acc = tl.dot(ds.to(keys.dtype), keys, acc, input_precision=PRECISION)
         store(rows(dq, query), 0, acc * scale, K, WIDTH_K)
@@ -214,7 +223,7 @@ def backward_queries_kernel(
 
 @triton.jit
 def backward_keys_kernel(
-    q, k, v, bias, scales, valid, lse, delta, do, dk, dv, scale, heads, axes,
+    q, k, v, bias, scales, valid, dropout, lse, delta, do, dk, dv, scale, heads, axes,
     K: tl.constexpr, V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     WIDTH_K: tl.constexpr, WIDTH_V: tl.constexpr, SHARE: tl.constexpr, ONE_BLOCK: tl.constexpr,
@@ -235,13 +244,14 @@ def backward_keys_kernel(
         product = inner_products(k_rows, q_rows, K, BLOCK_K, PRECISION)
         p = probabilities(product, factor, bias, lse_m[None, :], across(query), down(key))  # [BLOCK_N, BLOCK_M]
         packed = pack(p.to(dtype))
+        factors = kept(dropout, heads, query, key, axes, True)
         if dv is not None:
-            p = unpack(packed, dtype, 1)
+            p = dropped(unpack(packed, dtype, 1), factors)
             for chunk in range(0, V, BLOCK_V):
                 dv_chunk = tl.dot(p, load(do_rows, chunk, V, BLOCK_V), input_precision=PRECISION)
                 store(rows(dv, key), chunk, dv_chunk, V, BLOCK_V)
         if dk is not None:
-            dp = inner_products(v_rows, do_rows, V, BLOCK_V, PRECISION)
+            dp = dropped(inner_products(v_rows, do_rows, V, BLOCK_V, PRECISION), factors)
             ds = (unpack(packed, dtype, 2) * (dp - one_each(delta, query, 0.0)[None, :])).to(dtype)
             for chunk in range(0, K, BLOCK_K):
                 dk_chunk = tl.dot(ds, load(q_rows, chunk, K, BLOCK_K), input_precision=PRECISION)
@@ -257,11 +267,12 @@ def backward_keys_kernel(
             lse_m = load_lse(lse, query, bias)
             product = inner_products(k_rows, q_rows, K, BLOCK_K, PRECISION)
             p = probabilities(product, factor, bias, lse_m[None, :], across(query), down(key))  # [BLOCK_N, BLOCK_M]
+            factors = kept(dropout, heads, query, key, axes, True)
             if dv is not None:
                 gradients = load(do_rows, 0, V, WIDTH_V)
-                dv_acc = tl.dot(p.to(gradients.dtype), gradients, dv_acc, input_precision=PRECISION)
+                dv_acc = tl.dot(dropped(p, factors).to(gradients.dtype), gradients, dv_acc, input_precision=PRECISION)
             if dk is not None:
-                dp = inner_products(v_rows, do_rows, V, BLOCK_V, PRECISION)
+                dp = dropped(inner_products(v_rows, do_rows, V, BLOCK_V, PRECISION), factors)
                 ds = p * (dp - one_each(delta, query, 0.0)[None, :])
                 queries = load(q_rows, 0, K, WIDTH_K)
                 dk_acc = tl.dot(ds.to(queries.dtype), queries, dk_acc, input_precision=PRECISION)
@@ -273,7 +284,7 @@ def backward_keys_kernel(
 
 @triton.jit
 def backward_pairs_kernel(
-    q, k, v, bias, scales, valid, lse, delta, do, partials, scale, heads, items, slots, maps, axes,
+    q, k, v, bias, scales, valid, dropout, lse, delta, do, partials, scale, heads, items, slots, maps, axes,
     K: tl.constexpr, V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     SHARE: tl.constexpr, PRECISION: tl.constexpr,
@@ -294,14 +305,14 @@ def backward_pairs_kernel(
         product = inner_products(rows(q, query), rows(k, shared(key, SHARE)), K, BLOCK_K, PRECISION)
         p = probabilities(product, factor, bias, lse_m[:, None], down(query), across(key))
         dp = inner_products(rows(do, query), rows(v, shared(key, SHARE)), V, BLOCK_V, PRECISION)
-        acc += p * (dp - delta_m[:, None])
+        acc += p * (dropped(dp, kept(dropout, heads, query, key, axes)) - delta_m[:, None])
     query, key = locate(0, 0, query_start, axes, None, BLOCK_M), locate(0, 0, key_start, axes, None, BLOCK_N)
     store_sum(partials, tl.program_id(0) // blocks, down(query), across(key), acc)
 
 
 @triton.jit
 def backward_columns_kernel(
-    q, k, v, bias, scales, valid, out, lse, do, dlse, dq, dk, dv, delta, scale, heads, axes,
+    q, k, v, bias, scales, valid, dropout, out, lse, do, dlse, dq, dk, dv, delta, scale, heads, axes,
     K: tl.constexpr, V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     SHARE: tl.constexpr, PRECISION: tl.constexpr,
@@ -331,10 +342,10 @@ def backward_columns_kernel(
         keys, values = load(rows(k, as_key), 0, K, BLOCK_K), load(rows(v, as_key), 0, V, BLOCK_V)
         product = tl.dot(queries, keys.T, input_precision=PRECISION)
         p = probabilities(product, factor, bias, lse_m[:, None], down(query), across(key))  # [BLOCK_M, BLOCK_N]
-        packed = pack(p.to(dtype))
-        dv_block = tl.dot(unpack(packed, dtype, 1).T, gradients, input_precision=PRECISION)
+        packed, factors = pack(p.to(dtype)), kept(dropout, heads, query, key, axes)
+        dv_block = tl.dot(dropped(unpack(packed, dtype, 1), factors).T, gradients, input_precision=PRECISION)
         store(rows(dv, key), 0, dv_block, V, BLOCK_V)
-        dp = tl.dot(gradients, values.T, input_precision=PRECISION)
+        dp = dropped(tl.dot(gradients, values.T, input_precision=PRECISION), factors)
         ds = (unpack(packed, dtype, 2) * (dp - delta_m[:, None])).to(dtype)
         dk_block = tl.dot(ds.T, queries, input_precision=PRECISION)
         store(rows(dk, key), 0, dk_block * factor, K, BLOCK_K)

@@ -13,10 +13,17 @@ import triton
 import triton.language as tl
 
 from isa_triton import axis, partition
+from isa_triton import dropout as dropping
 
 # The one source of geometry, here because Triton looks names up where a function stands, and those have no Triton.
 along = triton.jit(FunctionType(axis.along.__code__, globals()))
 coordinates = triton.jit(FunctionType(partition.coordinates.__code__, globals()))
+flat_index = triton.jit(FunctionType(partition.flat_index.__code__, globals()))
+# And of what is dropped.
+mix = triton.jit(FunctionType(dropping.mix.__code__, globals()))
+absorb = triton.jit(FunctionType(dropping.absorb.__code__, globals()))
+row_keys = triton.jit(FunctionType(dropping.row_keys.__code__, globals()))
+draw = triton.jit(FunctionType(dropping.draw.__code__, globals()))
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # of fp32: a maximum over no key yet
@@ -46,6 +53,15 @@ class Pairs(NamedTuple):
     key: int  # not in units
     tokens: int
     unit: Any
+
+
+class Dropout(NamedTuple):
+    """Which weights are dropped: those whose 32 bits are below a threshold; others are multiplied by a factor."""
+
+    data: Any  # a seed for as many neighbouring heads as there are to each
+    calls: int  # how many seeds
+    threshold: int  # its bits, signed
+    factor: float
 
 
 class Tokens(NamedTuple):
@@ -264,6 +280,31 @@ def divisor(row_sum):
 def log_sum_exp(row_max, row_sum, bias):
     """lse, natural; minus infinity for rows without keys."""
     return row_max * (1.0 / unit(bias)) + tl.log(row_sum)
+
+
+@triton.jit
+def kept(dropout, heads, query, key, axes, TRANSPOSED: tl.constexpr = False):
+    """What weights are multiplied by, [queries, keys] or transposed: 0 where dropped. None without dropout."""
+    if dropout is None:
+        return None
+    else:  # noqa: RET505
+        of_call = heads // dropout.calls
+        seed = tl.load(dropout.data + query.head // of_call)
+        low, high = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
+        head, query_pixel = (query.head % of_call).to(tl.uint32), flat_index(query.pixel, axes).to(tl.uint32)
+        start, step = row_keys(low, high, query.batch.to(tl.uint32), head, query_pixel)  # [queries]
+        key_pixel = flat_index(key.pixel, axes).to(tl.uint32)
+        if TRANSPOSED:
+            drawn = draw(start[None, :], step[None, :], key_pixel[:, None])
+        else:
+            drawn = draw(start[:, None], step[:, None], key_pixel[None, :])
+        return tl.where(drawn >= dropout.threshold.to(tl.uint32), dropout.factor, 0.0)
+
+
+@triton.jit
+def dropped(x, factors):
+    """Weights, or gradients of weights, after dropout."""
+    return x if factors is None else (x * factors).to(x.dtype)
 
 
 @triton.jit

@@ -10,10 +10,12 @@ from isa_triton.backend.kernels.common import (
     biased,
     divisor,
     down,
+    dropped,
     fold_softmax,
     groups_of,
     inner_products,
     items_of,
+    kept,
     load,
     load_bias,
     locate,
@@ -31,7 +33,7 @@ from isa_triton.backend.kernels.common import (
 
 @triton.jit
 def forward_kernel(
-    q, k, v, bias, scales, valid, out, lse, scale, heads, axes,
+    q, k, v, bias, scales, valid, dropout, out, lse, scale, heads, axes,
     K: tl.constexpr, V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     SHARE: tl.constexpr, ONE_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
@@ -52,6 +54,7 @@ def forward_kernel(
         product = inner_products(q_rows, rows(k, shared(key, SHARE)), K, BLOCK_K, PRECISION)  # [BLOCK_M, BLOCK_N]
         score = scores(product, scale, bias, down(query), across(key))
         weight, _, row_max, row_sum = fold_softmax(score, row_max, row_sum, bias)
+        weight = dropped(weight, kept(dropout, heads, query, key, axes))
 
     for chunk in range(0, V, BLOCK_V):
         acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
@@ -65,6 +68,7 @@ def forward_kernel(
                 product = inner_products(q_rows, rows(k, shared(key, SHARE)), K, BLOCK_K, PRECISION)
                 score = scores(product, scale, bias, down(query), across(key))
                 weight, shrink, row_max, row_sum = fold_softmax(score, row_max, row_sum, bias)
+                weight = dropped(weight, kept(dropout, heads, query, key, axes))
                 values = load(rows(v, shared(key, SHARE)), chunk, V, BLOCK_V)
                 acc = tl.dot(weight.to(values.dtype), values, acc * shrink[:, None], input_precision=PRECISION)
         store(rows(out, query), chunk, acc / divisor(row_sum), V, BLOCK_V)
@@ -75,7 +79,7 @@ def forward_kernel(
 
 @triton.jit
 def forward_group_kernel(
-    q, k, v, bias, scales, valid, out, lse, scale, heads, items, slots, maps, axes,
+    q, k, v, bias, scales, valid, dropout, out, lse, scale, heads, items, slots, maps, axes,
     K: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     SHARE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -94,6 +98,7 @@ def forward_group_kernel(
         score = biased(product, scale, bias_block, across(token))
         weight, row_max = weigh(score, LOWEST, bias)
         row_sum = tl.sum(weight, 1)
+        weight = dropped(weight, kept(dropout, heads, token, token, axes))
         for chunk in range(0, V, BLOCK_V):
             values = load(rows(v, shared(token, SHARE)), chunk, V, BLOCK_V)
             acc = tl.dot(weight.to(values.dtype), values, input_precision=PRECISION)

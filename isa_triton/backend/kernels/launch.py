@@ -8,6 +8,7 @@ Tensors are anything with `shape`, `stride()` and a data pointer, on the current
     bias               [heads, tokens, tokens]       any float; or [B, heads, tokens, tokens]
     scales             [heads], contiguous           any float
     valid              [B, H, W, heads]              uint8, 0 or not; alike for all heads
+    seed               [calls], contiguous           int64, of dropout; each is of as many neighbouring heads
     dbias_partials     [slots, heads, tokens, tokens], contiguous, fp32, of a bias for each map B * heads for heads
 
 What a call launches is planned and compiled once for its layouts, sizes and tiles; after that a call is a look-up and
@@ -46,7 +47,8 @@ _INTERPRETER = Lock()
 
 def forward(
     q: Any, k: Any, v: Any, bias: Any | None, out: Any, lse: Any | None, scale: float, partition: Partition, tile: Tile,
-    precision: str = "ieee", *, scales: Any | None = None, valid: Any | None = None,
+    precision: str = "ieee", dropout_p: float = 0.0, *, scales: Any | None = None, valid: Any | None = None,
+    seed: Any | None = None,
 ) -> None:  # fmt: skip
     """Write out = softmax(scale * q k^T + bias) v within every group, and lse where it is not None.
 
@@ -55,14 +57,16 @@ def forward(
         valid: which pixels exist; nothing is written for others.
         tile: a group of at most `tile.block_n` tokens is one block of keys.
         precision: of products of fp32, as `tl.dot` names it: "ieee", "tf32" or "tf32x3".
+        dropout_p: the share of weights that is dropped, by `seed`.
     """
-    _launch(plan.forward, (q, k, v, bias, scales, valid, out, lse), scale, partition, tile, precision)
+    _launch(plan.forward, (q, k, v, bias, scales, valid, seed, out, lse), scale, partition, tile, precision, dropout_p)
 
 
 def backward(
     q: Any, k: Any, v: Any, bias: Any | None, out: Any | None, lse: Any | None, do: Any, dlse: Any | None,
     dq: Any, dk: Any, dv: Any, delta: Any | None, dbias_partials: Any | None, scale: float, partition: Partition,
-    tiles: BackwardTiles, precision: str = "ieee", *, scales: Any | None = None, valid: Any | None = None,
+    tiles: BackwardTiles, precision: str = "ieee", dropout_p: float = 0.0, *, scales: Any | None = None,
+    valid: Any | None = None, seed: Any | None = None,
 ) -> None:  # fmt: skip
     """Write dq, dk, dv and partial sums of dbias, which the caller adds over their first dimension.
 
@@ -71,11 +75,11 @@ def backward(
         dlse: the gradient of lse, or None for zero.
         delta: scratch.
         dbias_partials: of the shape that `plan.bias_partials_shape` says, or None where dbias is not wanted.
-        precision, valid: as in `forward`.
+        precision, dropout_p, valid, seed: as in `forward`.
         scales: likewise; dq is written without them, for their own gradient.
     """
-    tensors = q, k, v, bias, scales, valid, out, lse, do, dlse, dq, dk, dv, delta, dbias_partials
-    _launch(plan.backward, tensors, scale, partition, tiles, precision)
+    tensors = q, k, v, bias, scales, valid, seed, out, lse, do, dlse, dq, dk, dv, delta, dbias_partials
+    _launch(plan.backward, tensors, scale, partition, tiles, precision, dropout_p)
 
 
 class Replay:

@@ -23,18 +23,20 @@ from isa_triton.backend.kernels.backward import (
     backward_pairs_kernel,
     backward_queries_kernel,
 )
-from isa_triton.backend.kernels.common import Pairs, Pixels
+from isa_triton.backend.kernels.common import Dropout, Pairs, Pixels
 from isa_triton.backend.kernels.forward import forward_group_kernel, forward_kernel
+from isa_triton.dropout import threshold
 from isa_triton.partition import Partition
 from isa_triton.tiles import BackwardTiles, Tile
 
 PARTIAL_SUMS = 1024  # programs that take maps and groups in turns, for a bias or its gradient: what a device holds
 # The tensors of a pass, in the order of their layouts.
-FORWARD = ("q", "k", "v", "bias", "scales", "valid", "out", "lse")
-BACKWARD = ("q", "k", "v", "bias", "scales", "valid", "out", "lse", "do", "dlse", "dq", "dk", "dv", "delta", "partials")
+INPUTS = ("q", "k", "v", "bias", "scales", "valid", "seed")
+FORWARD = (*INPUTS, "out", "lse")
+BACKWARD = (*INPUTS, "out", "lse", "do", "dlse", "dq", "dk", "dv", "delta", "partials")
 Path = tuple[int, ...]  # to an argument, or to a part of one
 # By Triton's names.
-ELEMENTS = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "float64": "fp64", "uint8": "u8"}
+ELEMENTS = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "float64": "fp64", "uint8": "u8", "int64": "i64"}
 
 
 class Layout(NamedTuple):
@@ -64,7 +66,7 @@ class Launch(NamedTuple):
     Attributes:
         kernel: of `forward` or `backward`.
         programs: of its grid, which has one axis.
-        arguments: by name and in the kernel's order; tensors are `Pixels` or `Pairs` whose data is a `Pointer`.
+        arguments: by name and in the kernel's order; tensors are `Pixels` or the like whose data is a `Pointer`.
         options: of the compiler.
     """
 
@@ -107,9 +109,11 @@ class Launch(NamedTuple):
         return types, constants, attributes
 
 
-def forward(layouts: Layouts, scale: float, partition: Partition, tile: Tile, precision: str) -> Iterator[Launch]:
+def forward(
+    layouts: Layouts, scale: float, partition: Partition, tile: Tile, precision: str, dropout_p: float = 0.0
+) -> Iterator[Launch]:
     """The launch of the forward pass; its tensors are `FORWARD`."""
-    given = _given(FORWARD, layouts, scale, partition, precision)
+    given = _given(FORWARD, layouts, scale, partition, precision, dropout_p)
     maps, heads = layouts[0].shape[0], layouts[0].shape[-2]
     items = maps * partition.groups
     if given["bias"] is not None and partition.tokens <= tile.block_m == tile.block_n:
@@ -123,10 +127,10 @@ def forward(layouts: Layouts, scale: float, partition: Partition, tile: Tile, pr
 
 
 def backward(
-    layouts: Layouts, scale: float, partition: Partition, tiles: BackwardTiles, precision: str
+    layouts: Layouts, scale: float, partition: Partition, tiles: BackwardTiles, precision: str, dropout_p: float = 0.0
 ) -> Iterator[Launch]:
     """The launches of the backward pass; its tensors are `BACKWARD`."""
-    given = _given(BACKWARD, layouts, scale, partition, precision)
+    given = _given(BACKWARD, layouts, scale, partition, precision, dropout_p)
     maps, heads = layouts[0].shape[0], layouts[0].shape[-2]
     items, partials, tokens = maps * partition.groups, layouts[-1], partition.tokens
     if partials is None:  # a program an item
@@ -213,12 +217,14 @@ def _launch(kernel: Any, programs: int, given: dict[str, Any], tile: Tile) -> It
         yield Launch(kernel, programs, {name: (blocks | given)[name] for name in kernel.arg_names}, options)
 
 
-def _given(names: tuple[str, ...], layouts: Layouts, scale: float, partition: Partition, precision: str) -> Any:
+def _given(
+    names: tuple[str, ...], layouts: Layouts, scale: float, partition: Partition, precision: str, dropout_p: float
+) -> Any:
     """What all kernels are given, by the names of their arguments."""
 
     def tensor(name: str, of: Layout) -> Any:
         pointer = _pointer(name, of)
-        if name == "scales":
+        if name in ("scales", "seed"):
             return pointer
         return _pairs(pointer, of) if name in ("bias", "partials") else _pixels(pointer, of, len(partition))
 
@@ -230,7 +236,15 @@ def _given(names: tuple[str, ...], layouts: Layouts, scale: float, partition: Pa
     axes = tuple(_axis(axis, whole=partition.groups == 1) for axis in partition)
     numbers = {"scale": float(scale), "heads": _one(heads), "maps": maps if per_map else None, "axes": axes}
     share = heads // key_heads if key_heads else 1  # heads of queries to one of keys
+    tensors["dropout"] = seed = tensors.pop("seed")
+    if seed is not None:
+        tensors["dropout"] = _dropout(seed, layouts[names.index("seed")].shape[0], dropout_p)
     return tensors | numbers | {"K": key_width, "V": value_width, "SHARE": share, "PRECISION": precision}
+
+
+def _dropout(seed: Pointer, calls: int, dropout_p: float) -> Dropout:
+    """The threshold's 32 bits are an i32, whatever they are."""
+    return Dropout(seed, _one(calls), (threshold(dropout_p) ^ 2**31) - 2**31, 1 / (1 - dropout_p))
 
 
 def _one(n: int) -> Any:

@@ -49,7 +49,7 @@ VERSIONS = {
     "spandrel": ("0.4", "0.4.2"),
     "timm": ("1.0", "1.0.31"),
     "torchvision": ("0.26", "0.29.1"),
-    "transformers": ("5.10", "5.24.0"),
+    "transformers": ("5.11", "5.24.0"),
 }
 
 

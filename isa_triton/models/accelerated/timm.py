@@ -129,7 +129,6 @@ class RolledWindows(nn.Module):
     backend: str
     window_size: tuple[int, int]
     shift_size: tuple[int, int]
-    dynamic_mask: bool
 
     def attended(self, x: Tensor, theirs: Callable[[Tensor], Tensor]) -> Tensor:
         """A map, or what is theirs of it."""
@@ -148,7 +147,8 @@ class RolledWindows(nn.Module):
     def has_mask(self, x: Tensor) -> bool:
         """Whether timm has a mask for maps of the size of x [B, H, W, C]."""
         height, width = self.masked_size()
-        return self.dynamic_mask or (is_known_to_be(x.shape[1] == height) and is_known_to_be(x.shape[2] == width))
+        made_anew = getattr(self, "dynamic_mask", False)  # which timm 1.0.3 does not know
+        return made_anew or (is_known_to_be(x.shape[1] == height) and is_known_to_be(x.shape[2] == width))
 
     def masked_size(self) -> tuple[int, int]:
         """The maps that its mask is for, where that is not made anew."""

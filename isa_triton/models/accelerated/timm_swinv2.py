@@ -50,7 +50,6 @@ class CosineAttentionOnMaps(_CosineAttention, WindowAttention):
     q_bias: nn.Parameter | None
     k_bias: Tensor
     v_bias: nn.Parameter
-    qkv_bias_separate: bool
     cpb_mlp: nn.Module
     relative_coords_table: Tensor
     relative_position_index: Tensor
@@ -60,7 +59,8 @@ class CosineAttentionOnMaps(_CosineAttention, WindowAttention):
         if self.q_bias is None:
             return project(self.qkv, x)
         bias = torch.cat((self.q_bias, self.k_bias, self.v_bias))
-        return project(self.qkv, x) + bias if self.qkv_bias_separate else F.linear(x, self.qkv.weight, bias)
+        separate = getattr(self, "qkv_bias_separate", False)  # which timm 1.0.3 does not know
+        return project(self.qkv, x) + bias if separate else F.linear(x, self.qkv.weight, bias)
 
     def position_bias(self, partition: Partition) -> Tensor:
         def compute() -> Tensor:

@@ -74,15 +74,17 @@ class GivenPartitions(OnMaps):
 
 def attend(attn: OnMaps, x: Tensor, partition: Partition, backend: str, *, bias: Tensor | None = None) -> Tensor:
     """What an attention module does to every group of the map x [B, *size, ...]; a bias is in place of its own."""
-    if attn.training and attn.dropout_p() > 0:
-        raise ValueError(
-            f"dropout of attention weights is not supported: train with a probability of 0, not {attn.dropout_p()}"
-        )
     if gathers(x, backend) and is_known_to_be(partition.divides) and attn.gathers():
         return _attend_gathered(attn, x, partition, bias)
     q, k, v = attn.heads(x)  # [B, *size, heads, width]
-    bias, factor = attn.position_bias(partition) if bias is None else bias, attn.factor()
-    return attn.output(partitioned_attention(q, k, v, partition, bias=bias, scale=factor, backend=backend).flatten(-2))
+    context = partitioned_attention(
+        *(q, k, v, partition),
+        bias=attn.position_bias(partition) if bias is None else bias,
+        scale=attn.factor(),
+        dropout_p=attn.dropout_p() if attn.training else 0.0,
+        backend=backend,
+    )
+    return attn.output(context.flatten(-2))
 
 
 def attend_with_zeros(attn: OnMaps, x: Tensor, partition: Partition, backend: str) -> Tensor:
@@ -120,7 +122,8 @@ def _attend_gathered(attn: OnMaps, x: Tensor, partition: Partition, bias: Tensor
     if isinstance(factor, Tensor):
         q, factor = q * factor[:, None, None], 1.0
     mask = None if bias is None else bias[None]
-    context = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=factor)
+    dropout_p = attn.dropout_p() if attn.training else 0.0
+    context = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p, scale=factor)
     attended = attn.output(context.transpose(1, 2).flatten(2))
     return partition.join(attended.view(*pixels.shape[: 1 + 2 * axes], attended.shape[-1]))
 
