@@ -117,3 +117,18 @@ def test_blocks_in_a_detector_are_taken(as_graph: bool) -> None:
     torch.testing.assert_close(*losses, rtol=1e-9, atol=1e-9)
     with torch.no_grad():
         torch.testing.assert_close(ours.eval()(images), theirs.eval()(images), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(("block", "backend"), [(0, "auto"), (0, "eager"), (1, "eager")])
+def test_attention_weights_are_dropped_as_often_as_by_torchvision(block: int, backend: str) -> None:
+    theirs: Any = network(ENTRIES[0]).get_submodule(f"features.1.{block}.attn")
+    theirs.attention_dropout = 0.3
+    ours = accelerate(copy.deepcopy(theirs), backend=backend)
+    x, n = torch.randn(1, 14, 14, 16, dtype=torch.float64), 400
+    torch.manual_seed(0)
+    with torch.no_grad():
+        expected = ours(x)[0]
+        actual, of_theirs = (model.train()(x.expand(n, -1, -1, -1)) for model in (ours, theirs))
+    deviation = of_theirs.std(0)
+    assert ((actual.mean(0) - expected).abs() < 6 * deviation / n**0.5).all()
+    assert abs(float(actual.std(0).mean() / deviation.mean()) - 1) < 0.02

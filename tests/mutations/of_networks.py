@@ -9,6 +9,55 @@ SAME = "test_is_the_same_function"
 
 ALL = (
     Defect(
+        "attention weights side by side are not dropped",
+        f"{HERE}windows.py",
+        "attn_mask=mask, dropout_p=_dropout_p(attn)",
+        "attn_mask=mask",
+        "test_models_torchvision.py::test_attention_weights_are_dropped_as_often_as_by_torchvision",
+    ),
+    Defect(
+        "the weights of zeros behind a map are dropped at once, or not",
+        f"{HERE}windows.py",
+        " or _dropout_p(attn) > 0:",
+        ":",
+        "test_models_windows.py::test_the_weight_of_every_zero_is_dropped_by_itself",
+    ),
+    Defect(
+        "MONAI's bias of a query and a key is that of the key and the query",
+        f"{HERE}monai.py",
+        "[:n, :n]",
+        "[:n, :n].T",
+        f"test_models_monai.py::{SAME}[Swin UNETR, volumes (16, 8, 16)]",
+    ),
+    Defect(
+        "timm's SwinV2 has a bias of keys",
+        f"{HERE}timm_swinv2.py",
+        "(self.q_bias, self.k_bias, self.v_bias)",
+        "(self.q_bias, self.q_bias, self.v_bias)",
+        f"test_models_timm.py::{SAME}[SwinV2 (64, 96)]",
+    ),
+    Defect(
+        "torchvision's MaxViT has windows for grids",
+        f"{HERE}torchvision.py",
+        "grid(extent, extent // self.p)",
+        "local(extent, extent // self.p)",
+        f"test_models_torchvision.py::{SAME}[MaxViT (112, 112)]",
+    ),
+    Defect(
+        "SwinV2's position bias of transformers is half",
+        f"{HERE}transformers_windows.py",
+        "16 * torch.sigmoid(table)",
+        "8 * torch.sigmoid(table)",
+        f"test_models_transformers.py::{SAME}[SwinV2 (64, 96)]",
+    ),
+    Defect(
+        "windows of transformers' Swin stay as they were made",
+        f"{HERE}transformers_swin.py",
+        "if not always_partition:",
+        "if always_partition:",
+        "test_models_transformers.py::test_windows_stay_as_small_as_a_map_was",
+    ),
+    Defect(
         "spandrel's windows are not shifted",
         f"{HERE}restoration.py",
         "local(extent, self.window_size, self.shift_size)",

@@ -81,7 +81,7 @@ def attend(attn: OnMaps, x: Tensor, partition: Partition, backend: str, *, bias:
         *(q, k, v, partition),
         bias=attn.position_bias(partition) if bias is None else bias,
         scale=attn.factor(),
-        dropout_p=attn.dropout_p() if attn.training else 0.0,
+        dropout_p=_dropout_p(attn),
         backend=backend,
     )
     return attn.output(context.flatten(-2))
@@ -94,7 +94,7 @@ def attend_with_zeros(attn: OnMaps, x: Tensor, partition: Partition, backend: st
     """
     if is_known_to_be(partition.divides):
         return attend(attn, x, partition, backend)
-    if gathers(x, backend):
+    if gathers(x, backend) or _dropout_p(attn) > 0:  # which drops the weight of every zero by itself
         ends = [axis.origin + axis.groups * axis.tokens - axis.size for axis in partition]
         around = [0, 0, *(n for axis, end in zip(partition, ends, strict=True) for n in (end, -axis.origin))][::-1]
         around = [0, 0, *around[:-2]]
@@ -122,10 +122,13 @@ def _attend_gathered(attn: OnMaps, x: Tensor, partition: Partition, bias: Tensor
     if isinstance(factor, Tensor):
         q, factor = q * factor[:, None, None], 1.0
     mask = None if bias is None else bias[None]
-    dropout_p = attn.dropout_p() if attn.training else 0.0
-    context = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p, scale=factor)
+    context = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=_dropout_p(attn), scale=factor)
     attended = attn.output(context.transpose(1, 2).flatten(2))
     return partition.join(attended.view(*pixels.shape[: 1 + 2 * axes], attended.shape[-1]))
+
+
+def _dropout_p(attn: OnMaps) -> float:
+    return attn.dropout_p() if attn.training else 0.0
 
 
 def gathers(x: Tensor, backend: str) -> bool:
