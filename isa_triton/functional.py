@@ -197,7 +197,7 @@ def missing_tokens(partition: Partition, device: torch.device | str | None = Non
         >>> missing_tokens(Partition.local((3, 4), window=(2, 4)))[:, 0]
         tensor([0, 0, 4])
     """
-    check_partition(partition)
+    _check_partition(partition)
     inside = torch.ones((), dtype=torch.int64, device=device)
     for axis in partition:
         group, token = torch.arange(axis.groups, device=device)[:, None], torch.arange(axis.tokens, device=device)
@@ -230,9 +230,7 @@ def _attention(
     if key is not None and (results := replays.again(key, q, k, v, bias)) is not None:
         return results
     check_backend(backend)
-    if not (torch.compiler.is_compiling() or _tracing.is_recorded() or _tracing.wants_torch_operators()):
-        # whose sizes may be symbols, or tensors; operators in their graphs check when they run
-        check_partition(partition)
+    _check_partition(partition)
     given = tensors = {"q": q, "k": k, "v": v} | _named(extra)
     _check_kinds(tensors, len(partition))
     kind = q.device.type
@@ -284,6 +282,12 @@ def _with_extra(
     context = torch.einsum("b...hn,bnhv->b...hv", theirs, tensors["extra_v"].to(s.dtype))
     out = ((ours[..., None] * out + context) / some[..., None]).to(out.dtype)
     return out, torch.where(total > 0, largest + some.log(), -torch.inf)
+
+
+def _check_partition(partition: Partition) -> None:
+    """But in graphs, whose sizes may be symbols, or tensors; operators in them check when they run."""
+    if not (torch.compiler.is_compiling() or _tracing.is_recorded() or _tracing.wants_torch_operators()):
+        check_partition(partition)
 
 
 _MAPS = ("L", "H, W", "D, H, W")  # of one, two and three axes

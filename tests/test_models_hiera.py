@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-import pytest
+import copy
 
+import pytest
+import torch
+
+from bench.models.exact import network
 from bench.models.zoo import Entry, Size
+from isa_triton.models import accelerate
 from tests.accelerated_models import (
     check_exported,
     check_module_like_others,
@@ -35,3 +40,13 @@ def test_is_one_graph(entry: Entry) -> None:
 @pytest.mark.parametrize("entry", ENTRIES, ids=str)
 def test_is_exported(entry: Entry) -> None:
     check_exported(entry)
+
+
+@pytest.mark.parametrize("entry", ENTRIES, ids=str)
+def test_what_attention_returns_is_shown_as_theirs(entry: Entry) -> None:
+    theirs, (x,) = network(entry), entry.inputs((64, 96))
+    ours = accelerate(copy.deepcopy(theirs))
+    with torch.no_grad():
+        expected, shown = (model(x, output_attentions=True).attentions for model in (theirs, ours))
+    assert len(shown) > 1
+    torch.testing.assert_close(shown, expected)

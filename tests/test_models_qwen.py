@@ -1,4 +1,4 @@
-"""The vision tower of Qwen2.5-VL, accelerated."""
+"""The vision tower of Qwen2.5-VL, accelerated. Theirs is no one graph: it reads the sizes of images as numbers."""
 
 from __future__ import annotations
 

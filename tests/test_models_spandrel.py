@@ -1,4 +1,4 @@
-"""spandrel's networks that restore images, accelerated."""
+"""spandrel's networks that restore images, accelerated; OmniSR's norm, a Function of its own, does not compile."""
 
 from __future__ import annotations
 

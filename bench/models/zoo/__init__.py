@@ -18,6 +18,7 @@ PACKAGES = (
     "monai",
     "spandrel",
     "timm",
+    "timm_hiera",
     "torchvision",
     "transformers",
     "transformers_hiera",

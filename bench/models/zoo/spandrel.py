@@ -42,5 +42,5 @@ ENTRIES = (
     entry("DRCT", partial(DRCT, gc=6, **SHUFFLED | {"depths": [5]}), WHOLE),
     entry("DAT", partial(DAT, img_size=16, embed_dim=96, depth=[3], num_heads=[6], split_size=[4, 8])),
     entry("OmniSR", partial(OmniSR, num_feat=16, window_size=8)),
-    entry("Uformer", partial(Uformer, depths=[2, *[1] * 7, 2], **UFORMER), ((32, 32), (64, 64), (96, 96))),
+    entry("Uformer", partial(Uformer, depths=[2, *[1] * 7, 2], **UFORMER), ((32, 32), (64, 64))),
 )

@@ -22,6 +22,8 @@ FAMILIES = {
     "spandrel.architectures.Swin2SR.__arch.Swin2SR": "spandrel_swin2sr",
     "spandrel.architectures.SwinIR.__arch.SwinIR": "spandrel_swinir",
     "spandrel.architectures.Uformer.__arch.Uformer": "spandrel_uformer",
+    "timm.models.hiera": "timm_hiera",
+    "timm.models.hieradet_sam2": "timm_hiera",
     "timm.models.maxxvit": "timm",
     "timm.models.swin_transformer": "timm",
     "timm.models.swin_transformer_v2": "timm_swinv2",

@@ -29,7 +29,8 @@ class WindowsOfMaps(GivenPartitions):
 
 def attended(block: Any, x: Tensor) -> Tensor:
     """What the attention of a block makes of the map x [B, H, W, C] in windows."""
-    partition = Partition(*(local(extent, block.window_size) for extent in x.shape[1:3]))
+    window = block.window_size if isinstance(block.window_size, tuple) else (block.window_size,) * 2
+    partition = Partition(*map(local, x.shape[1:3], window))
     y: Tensor = block.attn(x, partition=partition, backend=block.backend)
     return y
 

@@ -75,7 +75,8 @@ class AcceleratedVisionTransformer(Qwen2_5_VisionTransformerPretrainedModel):
 
     def forward(self, hidden_states: Tensor, grid_thw: Tensor, **kwargs: Any) -> Any:
         sizes = {(height, width) for _, height, width in grid_thw.tolist()}
-        if len(sizes) > 1 or "window_index" in kwargs or self.asks_for_layers(kwargs):
+        is_registered = self.config._attn_implementation not in ("eager", "sdpa")  # a user's own attention
+        if is_registered or len(sizes) > 1 or "window_index" in kwargs or self.asks_for_layers(kwargs):
             return super().forward(hidden_states, grid_thw, **kwargs)
         as_dict = kwargs.pop("return_dict", getattr(self.config, "return_dict", True))
         tokens = len(hidden_states)

@@ -28,10 +28,14 @@ class AcceleratedSam2MultiScaleBlock(Sam2MultiScaleBlock):
     layer_norm1: Any
     layer_norm2: Any
     mlp: Any
+    attn: Any
 
     @leaf_of_fx
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        if pools(self, self.query_stride) or self.dim != self.dim_out:
+        config = self.attn.config
+        is_registered = config._attn_implementation not in ("eager", "sdpa")  # a user's own attention
+        is_shown = kwargs.get("output_attentions", config.output_attentions)
+        if pools(self, self.query_stride) or self.dim != self.dim_out or is_registered or is_shown:
             y: Tensor = super().forward(hidden_states, **kwargs)
             return y
         x = hidden_states + attended(self, self.layer_norm1(hidden_states))
@@ -42,5 +46,7 @@ FAMILY = Family(
     blocks={Sam2MultiScaleBlock: AcceleratedSam2MultiScaleBlock},
     attentions={Sam2MultiScaleAttention: MapSam2MultiScaleAttention},
     inside=("attn",),
-    partly={Sam2MultiScaleBlock: PARTLY.format("transformers")},
+    partly={
+        Sam2MultiScaleBlock: f"{PARTLY.format('transformers')}, and so are calls that ask for what attention returns"
+    },
 )

@@ -95,9 +95,9 @@ def attend_with_zeros(attn: OnMaps, x: Tensor, partition: Partition, backend: st
     if is_known_to_be(partition.divides):
         return attend(attn, x, partition, backend)
     if gathers(x, backend) or _dropout_p(attn) > 0:  # which drops the weight of every zero by itself
-        ends = [axis.origin + axis.groups * axis.tokens - axis.size for axis in partition]
-        around = [0, 0, *(n for axis, end in zip(partition, ends, strict=True) for n in (end, -axis.origin))][::-1]
-        around = [0, 0, *around[:-2]]
+        around = [0, 0]  # of F.pad, the last axis first: zeros before the map, and behind it
+        for axis in reversed(partition):
+            around += [-axis.origin, axis.origin + axis.groups * axis.tokens - axis.size]
         whole = Partition(*(local(axis.groups * axis.tokens, axis.tokens) for axis in partition))
         return unpad(attend(attn, F.pad(x, around), whole, backend), around)
     q, k, v = attn.heads(x)  # [B, *size, heads, width]
