@@ -39,9 +39,9 @@ def check_same_function(entry: Entry, size: Size) -> None:
         assert max(errors.output, errors.gradient) < DTYPES[torch.float64], (backend, training, errors)
     errors = compare(entry, size, dtype=torch.float32)
     if max(errors.output, errors.gradient) > DTYPES[torch.float32]:  # a deep network magnifies anybody's rounding
-        theirs = rounding(entry, size)
-        assert errors.output < 2 * theirs.output, (errors, theirs)
-        assert errors.gradient < 2 * theirs.gradient, (errors, theirs)
+        theirs = rounding(entry, size)  # ours may be as wrong as the error budget says, on the other side
+        assert errors.output < max(DTYPES[torch.float32], (1 + 2) * theirs.output), (errors, theirs)
+        assert errors.gradient < max(DTYPES[torch.float32], (1 + 3) * theirs.gradient), (errors, theirs)
 
 
 def check_module_like_others(entry: Entry) -> None:

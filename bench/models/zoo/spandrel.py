@@ -22,7 +22,14 @@ SWIN: dict[str, Any] = {
     "img_size": 16, "window_size": 8, "embed_dim": 12, "depths": [2], "num_heads": [3], "mlp_ratio": 2.0, "upscale": 2
 }  # fmt: skip
 SHUFFLED: dict[str, Any] = SWIN | {"upsampler": "pixelshuffle"}
-UFORMER: dict[str, Any] = {"img_size": 32, "win_size": 4, "embed_dim": 6, "num_heads": [3] * 9, "modulator": True}
+UFORMER: dict[str, Any] = {
+    "img_size": 32,
+    "win_size": 4,
+    "embed_dim": 6,
+    "num_heads": [3] * 9,
+    "modulator": True,
+    "cross_modulator": True,
+}
 SIZES = (16, 16), (16, 40), (19, 21)  # that of training, another, one that windows do not divide
 WHOLE = (16, 16), (16, 40), (24, 8)  # where it refuses others
 

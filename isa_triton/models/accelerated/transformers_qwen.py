@@ -47,11 +47,10 @@ class MapVisionAttention(Qwen2_5_VLVisionAttention):
         hidden_states: Tensor,
         cu_seqlens: Tensor | Windows,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
-        max_seqlen: int | None = None,
         **kwargs: Any,
     ) -> Tensor:
         if not isinstance(cu_seqlens, Windows):
-            y: Tensor = super().forward(hidden_states, cu_seqlens, position_embeddings, max_seqlen, **kwargs)
+            y: Tensor = super().forward(hidden_states, cu_seqlens, position_embeddings=position_embeddings, **kwargs)
             return y
         assert position_embeddings is not None
         q, k, v = split(self.qkv(hidden_states), self.num_heads)  # [B H W, heads, width]
@@ -71,7 +70,6 @@ class AcceleratedVisionTransformer(Qwen2_5_VisionTransformerPretrainedModel):
     spatial_merge_unit: int
     window_size: int
     patch_size: int
-    permute_input_for_window_attn: Any
 
     def forward(self, hidden_states: Tensor, grid_thw: Tensor, **kwargs: Any) -> Any:
         sizes = {(height, width) for _, height, width in grid_thw.tolist()}
@@ -85,13 +83,12 @@ class AcceleratedVisionTransformer(Qwen2_5_VisionTransformerPretrainedModel):
             grid_thw,
             window_index=torch.arange(tokens // self.spatial_merge_unit, device=hidden_states.device),
             cu_window_seqlens=Windows(self.partition(*sizes.pop()), self.backend),
-            max_window_seqlen=0,  # of no use without bounds
             return_dict=True,
             **kwargs,
         )
         order = get_vision_window_index(grid_thw, self.spatial_merge_size, self.window_size, self.patch_size)[0]
         last = outputs.last_hidden_state  # which theirs leaves sorted by windows
-        outputs["last_hidden_state"] = self.permute_input_for_window_attn(last, order.to(last.device), tokens)
+        outputs["last_hidden_state"] = last.view(len(order), -1, last.shape[-1])[order.to(last.device)].view(last.shape)
         return outputs if as_dict else outputs.to_tuple()
 
     def partition(self, height: int, width: int) -> Partition:
