@@ -4,8 +4,8 @@ Queries and keys are named by their pixels in the map, row by row, and extra key
 do not depend on the partition, on tiles, or on who computes. Arithmetic is that of 32 bits: int64 tensors masked here,
 uint32 in kernels, which compile the very source of `mix`, `absorb`, `row_keys` and `draw`.
 
-The mixer is one that hash-prospector found (https://github.com/skeeto/hash-prospector): two multiplications, by less than
-2^31, so that int64 has their products.
+The mixer was found by https://github.com/skeeto/hash-prospector: two multiplications, by less than 2^31, so that int64
+has their products.
 """
 
 from __future__ import annotations
