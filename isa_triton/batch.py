@@ -61,8 +61,8 @@ class PartitionBatch(NamedTuple):
 
         Raises:
             TypeError: sizes that are no integers, or a tensor of them without `pixels`.
-            ValueError: sizes, a window or a shift that cannot be; budgets that do not suffice. (On a device the assertion
-                fails there.)
+            ValueError: sizes, a window or a shift that cannot be; budgets that do not suffice.
+            RuntimeError: the same of a tensor of sizes, on its device, which asserts it.
 
         Examples:
             >>> PartitionBatch.local([(2, 3), (1, 2)], window=(2, 2)).table
@@ -128,7 +128,7 @@ def _batch(sizes: Any, axes: Sequence[Any], pixels: Any, groups: Any, device: An
         if budget[0] is None:
             raise TypeError("pixels must be given with a tensor of sizes: how many there are is known on its device")
         of_maps, most = sizes.to(torch.int64), (budget[0], budget[0] if budget[1] is None else budget[1])
-        table, needed = _table(of_maps, axes, most[1], sizes.device)
+        table, needed = _table(of_maps, axes, most[1])
         for name, count, limit in zip(("pixels", "groups"), needed, most, strict=True):
             torch._assert_async(count <= limit, f"{name} of all maps must be at most {limit}")
         return PartitionBatch(table, most[0])
@@ -140,28 +140,27 @@ def _batch(sizes: Any, axes: Sequence[Any], pixels: Any, groups: Any, device: An
         if limit is not None and limit < count:
             raise ValueError(f"{name} must be at least the {count} of these maps, got {limit}")
     most = tuple(a if b is None else b for a, b in zip(there, budget, strict=True))
-    table, _ = _table(torch.tensor(listed, device=device), axes, most[1], device)
+    table, _ = _table(torch.tensor(listed, device=device), axes, most[1])
     return PartitionBatch(table, most[0])
 
 
-def _table(sizes: Tensor, axes: Sequence[Any], groups: int, device: Any) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+def _table(sizes: Tensor, axes: Sequence[Any], groups: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """Packed pixels [groups, tokens], and how many pixels and groups there are; by the arithmetic of partitions."""
-    of_maps = [f(size) for f, size in zip(axes, sizes.unbind(1), strict=True)]  # numbers of an axis are [maps] or one
+    some = sizes.clamp(min=1)  # groups are divided by
+    of_maps = [f(size) for f, size in zip(axes, some.unbind(1), strict=True)]  # numbers of an axis are [maps] or one
     lengths = sizes.prod(1)
     counts = (lengths > 0) * torch.stack([axis.groups + 0 * lengths for axis in of_maps]).prod(0)
     ends, pixel_ends = counts.cumsum(0), lengths.cumsum(0)
     number = torch.arange(groups, device=sizes.device)
+    first = ends - counts  # of the groups of a map
     which = torch.searchsorted(ends, number, right=True).clamp(max=len(sizes) - 1)  # of the maps
 
     def here(of_map: Any) -> Any:
         return of_map[which][:, None] if isinstance(of_map, Tensor) else of_map
 
     here_axes = tuple(Axis(*map(here, axis)) for axis in of_maps)
-    group, token = (
-        (number - (ends - counts)[which])[:, None],
-        torch.arange(prod(a.tokens for a in of_maps), device=device),
-    )
-    pixel, inside = coordinates(group, token, here_axes)
+    token = torch.arange(prod([axis.tokens for axis in of_maps]), device=sizes.device)
+    pixel, inside = coordinates((number - first[which])[:, None], token, here_axes)
     packed = here(pixel_ends - lengths) + flat_index(pixel, here_axes)
     exists = inside & (number < ends[-1])[:, None]
     return torch.where(exists, packed, -1).to(torch.int32), (pixel_ends[-1], ends[-1])

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from . import _tracing, ops, replays
 from .axis import along, whole
-from .batch import PartitionBatch
 from .backend import check_backend, choose
 from .backend.contract import Call, Inputs
+from .batch import PartitionBatch
 from .dropout import factors, rows_of
 from .partition import Partition, check_partition, flat_index
 

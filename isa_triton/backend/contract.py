@@ -30,9 +30,9 @@ class Inputs(NamedTuple):
         bias: added to the scores, in any floating dtype; for all maps or for each.
         scales: of the heads, by which their scores are multiplied beside the call's scale.
         valid: which pixels exist, bool: others are never attended, and their out and gradients are zero.
-        table: of packed maps [1, pixels, ...], the pixel of every token, int32, -1 for none; the call's partition is then
-            that of all tokens one after another. Pixels of no token are as if not valid.
         seed: of dropout, int64; more than one (`calls` of torch.func.vmap) are of as many neighbouring heads each.
+        table: of packed maps [1, pixels, ...], the pixel of every token, int32, -1 for none; the call's partition is
+            then that of all tokens one after another. Pixels of no token are as if not valid.
 
     Examples:
         >>> q = torch.zeros(1, 4, 6, 4, 16)

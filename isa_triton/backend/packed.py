@@ -24,7 +24,7 @@ def gather(x: Tensor, table: Tensor) -> Tensor:
 
 
 def scatter(x: Tensor, table: Tensor, like: Tensor) -> Tensor:
-    """[1, groups * tokens, ...] -> [1, pixels, ...] of `like`; 0 where no token lies, as what does not exist must be."""
+    """[1, groups * tokens, ...], 0 where no token exists -> [1, pixels, ...] of `like`, 0 where no token lies."""
     return x.new_zeros(1, like.shape[1], *x.shape[2:]).index_add(1, _pixels(table), x)
 
 
