@@ -123,6 +123,8 @@ class PartitionBatch(NamedTuple):
 def _batch(sizes: Any, axes: Sequence[Any], pixels: Any, groups: Any, device: Any) -> PartitionBatch:
     """The table of maps whose axes those functions of a size make."""
     budget = [None if n is None else whole(name, n) for name, n in (("pixels", pixels), ("groups", groups))]
+    if budget[0] is not None and not 1 <= budget[0] < 2**31:
+        raise ValueError(f"pixels must be at least 1 and less than 2**31, got {pixels}")
     if isinstance(sizes, Tensor):
         _check_sizes(sizes, len(axes))
         if budget[0] is None:
@@ -135,13 +137,14 @@ def _batch(sizes: Any, axes: Sequence[Any], pixels: Any, groups: Any, device: An
     listed = [integers("sizes", size, len(axes)) for size in sizes]
     if not listed or any(n < 1 for size in listed for n in size):
         raise ValueError(f"sizes must be of one or more maps of one or more pixels, got {sizes}")
-    there = sum(map(prod, listed)), sum(prod(f(n).groups for f, n in zip(axes, size, strict=True)) for size in listed)
-    for name, count, limit in zip(("pixels", "groups"), there, budget, strict=True):
+    counts = sum(map(prod, listed)), sum(prod(f(n).groups for f, n in zip(axes, size, strict=True)) for size in listed)
+    for name, count, limit in zip(("pixels", "groups"), counts, budget, strict=True):
         if limit is not None and limit < count:
             raise ValueError(f"{name} must be at least the {count} of these maps, got {limit}")
-    most = tuple(a if b is None else b for a, b in zip(there, budget, strict=True))
-    table, _ = _table(torch.tensor(listed, device=device), axes, most[1])
-    return PartitionBatch(table, most[0])
+    most = tuple(a if b is None else b for a, b in zip(counts, budget, strict=True))
+    there = torch.get_default_device() if device is None else device
+    copied = torch.tensor(listed, device="cpu").to(there, non_blocking=True)  # or the host would wait for the device
+    return PartitionBatch(_table(copied, axes, most[1])[0], most[0])
 
 
 def _table(sizes: Tensor, axes: Sequence[Any], groups: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:

@@ -291,6 +291,7 @@ SIZES = torch.tensor([[3, 4]])
         (lambda: PartitionBatch.local([(3, 4)], window=(2, 2), shift=(2, 0)), ValueError, "shift must be at least"),
         (lambda: PartitionBatch.local([(3, 4)], window=(2, 2), pixels=11), ValueError, "pixels must be at least the"),
         (lambda: PartitionBatch.local([(3, 4)], window=(2, 2), groups=3), ValueError, "groups must be at least the 4"),
+        (lambda: PartitionBatch.local(SIZES, window=(2, 2), pixels=2**31), ValueError, "pixels must be at least 1 and"),
         (lambda: PartitionBatch.local(SIZES, window=(2, 2)), TypeError, "pixels must be given with a tensor"),
         (lambda: PartitionBatch.local(SIZES.float(), window=(2, 2), pixels=12), TypeError, "sizes must be torch.int32"),
         (lambda: PartitionBatch.local(SIZES[0], window=(2, 2), pixels=12), ValueError, r"sizes must be \[maps, 2\]"),
