@@ -5,6 +5,7 @@ A few named cases cover every feature once; `strategy` describes the space that 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -19,6 +20,10 @@ from reference.attention import Group, attention_of_groups, long_range_groups, s
 from reference.budget import allowed_error, natural_scales
 
 NAMES = ("out", "lse", "dq", "dk", "dv", "dbias")
+ALL_NAMES = (*NAMES, "dscale", "dextra_k", "dextra_v")
+LEAVES = ("q", "k", "v", "bias", "scale", "extra_k", "extra_v")  # what has a gradient
+OPTIONS = (*LEAVES[3:], "valid", "extra_weight")  # of `partitioned_attention`
+WEIGHTS = ("", "keys", "pixels", "maps")
 KINDS = ("interlaced", "grid", "local", "rows", "columns", "dense")
 WIDTHS = ((16, 16), (24, 39), (64, 32), (64, 64))  # of what is drawn where each pair is compiled: few, not all even
 LAYOUTS = ("contiguous", "nchw", "heads_first", "sliced", "transposed", "expanded", "scalar")
@@ -47,6 +52,15 @@ class Case:
     shift: Size = ()  # nowhere
     cyclic: tuple[bool, ...] = ()  # none
     tf32: bool = False  # how products of fp32 are multiplied, where a device can
+    share: int = 1  # how many of the heads of queries have one of keys and values
+    per_map: bool = False  # each map has a bias of its own
+    one_head: bool = False  # the bias has, which serves all
+    forbids: bool = False  # the bias is minus infinity for some keys, and for all of some queries
+    table_dtype: torch.dtype | None = None  # of the bias and the scales, where it is not that of q
+    scales: bool = False  # each head has its own
+    valid: bool = False  # some pixels are not
+    extra: int = 0  # keys for all pixels
+    weights: str = ""  # of extra keys, one of `WEIGHTS`: none, for all, for every pixel, for every pixel of every map
 
     def __str__(self) -> str:
         K, V = self.widths
@@ -54,7 +68,20 @@ class Case:
         p += f" moved by {'x'.join(map(str, self.shift))}" if any(self.shift) else ""
         p += f", axes {', '.join(str(i) for i, is_so in enumerate(self.cyclic) if is_so)} cyclic," * any(self.cyclic)
         maps = "x".join(map(str, (self.maps, *self.size)))
-        return f"{self.kind}{p} of {maps}, {self.heads} heads {K}/{V}{', bias' * self.bias}, {self.layout}"
+        return f"{self.kind}{p} of {maps}, {self.heads} heads {K}/{V}{self._options}, {self.layout}"
+
+    @property
+    def _options(self) -> str:
+        """What it has beside q, k and v, in words."""
+        bias = "bias" + " a map" * self.per_map + " of one head" * self.one_head + " with -inf" * self.forbids
+        weighted = f" weighted for {self.weights}" if self.weights else ""
+        tables = str(self.table_dtype).removeprefix("torch.")
+        said = {
+            f"{self.share} a key": self.share > 1, bias: self.bias, "scales": self.scales,
+            f"tables of {tables}": self.table_dtype is not None and (self.bias or self.scales), "valid": self.valid,
+            f"{self.extra} extra keys{weighted}": self.extra > 0,
+        }  # fmt: skip
+        return "".join(f", {words}" for words, is_so in said.items() if is_so)
 
     @property
     def arithmetic(self) -> str:
@@ -81,19 +108,27 @@ class Case:
         """Makes the scores of standard normal q and k about `logits` large."""
         return self.logits * self.widths[0] ** -0.5
 
-    def attended(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    def attended(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """out and lse by the formula, and by groups of pixels that are said without the library."""
         shift = self.shift or (0,) * len(self.size)
         wraps = [i for i, is_so in enumerate(self.cyclic) if is_so and shift[i]]
         if wraps:  # windows begin where the second of the shifted ones does, and none is cut
             by, axes = [self.p[i] - shift[i] for i in wraps], [1 + i for i in wraps]
             rest = tuple(0 if i in wraps else of_axis for i, of_axis in enumerate(shift))
-            q, k, v = (x.roll(by, axes) for x in (q, k, v))
-            results = replace(self, shift=rest, cyclic=()).attended(q, k, v, bias)
+            on_map = {"q", "k", "v", "valid", *["extra_weight"] * (self.weights in ("pixels", "maps"))}
+            rolled = {name: x.roll(by, axes) if name in on_map else x for name, x in inputs.items()}
+            results = replace(self, shift=rest, cyclic=()).attended(rolled)
             out, lse = (x.roll([-n for n in by], axes) for x in results)
             return out, lse
         whole = tuple(axis.tokens for axis in self.partition)
-        return attention_of_groups(q, k, v, bias, self.scale, self.groups(), whole, shift)
+        q, k, v, bias, scale = (*(inputs[name] for name in "qkv"), inputs.get("bias"), inputs.get("scale", self.scale))
+        more = {name: inputs.get(name) for name in ("valid", "extra_k", "extra_v", "extra_weight")}
+        return attention_of_groups(q, k, v, bias, scale, self.groups(), whole, shift, **more)
+
+    def arguments(self, inputs: dict[str, Tensor]) -> dict[str, Any]:
+        """What `partitioned_attention` is called with for inputs."""
+        given = {name: inputs[name] for name in ("q", "k", "v", *OPTIONS) if name in inputs}
+        return {"partition": self.partition, "scale": self.scale} | given
 
     def groups(self) -> Iterator[Group]:
         """The pixels of every group, windows cut on the edges, said without the library."""
@@ -106,18 +141,40 @@ class Case:
         return short_range_groups(size, p, self.shift or None)
 
     def inputs(self, device: str = "cpu") -> dict[str, Tensor]:
-        """q, k, v, bias if there is one, and the gradients do and dlse that arrive."""
+        """q, k, v, those of `OPTIONS` that there are, and the gradients do and dlse that arrive."""
         generator = torch.Generator(device).manual_seed(self.seed)
 
         def normal(*sizes: int, dtype: torch.dtype = self.dtype) -> Tensor:
             return torch.randn(sizes, generator=generator, device=device).to(dtype)
 
+        def some(*sizes: int, part: float) -> Tensor:
+            return torch.rand(sizes, generator=generator, device=device) < part
+
         here, (K, V), tokens = (self.maps, *self.size, self.heads), self.widths, self.partition.tokens
-        shapes = {"q": (*here, K), "k": (*here, K), "v": (*here, V), "do": (*here, V)}
+        keys, table = (*here[:-1], self.heads // self.share), self.table_dtype or self.dtype
+        shapes = {"q": (*here, K), "k": (*keys, K), "v": (*keys, V), "do": (*here, V)}
         made = {name: laid_out(self.layout, shape, normal) for name, shape in shapes.items()}
         if self.bias:  # transposed in memory, as a table's permutation is
-            made["bias"] = normal(tokens, tokens, self.heads).permute(2, 0, 1)
-        return made | {"dlse": laid_out(self.layout, (*here, 1), partial(normal, dtype=torch.float32))[..., 0]}
+            of_map, heads = (self.maps,) * self.per_map, 1 if self.one_head else self.heads
+            made["bias"] = normal(*of_map, tokens, tokens, heads, dtype=table).movedim(-1, -3)
+        made["dlse"] = laid_out(self.layout, (*here, 1), partial(normal, dtype=torch.float32))[..., 0]
+        if self.bias and self.forbids:
+            bias = made["bias"].masked_fill(some(*made["bias"].shape, part=0.3), -torch.inf)
+            made["bias"] = bias.masked_fill(some(*bias.shape[:-1], 1, part=0.1), -torch.inf)
+        if self.scales:  # of heads that differ, every second number in memory
+            made["scale"] = (self.scale * (1 + normal(2 * self.heads, dtype=table) / 4))[::2]
+        if self.valid:
+            made["valid"] = laid_out(self.layout, (*here[:-1], 1, 1), partial(some, part=0.6))[..., 0, 0]
+        if self.extra:
+            widths = {"extra_k": K, "extra_v": V}
+            shapes = {name: (self.maps, self.extra, self.heads, width) for name, width in widths.items()}
+            made |= {name: laid_out(self.layout, shape, normal) for name, shape in shapes.items()}
+        if self.extra and self.weights:
+            maps = {"keys": (), "pixels": (1, *self.size), "maps": (self.maps, *self.size)}[self.weights]
+            copies = torch.tensor([0.0, 0.5, 1.0, 3.0], device=device)
+            drawn = torch.randint(4, (*maps, self.extra), generator=generator, device=device)
+            made["extra_weight"] = copies[drawn]
+        return made
 
 
 def laid_out(layout: str, shape: tuple[int, ...], make: Callable[..., Tensor]) -> Tensor:
@@ -154,7 +211,8 @@ def strategy(
     from hypothesis import strategies as st  # only whoever draws cases needs it
 
     sides = {1: st.integers(1, 4 * longest), 2: st.integers(1, longest), 3: st.integers(1, 1 + longest // 2)}
-    tiny = st.integers(1, 3)
+    tiny, rarely = st.integers(1, 3), st.sampled_from((False, False, True))  # so that few come at once
+    shares, extras = st.sampled_from((1, 1, 2, 3)), st.sampled_from((0, 0, 1, 3))
     width = st.one_of(st.integers(1, widest), st.sampled_from((16, 24, 32, 39, 64)))
     widths = st.sampled_from(WIDTHS) if compiled else st.tuples(width, width)
 
@@ -165,13 +223,14 @@ def strategy(
         p = tuple(draw(st.integers(1, side)) for side in size)
         kind = draw(st.sampled_from([kind for kind in KINDS if axes > 1 or kind not in ("rows", "columns")]))
         moves = kind == "local" and draw(st.booleans())
+        bias, (share, extra) = draw(st.booleans()), draw(st.tuples(shares, extras))
         return Case(
             kind=kind,
             size=size,
             p=p,
             widths=draw(widths),
-            heads=draw(tiny),
-            bias=draw(st.booleans()),
+            heads=share * draw(tiny),
+            bias=bias,
             dtype=(dtype := draw(st.sampled_from(dtypes))),
             maps=draw(st.integers(0, 2)),
             layout=draw(st.sampled_from(LAYOUTS)),
@@ -180,6 +239,15 @@ def strategy(
             shift=tuple(draw(st.integers(0, side - 1)) for side in p) if moves else (),
             cyclic=tuple(draw(st.booleans()) for _ in p) if moves else (),
             tf32=tf32 and dtype == torch.float32 and draw(st.booleans()),
+            share=share,
+            per_map=bias and draw(rarely),
+            one_head=bias and draw(rarely),
+            forbids=bias and draw(rarely),
+            table_dtype=draw(st.sampled_from((None, None, *dtypes, torch.float64))),
+            scales=draw(rarely),
+            valid=draw(rarely),
+            extra=extra,
+            weights=draw(st.sampled_from(WEIGHTS)) if extra else "",
         )
 
     return draw_case()
@@ -206,21 +274,33 @@ def parts(case: Case, inputs: dict[str, Tensor], got: dict[str, Tensor]) -> dict
         inputs = inputs | {"dlse": torch.zeros(inputs["q"].shape[:-1], device=inputs["q"].device)}
     with multiplied_as_tf32(case.tf32):
         eager = derivatives(inputs, case)
-    exact = derivatives({name: x.double() for name, x in inputs.items()}, case)
-    if not all(result.isfinite().all() for result in eager.values()):  # fp16 has overflowed where a backend need not
-        eager = derivatives({name: x.float() for name, x in inputs.items()}, case)
-    natural = natural_scales(inputs, case.scale, case.maps * case.partition.groups)
+    exact = derivatives(converted(inputs, torch.float64), case)
+    none = {name: result == -torch.inf for name, result in exact.items()}  # the lse of queries without keys
+    if not all(result[~none[name]].isfinite().all() for name, result in eager.items()):
+        eager = derivatives(converted(inputs, torch.float32), case)  # fp16 has overflowed where a backend need not
+    scale = case.scale if "scale" not in inputs else float(inputs["scale"].abs().max())
+    natural = natural_scales(inputs, scale, case.maps * case.partition.groups)
     of_scores = torch.finfo(case.rounded_to if case.tf32 else torch.float32)  # which are sums of products
-    uncertain = of_scores.eps * float(exact["lse"].abs().max())
-    equal = case.partition.tokens if case.layout in ("expanded", "scalar") else 0
+    uncertain = of_scores.eps * float(exact["lse"].masked_fill(none["lse"], 0).abs().max())
+    tables = max(case.rounded_to, case.table_dtype or case.rounded_to, key=lambda dtype: torch.finfo(dtype).eps)
     found = {}
     for name, result in got.items():
+        of_all = name in ("dscale", "dextra_k", "dextra_v")  # which are sums over pixels
+        equal = case.maps * math.prod(case.size) + sum(case.widths) if of_all else case.partition.tokens
+        equal = equal if case.layout in ("expanded", "scalar") else 0
         terms = natural.get(name, 0.0), uncertain, equal
-        allowed = allowed_error(name, exact[name], eager[name], case.rounded_to, *terms)
+        dtype = tables if name in ("dbias", "dscale") else case.rounded_to
+        true, plain = (x[name].masked_fill(none[name], 0) for x in (exact, eager))
+        allowed = allowed_error(name, true, plain, dtype, *terms)
         limit = torch.finfo(result.dtype).max  # beyond it infinity is the rounded result
         error = float((result.double().clamp(-limit, limit) - exact[name].clamp(-limit, limit)).abs().max())
         found[name] = error / allowed if allowed else float(error > 0) * float("inf") if error else 0.0
     return found
+
+
+def converted(inputs: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """In another precision, but for truth values."""
+    return {name: x.to(dtype) if x.is_floating_point() else x for name, x in inputs.items()}
 
 
 def has_tf32(device: str | torch.device) -> bool:
@@ -243,12 +323,13 @@ def multiplied_as_tf32(tf32: bool) -> Iterator[None]:
 
 def derivatives(inputs: dict[str, Tensor], case: Case, backend: str | None = None) -> dict[str, Tensor]:
     """out, lse and all gradients, by name, by a backend or by the formula in the inputs' precision."""
-    leaves = {name: inputs[name].detach().requires_grad_() for name in ("q", "k", "v", "bias") if name in inputs}
-    q, k, v, bias = leaves["q"], leaves["k"], leaves["v"], leaves.get("bias")
+    leaves = {name: inputs[name].detach().requires_grad_() for name in LEAVES if name in inputs}
+    given = {name: inputs[name] for name in OPTIONS if name in inputs} | leaves
     if backend is None:
-        out, lse = case.attended(q, k, v, bias)
+        out, lse = case.attended(given)
     else:
-        out, lse = partitioned_attention_with_lse(q, k, v, case.partition, bias=bias, scale=case.scale, backend=backend)
+        out, lse = partitioned_attention_with_lse(**case.arguments(given), backend=backend)
     upstream = inputs["do"], inputs["dlse"].to(lse.dtype)
     gradients = torch.autograd.grad((out, lse), list(leaves.values()), upstream)
-    return dict(zip(NAMES, (out.detach(), lse.detach(), *gradients), strict=False))
+    named = {f"d{name}": gradient for name, gradient in zip(leaves, gradients, strict=True)}
+    return {"out": out.detach(), "lse": lse.detach()} | named

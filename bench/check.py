@@ -25,7 +25,7 @@ import torch
 
 from bench import devices, figures, measure, records, terminal
 from bench.arguments import add_out, positive
-from bench.cases import NAMES, Case, errors, has_tf32, multiplied_as_tf32, strategy
+from bench.cases import ALL_NAMES, LEAVES, Case, errors, has_tf32, multiplied_as_tf32, strategy
 from bench.ptx_machine import command
 from bench.terminal import Bar, Table, Terminal
 from isa_triton import partitioned_attention
@@ -52,6 +52,9 @@ class Row:
     dk: float | None = None
     dv: float | None = None
     dbias: float | None = None
+    dscale: float | None = None
+    dextra_k: float | None = None
+    dextra_v: float | None = None
     forward_ms: float | None = None
     backward_ms: float | None = None
     how: str = ""  # times were found out, as `bench.devices.Timer` says it
@@ -77,6 +80,20 @@ def named_cases(large: bool, tf32: bool = False) -> list[Case]:
     found += [replace(seam, dtype=dtype) for dtype in dtypes]
     found += [Case("local", odd, p, widths, bias=True, dtype=torch.float16) for widths in ((39, 39), (24, 1), (1, 24))]
     found += [Case(kind, even, p, (256, 512), dtype=dtype) for kind, dtype in product(kinds[::2], dtypes)]
+    whole_volume = Case("local", volume, (2, 3, 4), (24, 40), heads=6)
+    a_line, a_map = replace(whole_volume, size=line, p=(8,)), replace(whole_volume, size=odd, p=p, shift=shift)
+    found += [
+        replace(case, dtype=dtype)
+        for dtype in dtypes
+        for case in (
+            replace(a_map, bias=True, per_map=True, forbids=True, table_dtype=torch.float32),
+            replace(a_line, bias=True, one_head=True, scales=True, share=3),
+            replace(whole_volume, bias=True, per_map=True, one_head=True, valid=True, share=2),
+            replace(a_map, extra=2, weights="keys", scales=True, table_dtype=torch.float32),
+            replace(whole_volume, extra=3, weights="maps", valid=True, shift=(1, 1, 2), cyclic=(True, False, True)),
+            replace(a_line, extra=1, weights="pixels", valid=True, bias=True, forbids=True, share=2, scales=True),
+        )
+    ]
     return found + [replace(case, tf32=True) for case in found if tf32 and case.dtype == torch.float32]
 
 
@@ -136,7 +153,7 @@ def run(args: argparse.Namespace) -> None:
                 draw(sheet, backend, args.cases, args.seed, bar)
     records.write(path, Row, sheet.rows)
     if args.cases is not None:
-        figures.error_budget(sheet.rows, NAMES, written[1])
+        figures.error_budget(sheet.rows, ALL_NAMES, written[1])
     said.show(sheet.table() if args.verbose else sheet.worst())
     noted = [row for row in sheet.rows if row.note]
     said.say(*(f"{row.backend}, {row.dtype}, {row.case}: {row.note}" for row in noted))
@@ -190,10 +207,10 @@ class Sheet:
         lines = []
         for key in dict.fromkeys((row.backend, row.dtype) for row in self.rows):
             rows = [row for row in self.rows if (row.backend, row.dtype) == key]
-            largest = [max(getattr(row, name) or 0.0 for row in rows) for name in NAMES]
+            largest = [max(getattr(row, name) or 0.0 for row in rows) for name in ALL_NAMES]
             lines.append([*key, len(rows), *(f"{part:.3f}" for part in largest)])
         title = f"Largest errors as parts of what is allowed, {self.device}"
-        return Table(title, ("backend", "dtype", "cases", *NAMES), lines, words=2)
+        return Table(title, ("backend", "dtype", "cases", *ALL_NAMES), lines, words=2)
 
 
 def draw(sheet: Sheet, backend: str, cases: int, first: int, bar: Bar) -> None:
@@ -223,9 +240,8 @@ def draw(sheet: Sheet, backend: str, cases: int, first: int, bar: Bar) -> None:
 def timed(case: Case, backend: str, device: str) -> dict[str, Any]:
     """Median milliseconds of forward and of backward alone, and how they were found out, by columns."""
     inputs = case.inputs(device)
-    leaves = [inputs[name].requires_grad_() for name in ("q", "k", "v", "bias") if name in inputs]
-    q, k, v, *bias = leaves
-    attend = partial(partitioned_attention, q, k, v, case.partition, bias=bias[0] if bias else None, backend=backend)
+    leaves = [inputs[name].requires_grad_() for name in LEAVES if name in inputs]
+    attend = partial(partitioned_attention, **case.arguments(inputs), backend=backend)
     with multiplied_as_tf32(case.tf32):
         with devices.stream(device):
             out = attend()

@@ -57,7 +57,7 @@ _library.define(
 
 @torch.library.impl(_library, "forward", "CompositeExplicitAutograd")
 def _forward_operator(*tensors_and_call: Any) -> Tensors:
-    inputs, _, call = _taken(tensors_and_call)
+    inputs, _others, call = _taken(tensors_and_call)
     return _run_forward(inputs, call.checked(inputs.q, inputs.table))
 
 
@@ -69,7 +69,7 @@ def _backward_operator(*tensors_and_call: Any) -> Tensors:
 
 @torch.library.register_fake("isa_triton::forward", lib=_library)
 def _fake_forward(*tensors_and_call: Any) -> Tensors:
-    inputs, _, call = _taken(tensors_and_call)
+    inputs, _others, call = _taken(tensors_and_call)
     return empty_outputs(inputs, call.with_lse)
 
 
@@ -86,12 +86,12 @@ def _taken(tensors_and_call: Sequence[Any], beside: int = 0) -> tuple[Inputs, Se
 
 
 def _forward_flops(*shapes_and_call: Any, **_: Any) -> int:
-    inputs, _, call = _taken(shapes_and_call)
+    inputs, _others, call = _taken(shapes_and_call)
     return _matmul_flops(inputs, call, of_keys=1, of_values=1)
 
 
 def _backward_flops(*shapes_and_call: Any, **_: Any) -> int:
-    inputs, _, call = _taken(shapes_and_call, _BESIDE)
+    inputs, _others, call = _taken(shapes_and_call, _BESIDE)
     return _matmul_flops(inputs, call, of_keys=3, of_values=2)  # the scores again, dq, dk; dP, dv
 
 

@@ -116,20 +116,36 @@ def attention_of_groups(
     k: Tensor,
     v: Tensor,
     bias: Tensor | None,
-    scale: float,
+    scale: float | Tensor,
     groups: Iterable[Group],
     whole: Size,
     shift: Size | None = None,
+    *,
+    valid: Tensor | None = None,
+    extra_k: Tensor | None = None,
+    extra_v: Tensor | None = None,
+    extra_weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """out and lse in the precision of the arguments, group by group.
+    """out and lse in the precision of the arguments, group by group; 0 and minus infinity of a query without keys.
 
     Args:
+        k, v: each of their heads serves as many neighbouring heads of q.
+        bias: [heads or 1, T, T], or one for each map, [B, heads or 1, T, T].
+        scale: a number, or one for each head, [heads].
         groups: the rows and columns of every group's pixels.
         whole: rows and columns of tokens in a group that is whole, by which bias numbers them.
         shift: of windows; a piece that it leaves on an edge has the last rows or columns of a whole one.
+        valid: [B, H, W], which pixels exist.
+        extra_k, extra_v: [B, n, heads, width], one more group of tokens that all others see.
+        extra_weight: [n] or [B or 1, H, W, n], how many copies of them.
     """
     shift = [0] * len(whole) if shift is None else shift
+    scale = scale[:, None, None] if isinstance(scale, Tensor) else scale
+    if valid is not None:
+        q, k, v = (x.masked_fill(~valid[..., None, None], 0) for x in (q, k, v))
+    k, v = (x.repeat_interleave(q.shape[-2] // max(1, x.shape[-2]), -2) for x in (k, v))
     out, lse = torch.zeros_like(v), torch.zeros_like(q[..., 0])
+    masks = bias is not None or valid is not None or extra_weight is not None
     for pixels in groups:
         here = slice(None), *pixels
         size = q[here].shape[1:-2]
@@ -139,7 +155,23 @@ def attention_of_groups(
             first = [-s % t if at.start == 0 else 0 for at, t, s in zip(pixels, whole, shift, strict=True)]
             there = tuple(slice(f, f + n) for f, n in zip(first, size, strict=True))
             tokens = torch.arange(prod(whole)).view(*whole)[there].flatten()
-            scores = scores + bias[:, tokens][:, :, tokens]
-        out[here] = (scores.softmax(-1) @ vs).transpose(1, 2).unflatten(1, size)
-        lse[here] = scores.logsumexp(-1).transpose(1, 2).unflatten(1, size)
+            scores = scores + bias[..., tokens, :][..., tokens]
+        exist = None if valid is None else valid[here].flatten(1)[:, None, :, None]  # [B, 1, T, 1]
+        if exist is not None:
+            scores = scores.masked_fill(~exist.mT, -torch.inf)
+        if extra_k is not None and extra_v is not None:
+            more = qs @ extra_k.transpose(1, 2).mT * scale  # [B, heads, T, n]
+            if extra_weight is not None:
+                many = extra_weight if extra_weight.dim() == 1 else extra_weight[here].flatten(1, -2)[:, None]
+                more = more + many.log()
+            scores, vs = torch.cat([scores, more], -1), torch.cat([vs, extra_v.transpose(1, 2)], -2)
+        if masks:
+            keyless = (scores == -torch.inf).all(-1, keepdim=True)  # of which softmax is NaN
+            keyless = keyless if exist is None else keyless | ~exist
+            scores = scores.masked_fill(keyless, 0)
+        p, log_sum = scores.softmax(-1).to(vs.dtype), scores.logsumexp(-1, keepdim=True).to(lse.dtype)
+        if masks:
+            p, log_sum = p.masked_fill(keyless, 0), log_sum.masked_fill(keyless, -torch.inf)
+        out[here] = (p @ vs).transpose(1, 2).unflatten(1, size)
+        lse[here] = log_sum[..., 0].transpose(1, 2).unflatten(1, size)
     return out, lse

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+EXTRA = ("extra_k", "extra_v")
+
 
 def allowed_error(
     name: str,
@@ -39,13 +41,21 @@ def allowed_error(
 
 
 def natural_scales(inputs: dict[str, Tensor], scale: float, groups: int) -> dict[str, float]:
-    """How large the terms are whose sums dq, dk and dbias are.
+    """How large the terms are whose sums the gradients through the softmax are.
 
     Args:
-        inputs: q, k, v and the gradients do and dlse.
-        scale: of the scores.
+        inputs: q, k, v and the gradients do and dlse; extra_k and extra_v, where there are such.
+        scale: of the scores, the largest.
         groups: over all maps.
     """
     q, k, v, do, dlse = (inputs[name].double() for name in ("q", "k", "v", "do", "dlse"))
-    ds, scale = float(do.norm(dim=-1).max() * v.norm(dim=-1).max() + dlse.abs().max()), abs(scale)
-    return {"dq": scale * ds * float(k.abs().max()), "dk": scale * ds * float(q.abs().max()), "dbias": ds * groups**0.5}
+    lengths = {"k": k, "v": v} | {name: inputs[name].double() for name in EXTRA if name in inputs}
+    value = max(float(x.norm(dim=-1).max()) for name, x in lengths.items() if name.endswith("v"))
+    largest = max(float(x.abs().max()) for name, x in lengths.items() if name.endswith("k"))
+    ds, scale = float(do.norm(dim=-1).max()) * value + float(dlse.abs().max()), abs(scale)
+    dk, queries = scale * ds * float(q.abs().max()), dlse[..., 0].numel() ** 0.5
+    dscale = ds * float(q.norm(dim=-1).max()) * largest * queries  # a sum of q dq
+    return {
+        "dq": scale * ds * largest, "dk": dk, "dbias": ds * groups**0.5,
+        "dscale": dscale, "dextra_k": dk * queries,
+    }  # fmt: skip

@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import itertools
 import pickle
+import warnings
 from collections.abc import Sequence
 
 import pytest
 import torch
 
-from bench.models.exact import compare, network, typed
+from bench.models.exact import compare, network, rounding, typed
 from bench.models.zoo import Entry, Size, entries
 from isa_triton.models import accelerate, report, restore
 
@@ -20,7 +21,8 @@ DTYPES = {torch.float64: 1e-10, torch.float32: 1e-5}
 def zoo(package: str) -> tuple[Entry, ...]:
     """The entries of a package; the test file is skipped, with what to install, where it is missing."""
     try:
-        return entries(package)
+        with warnings.catch_warnings(action="ignore"):  # of their imports
+            return entries(package)
     except ImportError as error:
         pytest.skip(str(error), allow_module_level=True)
 
@@ -36,7 +38,10 @@ def check_same_function(entry: Entry, size: Size) -> None:
         errors = compare(entry, size, training=training, backend=backend)
         assert max(errors.output, errors.gradient) < DTYPES[torch.float64], (backend, training, errors)
     errors = compare(entry, size, dtype=torch.float32)
-    assert max(errors.output, errors.gradient) < DTYPES[torch.float32], errors
+    if max(errors.output, errors.gradient) > DTYPES[torch.float32]:  # a deep network magnifies anybody's rounding
+        theirs = rounding(entry, size)
+        assert errors.output < 2 * theirs.output, (errors, theirs)
+        assert errors.gradient < 2 * theirs.gradient, (errors, theirs)
 
 
 def check_module_like_others(entry: Entry) -> None:

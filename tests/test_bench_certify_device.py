@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from functools import reduce
 from pathlib import Path
 
 import pytest
@@ -244,7 +245,14 @@ PARTITIONS = [
     Partition.interlaced((5, 7), stride=(2, 3)),
     Partition.interlaced((6, 8), grid=(3, 2)),
     Partition.dense((3, 5)),
+    Partition.local((3, 5, 4), (2, 2, 3)),
+    Partition.interlaced((4, 5, 6), stride=(2, 3, 2)),
 ]
+
+
+def place(pixel: tuple[int, ...], size: tuple[int, ...]) -> int:
+    """The number of a pixel in a map, row by row."""
+    return reduce(lambda before, axis: before * axis[1] + axis[0], zip(pixel, size, strict=True), 0)
 
 
 @pytest.mark.parametrize("partition", PARTITIONS, ids=map(str, range(len(PARTITIONS))))
@@ -252,9 +260,10 @@ def test_groups_are_gathered_as_the_partition_has_them(partition: Partition) -> 
     x = torch.randn(2, *partition.size, 3, 4)
     groups = peers.gather(partition, x).unflatten(0, (2, partition.groups))
     assert torch.equal(peers.scatter(partition, groups.flatten(0, 1)), x)
-    for y, column in ((0, 0), (partition.size[0] - 1, partition.size[1] - 1), (2, 1)):
-        group, token = partition.seat(y, column)
-        assert torch.equal(groups[:, group, :, token], x[:, y, column])
+    pixels: list[tuple[int, ...]] = [(0,) * len(partition), tuple(side - 1 for side in partition.size), (2, 1, 3)]
+    for pixel in (each[: len(partition)] for each in pixels):
+        group, token = partition.seat(*pixel)
+        assert torch.equal(groups[:, group, :, token], x.flatten(1, len(pixel))[:, place(pixel, partition.size)])
 
 
 @pytest.mark.parametrize("who", ["sdpa", "authors"])

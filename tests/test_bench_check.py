@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from isa_triton.backend.kernels import launch
 from isa_triton.backend.triton import precision_of
 from reference.budget import allowed_error
 from tests.scripted_device import ScriptedDevice
+from tests.test_door import formula
 
 FEW = [
     Case("interlaced", (5, 7), (2, 3), (16, 24), heads=2),
@@ -88,6 +89,112 @@ def test_cases_cover_every_kind_and_their_groups_are_the_partition_s(large: bool
         for group, pixels in enumerate(case.groups()):
             grid = torch.meshgrid(*map(torch.arange, case.size), indexing="ij")
             assert bool((case.partition.seat(*(axis[pixels] for axis in grid))[0] == group).all())
+
+
+# -- what attention takes beside q, k and v ----------------------------------------------------------------------------
+
+WITH_OPTIONS = [case for case in named_cases(large=False) if case.dtype == torch.float32 and (case.heads == 6)]
+
+
+def test_every_option_is_in_a_named_case_alone_and_beside_others() -> None:
+    features = [
+        {name for name in ("per_map", "one_head", "forbids", "scales", "valid", "extra") if getattr(case, name)}
+        | {f"weights {case.weights}"} | ({"share"} if case.share > 1 else set[str]()) | {f"{len(case.size)} axes"}
+        for case in WITH_OPTIONS
+    ]  # fmt: skip
+    assert set.union(*features) == {
+        "per_map", "one_head", "forbids", "scales", "valid", "extra", "share", "1 axes", "2 axes", "3 axes",
+        *(f"weights {of}" for of in cases.WEIGHTS),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WITH_OPTIONS, ids=str)
+def test_the_formula_group_by_group_is_that_pixel_by_pixel(case: Case) -> None:
+    inputs = cases.converted(case.inputs(), torch.float64)
+    given = {name: inputs[name] for name in ("q", "k", "v", *cases.OPTIONS) if name in inputs}
+    if case.weights == "pixels":
+        given["extra_weight"] = given["extra_weight"].expand(case.maps, *case.size, -1)
+    for found, wanted in zip(case.attended(inputs), formula(case.partition, given), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+
+
+def of_all_maps(x: torch.Tensor) -> torch.Tensor:
+    return x[:1].expand(x.shape)
+
+
+DEFECTS: dict[str, tuple[str, Callable[[torch.Tensor], torch.Tensor]]] = {  # an argument, and what becomes of it
+    "the bias of the first map serves all": ("per_map", of_all_maps),
+    "the bias is rounded to fp16": ("bias", lambda given: given.half()),
+    "the heads' scales are those of their neighbours": ("scale", lambda given: given.roll(1)),
+    "the first head's scale serves all": ("scale", lambda given: given[:1].expand(given.shape)),
+    "heads of keys follow each other": ("share", lambda given: given),
+    "all pixels are valid": ("valid", torch.ones_like),
+    "pixels are valid as on the first map": ("valid", of_all_maps),
+    "extra keys are the next head's": ("extra_k", lambda given: given.roll(1, 2)),
+    "extra values are the first map's": ("extra_v", of_all_maps),
+    "extra keys weigh the same": ("extra_weight", torch.ones_like),
+    "extra keys are weighted as on the first map": ("extra_weight", of_all_maps),
+    "extra keys have the next one's weight": ("extra_weight", lambda given: given.roll(1, -1)),
+}
+
+
+@pytest.mark.parametrize("defect", DEFECTS)
+def test_what_loses_an_index_is_beyond_the_budget(defect: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    where, becomes = DEFECTS[defect]
+    attend = cases.partitioned_attention_with_lse
+
+    def wrong(k: torch.Tensor, v: torch.Tensor, **given: Any) -> Any:
+        if where == "share":  # 0 1 2 0 1 2 in place of 0 0 1 1 2 2
+            k, v = (x.repeat(*[1] * (x.dim() - 2), given["q"].shape[-2] // x.shape[-2], 1) for x in (k, v))
+        x = given.get(name := "bias" if where == "per_map" else where)
+        if isinstance(x, torch.Tensor) and not (where == "per_map" and x.dim() < 4):
+            given[name] = becomes(x)
+        return attend(k=k, v=v, **given)
+
+    monkeypatch.setattr(cases, "partitioned_attention_with_lse", wrong)
+    found = {str(case): max(errors(case, "eager").values()) for case in WITH_OPTIONS}
+    assert max(found.values()) > 1, found
+
+
+@pytest.mark.parametrize("name", ["dscale", "dextra_k", "dextra_v", "dbias", "dq", "dk", "dv"])
+@pytest.mark.parametrize("factor", [0.0, 1.02])
+def test_a_gradient_that_is_wrong_is_beyond_the_budget(
+    name: str, factor: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compute = cases.derivatives
+
+    def wrong(inputs: dict[str, torch.Tensor], case: Case, backend: str | None = None) -> Any:
+        found = compute(inputs, case, backend)
+        return {n: x * factor if n == name and backend else x for n, x in found.items()}
+
+    monkeypatch.setattr(cases, "derivatives", wrong)
+    found = {str(case): errors(case, "eager").get(name, 0.0) for case in WITH_OPTIONS}
+    assert max(found.values()) > 1, found
+
+
+def test_a_gradient_at_a_pixel_that_is_not_valid_is_beyond_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    compute, (case, *_) = cases.derivatives, [case for case in WITH_OPTIONS if case.valid]
+
+    def wrong(inputs: dict[str, torch.Tensor], case: Case, backend: str | None = None) -> Any:
+        found = compute(inputs, case, backend)
+        return (
+            found if backend is None else found | {"dv": torch.where(inputs["valid"][..., None, None], found["dv"], 1)}
+        )
+
+    monkeypatch.setattr(cases, "derivatives", wrong)
+    assert errors(case, "eager")["dv"] > 1
+
+
+def test_lse_of_a_query_without_keys_is_minus_infinity(monkeypatch: pytest.MonkeyPatch) -> None:
+    compute, (case, *_) = cases.derivatives, [case for case in WITH_OPTIONS if case.valid]
+    assert errors(case, "eager")["lse"] <= 1
+
+    def wrong(inputs: dict[str, torch.Tensor], case: Case, backend: str | None = None) -> Any:
+        found = compute(inputs, case, backend)
+        return found if backend is None else found | {"lse": found["lse"].masked_fill(found["lse"].isinf(), 0)}
+
+    monkeypatch.setattr(cases, "derivatives", wrong)
+    assert not errors(case, "eager")["lse"] <= 1
 
 
 # -- on a GPU ----------------------------------------------------------------------------------------------------------
@@ -207,7 +314,7 @@ def test_named_cases_of_fp32_are_checked_as_tf32_too() -> None:
 @pytest.mark.parametrize("tf32", [False, True])
 def test_shipped_cases_are_the_problems_that_tiles_verify_compiles(tf32: bool) -> None:
     problems, found = list(problems_of(tf32)), list(shipped_cases(tf32))
-    assert len(found) == len(problems) == 40 + 18 * tf32
+    assert len(found) == len(problems) == 48 + 22 * tf32
     for case, problem in zip(found, problems, strict=True):
         assert case.partition == problem.partition
         assert (*case.widths, case.arithmetic, case.heads) == (

@@ -71,6 +71,13 @@ def test_groups_stay_as_they_are_on_another_map(shape: str, wanted: Partition) -
     assert warm.resized(SHAPES[shape], (40, 97)) == wanted
 
 
+def test_volumes_stay_on_their_own_map() -> None:
+    problems = [SHAPES["Pangu 144"], SHAPES["Swin 49"]]
+    found = warm.on_maps(problems, argparse.Namespace(sizes=[(56, 56), (97, 64)], batches=[1, 4]))
+    sizes = [problem.partition.size for problem in found]
+    assert sizes == [(8, 91, 180)] * 2 + [(56, 56)] * 2 + [(97, 64)] * 2
+
+
 def test_a_map_that_is_too_small_is_named() -> None:
     with pytest.raises(argparse.ArgumentError, match="--sizes: Swin 49: window"):
         warm.resized(SHAPES["Swin 49"], (6, 56))

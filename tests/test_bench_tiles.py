@@ -257,11 +257,16 @@ def test_shapes_are_the_promised_ones() -> None:
     assert tokens == {
         (256, 512, False): {64, 128, 256, 512, 1024},
         (64, 64, False): {64, 256, 1024},
-        (32, 32, True): {49, 64, 144, 256},
+        (32, 32, True): {49, 64, 144, 256, 392},
+        (16, 16, True): {343},
+        (8, 8, True): {216},
         (39, 39, True): {49},
         (256, 256, False): {16384},
     }
     assert set(FP16) <= set(SHAPES)
+    volumes = {s.partition.tokens: s for s in SHAPES.values() if len(s.partition) == 3}
+    assert set(volumes) == {144, 216, 343, 392}
+    assert all(axis.token_stride == 1 for s in volumes.values() for axis in s.partition)
 
 
 # -- tiles -------------------------------------------------------------------------------------------------------------

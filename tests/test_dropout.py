@@ -341,7 +341,7 @@ def test_layers_drop_weights_in_training_alone() -> None:
     assert {stage.attention_dropout for stage in block.modules() if isinstance(stage, SelfAttention2d)} == {0.5}
     for wrong, kind in ((1, ValueError), (-0.1, ValueError), ("a", TypeError)):
         with pytest.raises(kind, match="attention_dropout must be a number from 0 to less than 1"):
-            SelfAttention2d(8, 4, 8, pattern="local", attention_dropout=wrong)  # type: ignore[arg-type]
+            SelfAttention2d(8, 4, 8, pattern="local", attention_dropout=wrong)
 
 
 def test_sharded_layers_refuse_it() -> None:

@@ -60,6 +60,23 @@ def test_is_the_authors_function(size: tuple[int, int], options: dict[str, Any])
         assert relative_error(a, b, floor=1.0) < 1e-12
 
 
+def test_weights_are_dropped_in_training_alone() -> None:
+    """Of constant values all weights give the value; of those that are kept, doubled, a number of halves of it."""
+    ours = layer(partition_size=(2, 3), position_bias=False, attention_dropout=0.5)
+    with torch.no_grad():
+        for part in (ours.q_proj, ours.k_proj, ours.v_proj):
+            part.weight.zero_()
+        ours.out_proj.weight.copy_(torch.eye(12))
+        ours.out_proj.bias.zero_()
+        x = torch.randn(2, 12, 8, 9, dtype=torch.float64)
+        value = ours.v_proj.bias[:, None, None].expand(12, 8, 9)[None]
+        kept = 3 * ours.train()(x) / value  # of six weights of one sixth
+        assert relative_error(ours.eval()(x), value.expand(2, -1, -1, -1)) < 1e-12
+    assert relative_error(kept, kept.round()) < 1e-12
+    assert set(kept.round().flatten().tolist()) <= set(range(7))
+    assert abs(kept.mean() - 3) < 0.3
+
+
 def test_published_names_load() -> None:
     """Two layers of a network, one without a table; everything else is left out."""
     with_table, without = layer(), layer(position_bias=False)

@@ -183,11 +183,25 @@ def test_what_cannot_be_accelerated_is_named() -> None:
         accelerate(nn.Linear(2, 2))
     with pytest.raises(ValueError, match=r"backend must be one of 'auto'.* got 'cuda'"):
         accelerate(tiny(), backend="cuda")
-    with pytest.raises(ValueError, match=r"a probability of 0, not 0\.1"):
-        accelerate(tiny(transformer_attn_drop=0.1)).train()(torch.randn(1, 3, 128, 128))
-    swin = timm.create_model("swin_tiny_patch4_window7_224", img_size=56, attn_drop_rate=0.2, **SWIN)
-    with pytest.raises(ValueError, match=r"a probability of 0, not 0\.2"):
-        accelerate(swin).train()(torch.randn(1, 3, 56, 56))
+
+
+@pytest.mark.parametrize("backend", ["eager", "auto"])
+@torch.no_grad()
+def test_attention_weights_are_dropped_in_training_alone(backend: str) -> None:
+    """Of constant values all weights give the value; of those that are kept, doubled, a number of parts of it."""
+    drops = timm.create_model("swin_tiny_patch4_window7_224", dynamic_img_size=True, attn_drop_rate=0.5, **SWIN)
+    block: Any = accelerate(drops, backend=backend).layers[0].blocks[0]
+    attn = block.attn
+    for parameter in attn.parameters():
+        parameter.zero_()
+    attn.proj.weight.copy_(torch.eye(16))
+    attn.qkv.bias[32:] = 1  # the values
+    x = torch.randn(2, 14, 21, 16)
+    assert error(block.eval()._attn(x), torch.ones_like(x)) < 1e-5
+    kept = block.train()._attn(x) * 49 / 2
+    assert error(kept, kept.round()) < 1e-4
+    assert abs(kept.mean() - 49 / 2) < 0.5
+    assert kept.std() > 1
 
 
 @pytest.mark.parametrize(

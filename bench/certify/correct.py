@@ -59,7 +59,7 @@ def inputs_of(found: Problem, device: str) -> dict[str, Tensor]:
     if tensors.bias is not None:
         made["bias"] = tensors.bias
     if found.dtype == "float16":
-        made["dlse"] = torch.randn(tensors.q.shape[:4], device=device)
+        made["dlse"] = torch.randn(tensors.q.shape[:-1], device=device)
     return made
 
 

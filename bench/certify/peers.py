@@ -51,22 +51,22 @@ def whole(partition: Partition) -> Partition:
 
 
 def gather(partition: Partition, x: Tensor) -> Tensor:
-    """[maps, H, W, heads, width] -> [maps groups, heads, tokens, width], a copy."""
-    padded = whole(partition)
-    x = F.pad(x, (0, 0, 0, 0, 0, padded.size[1] - x.shape[2], 0, padded.size[0] - x.shape[1]))
-    for dim, axis in ((1, partition.h), (3, partition.w)):
-        x = x.unflatten(dim, _sides(axis))
-    heads, width = x.shape[5:]
-    return x.permute(0, *_order(partition), 5, 6).reshape(-1, partition.tokens, heads, width).transpose(1, 2)
+    """[maps, H, W, heads, width] -> [maps groups, heads, tokens, width], a copy; of a volume [maps, D, H, ...] too."""
+    missing = [padded.size - axis.size for padded, axis in zip(whole(partition), partition, strict=True)]
+    x = F.pad(x, (0, 0, 0, 0, *(side for n in reversed(missing) for side in (0, n))))
+    for dim, axis in enumerate(partition):
+        x = x.unflatten(1 + 2 * dim, _sides(axis))
+    return x.permute(0, *_order(partition), -2, -1).reshape(-1, partition.tokens, *x.shape[-2:]).transpose(1, 2)
 
 
 def scatter(partition: Partition, groups: Tensor) -> Tensor:
     """[maps groups, heads, tokens, width] -> [maps, H, W, heads, width], a copy; the inverse of `gather`."""
-    h, w = partition
-    order = _order(partition)
-    x = groups.transpose(1, 2).unflatten(1, (h.tokens, w.tokens)).unflatten(0, (-1, h.groups, w.groups))
-    back = [1 + order.index(dim) for dim in (1, 2, 3, 4)]
-    return x.permute(0, *back, 5, 6).flatten(3, 4).flatten(1, 2)[:, : h.size, : w.size]
+    order, counts = _order(partition), [axis.groups for axis in partition]
+    x = groups.transpose(1, 2).unflatten(1, [axis.tokens for axis in partition]).unflatten(0, (-1, *counts))
+    x = x.permute(0, *(1 + order.index(1 + dim) for dim in range(len(order))), -2, -1)
+    for dim, axis in enumerate(partition, start=1):
+        x = x.flatten(dim, dim + 1).narrow(dim, 0, axis.size)
+    return x
 
 
 def _is_local(axis: Any) -> bool:
@@ -80,8 +80,8 @@ def _sides(axis: Any) -> tuple[int, int]:
 
 def _order(partition: Partition) -> tuple[int, ...]:
     """The dimensions of groups_h, groups_w, tokens_h, tokens_w in a map whose axes are laid out as `_sides` says."""
-    h, w = ((1, 2) if _is_local(partition.h) else (2, 1)), ((3, 4) if _is_local(partition.w) else (4, 3))
-    return h[0], w[0], h[1], w[1]
+    groups = [1 + 2 * dim + (not _is_local(axis)) for dim, axis in enumerate(partition)]
+    return *groups, *(4 * dim + 3 - at for dim, at in enumerate(groups))
 
 
 @cache

@@ -39,6 +39,8 @@ def tiny(whole: Problem) -> Problem:
     partition = whole.partition
     if partition.groups == 1:
         partition = Partition.dense((7, 11))
+    elif len(partition) == 3:
+        partition = Partition.local((2, 4, 6) if partition.divides else (3, 5, 4), (2, 2, 3))
     elif partition.h.token_stride == 1:
         partition = Partition.local((4, 6) if partition.divides else (5, 7), (2, 3))
     else:

@@ -6,6 +6,7 @@ is timed has computed the same before, to within a sixteenth: another function i
 
 from __future__ import annotations
 
+import math
 import re
 import statistics
 from collections.abc import Callable, Mapping
@@ -41,7 +42,7 @@ SLOWER = 1.05  # times a peer's seconds: less is the same
 def maps_of(shape: str) -> int:
     """Of a batch that fills a GPU, with room for all scores of it."""
     found = SHAPES[shape]
-    queries = found.partition.h.size * found.partition.w.size * found.heads * found.key_width  # of one map
+    queries = math.prod(found.partition.size) * found.heads * found.key_width  # of one map
     return 1 if found.partition.groups == 1 else max(1, min(64, QUERIES // queries))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from typing import Any
 
@@ -17,7 +17,7 @@ from bench.records import format_size
 from bench.terminal import Table
 from isa_triton.models import accelerate
 
-FLOOR = 1e-3  # of the largest gradient: where the true one is zero, as of a key's bias, rounding must not decide
+FLOOR = 1e-2  # of the largest gradient: where the true one is zero, as of a key's bias, rounding must not decide
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,22 @@ def compare(
     """
     theirs, inputs = network(entry, dtype, training), typed(entry.inputs(size), dtype)
     ours = accelerate(copy.deepcopy(theirs), backend=backend)
-    (expected, of_theirs), (actual, of_ours) = (_pass(entry, model, inputs) for model in (theirs, ours))
-    largest = max(float(gradient.abs().max()) for gradient in of_theirs.values())
-    assert largest > 0, f"{entry} has no gradient"
-    gradients = {name: _error(of_ours[name], of_theirs[name], FLOOR * largest) for name in of_theirs}
-    worst = max(gradients, key=lambda name: gradients[name])
-    return Errors(_error(actual, expected, torch.finfo(dtype).tiny), gradients[worst], worst)
+    expected = _pass(entry, theirs, inputs)
+    errors = _errors(entry, expected, _pass(entry, ours, inputs))
+    with torch.no_grad():  # which may go another way
+        alone = _error(_result(entry, ours, inputs), expected[0], torch.finfo(dtype).tiny)
+    return replace(errors, output=max(errors.output, alone))
+
+
+def rounding(entry: Entry, size: Size) -> Errors:
+    """What fp32 does to the original, in evaluation, for which no other is to blame.
+
+    Raises:
+        AssertionError: neither a parameter nor the input has a gradient.
+    """
+    theirs, inputs = network(entry, torch.float32), typed(entry.inputs(size), torch.float32)
+    truth = _pass(entry, copy.deepcopy(theirs).double(), typed(inputs, torch.float64))
+    return _errors(entry, truth, _pass(entry, theirs, inputs))
 
 
 def network(entry: Entry, dtype: torch.dtype = torch.float64, training: bool = False) -> nn.Module:
@@ -52,7 +62,8 @@ def network(entry: Entry, dtype: torch.dtype = torch.float64, training: bool = F
     torch.manual_seed(0)
     model = entry.make().to(dtype).train(training)
     for parameter in model.parameters():
-        if parameter.dim() > 1 and parameter.abs().max() > 0.1:  # those of layers are random
+        differs = parameter.numel() > 1 and parameter.std() > 0
+        if parameter.dim() > 1 and parameter.abs().max() > 0.1 and differs:  # those of layers are random
             continue
         with torch.no_grad():
             parameter.add_(torch.randn_like(parameter), alpha=0.2)
@@ -64,14 +75,29 @@ def typed(inputs: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:
     return tuple(x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs)
 
 
-def _pass(entry: Entry, model: nn.Module, inputs: tuple[Any, ...]) -> tuple[Tensor, dict[str, Tensor]]:
+Pass = tuple[Tensor, dict[str, Tensor]]
+
+
+def _errors(entry: Entry, expected: Pass, actual: Pass) -> Errors:
+    largest = max(float(gradient.abs().max()) for gradient in expected[1].values())
+    assert largest > 0, f"{entry} has no gradient"
+    gradients = {name: _error(actual[1][name], x, FLOOR * largest) for name, x in expected[1].items()}
+    worst = max(gradients, key=lambda name: gradients[name])
+    return Errors(_error(actual[0], expected[0], torch.finfo(expected[0].dtype).tiny), gradients[worst], worst)
+
+
+def _pass(entry: Entry, model: nn.Module, inputs: tuple[Any, ...]) -> Pass:
     """The result, and the gradients of the first input and of all parameters that have one."""
     x = inputs[0].detach().clone().requires_grad_()
-    torch.manual_seed(1)  # what drops paths in training drops the same
-    y = entry.result(model(x, *inputs[1:]))
+    y = _result(entry, model, (x, *inputs[1:]))
     y.backward(torch.randn(y.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).to(y.dtype))
     gradients = {"input": x.grad} | {name: p.grad for name, p in model.named_parameters()}
     return y.detach(), {name: gradient for name, gradient in gradients.items() if gradient is not None}
+
+
+def _result(entry: Entry, model: nn.Module, inputs: tuple[Any, ...]) -> Tensor:
+    torch.manual_seed(1)  # what drops paths in training drops the same
+    return entry.result(model(*inputs))
 
 
 def _error(actual: Tensor, expected: Tensor, floor: float) -> float:

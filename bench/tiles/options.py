@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -16,7 +16,7 @@ from typing import Any
 
 from bench import terminal
 from bench.arguments import SHORT_DTYPES, dtype, positive
-from bench.records import write_text
+from bench.records import format_size, write_text
 from bench.terminal import Terminal
 from bench.tiles.binaries import Binaries
 from bench.tiles.compile import DTYPES, PASSES, TILE, Problem
@@ -26,8 +26,9 @@ from isa_triton.tiles import Tile
 
 TARGETS = list(dict.fromkeys(machine.target for machine in MACHINES.values()))
 GROUPS = 8, 8  # of the maps that problems are made on
+OF_AXES = {1: (64,), 2: GROUPS, 3: (4, 4, 4)}  # likewise, of lines, maps and volumes: 64 of each
 PARTITIONS = {
-    "interlaced": lambda size, group: Partition.interlaced(size, stride=GROUPS),
+    "interlaced": lambda size, group: Partition.interlaced(size, stride=OF_AXES[len(size)]),
     "local": Partition.local,
     "dense": lambda size, group: Partition.dense(group),
 }
@@ -43,13 +44,22 @@ DEFAULTS: dict[str, Any] = {  # of a problem
 def add_shape(parser: argparse.ArgumentParser) -> None:
     """What `problem` reads, but the dtype: none of it has a value unless it is given."""
     add = partial(parser.add_argument, default=argparse.SUPPRESS)
-    add("--tokens", type=positive, metavar="N", help="of a group (default: {tokens})".format(**DEFAULTS))
+    what = "of a group: as many, in a map, or its sides, as 7x7x7 in a volume (default: {tokens})"
+    add("--tokens", type=read_tokens, metavar="N", help=what.format(**DEFAULTS))
     widths = "default: {} {}".format(*DEFAULTS["widths"])
     add("--widths", nargs=2, type=positive, metavar=("K", "V"), help=widths)
     add("--partition", choices=PARTITIONS, help="default: {partition}".format(**DEFAULTS))
     add("--heads", type=positive, metavar="N", help="default: {heads}".format(**DEFAULTS))
     add("--bias", action="store_true", help="with a bias for every pair of tokens (default: without)")
     add("--maps", type=positive, metavar="N", help="in a batch (default: {maps})".format(**DEFAULTS))
+
+
+def read_tokens(text: str) -> int | tuple[int, ...]:
+    """The tokens of a group, "49", or its sides on one to three axes, "7x7x7"."""
+    parts = text.split("x")
+    if len(parts) > max(OF_AXES) or not all(part.isdecimal() and int(part) for part in parts):
+        raise argparse.ArgumentTypeError(f"must be so many as 64, or one to three sides as 7x7x7, got {text!r}")
+    return tuple(map(int, parts)) if len(parts) > 1 else int(text)
 
 
 def read_dtype(text: str) -> str:
@@ -71,9 +81,9 @@ def add_problem(parser: argparse.ArgumentParser) -> None:
     add("--dtype", type=read_dtype, default=argparse.SUPPRESS, help=what)
 
 
-def given(args: argparse.Namespace) -> str:
-    """Those of the options of a problem that were given, by name: "" where there are none."""
-    return " ".join(f"--{name}" for name in DEFAULTS if hasattr(args, name))
+def given(args: argparse.Namespace, but: Sequence[str] = ()) -> str:
+    """Those of the options of a problem that were given, but some, by name: "" where there are none."""
+    return " ".join(f"--{name}" for name in DEFAULTS if hasattr(args, name) and name not in but)
 
 
 def machine(args: argparse.Namespace) -> Machine:
@@ -98,20 +108,23 @@ def problem(args: argparse.Namespace) -> Problem:
 
 
 def make_problem(
-    tokens: int, key_width: int, value_width: int, partition: str = "interlaced", maps: int = 8, dtype: str = "bf16",
-    **rest: Any,
+    tokens: int | tuple[int, ...], key_width: int, value_width: int, partition: str = "interlaced", maps: int = 8,
+    dtype: str = "bf16", **rest: Any,
 ) -> Problem:  # fmt: skip
-    """Attention in groups of `tokens` tokens, as square as their number allows: 8 x 8 groups, or a dense map.
+    """Attention in 64 groups of `tokens` tokens, or a dense map of so many.
 
     Args:
+        tokens: of a group in a map, as square as their number allows; or its sides, in a map or a volume.
         partition: one of `PARTITIONS`.
         dtype: as `read_dtype` takes it.
         rest: of `Problem`: heads and bias.
     """
-    height = next(h for h in range(isqrt(tokens), 0, -1) if tokens % h == 0)
-    group = height, tokens // height
-    size = group[0] * GROUPS[0], group[1] * GROUPS[1]
-    rest |= {"maps": maps, "dtype": read_dtype(dtype), "name": f"{partition} {tokens}"}
+    said, group = (str(tokens), ()) if isinstance(tokens, int) else (format_size(tokens), tokens)
+    if isinstance(tokens, int):
+        height = next(h for h in range(isqrt(tokens), 0, -1) if tokens % h == 0)
+        group = height, tokens // height
+    size = tuple(side * groups for side, groups in zip(group, OF_AXES[len(group)], strict=True))
+    rest |= {"maps": maps, "dtype": read_dtype(dtype), "name": f"{partition} {said}"}
     return Problem(PARTITIONS[partition](size, group), key_width, value_width, **rest)
 
 

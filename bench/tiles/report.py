@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -25,12 +26,15 @@ from bench.tiles.compile import NOT_SHIPPED, PASSES, STEPS, TILE, Launch, Proble
 from bench.tiles.foreign import ForeignCall
 from bench.tiles.roofline import Machine, Prediction, executions, predict
 from bench.tiles.search import Task
+from bench.tiles.verify import SHAPES
 from isa_triton.tiles import Tile
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_problem(parser)
     add = parser.add_argument
+    what = f"a problem of tiles verify instead, of {', '.join(SHAPES)}; --maps and --dtype say more of it"
+    add("--shape", choices=SHAPES, metavar="SHAPE", help=what)
     what = f"tiles of one kernel, as {','.join(f'{name}=N' for name in TILE)}; what one leaves out is as shipped"
     add("--tiles", nargs="+", type=options.tile, metavar="TILE", help=what)
     add("--step", choices=STEPS, help="the kernel that --tiles is for (default: the pass's first)")
@@ -50,7 +54,7 @@ def run(args: argparse.Namespace) -> None:
     if args.kernel is not None:
         _report_foreign(args, gpu, said)
         return
-    problem = options.problem(args)
+    problem = _problem(args)
     if args.execute and not gpu.target.startswith("sm_"):
         raise argparse.ArgumentError(None, f"--execute is for NVIDIA's targets, got {gpu.target}")
     launches = _launches(args, problem, gpu)
@@ -79,6 +83,16 @@ def run(args: argparse.Namespace) -> None:
     said.end(end, *filter(None, (args.json, args.dump)))
 
 
+def _problem(args: argparse.Namespace) -> Problem:
+    """The problem that --shape names, or the one that --tokens and the rest say."""
+    if args.shape is None:
+        return options.problem(args)
+    if described := options.given(args, but=("maps", "dtype")):
+        raise argparse.ArgumentError(None, f"--shape names a problem, and {described} describes another: give one")
+    more = {name: getattr(args, name) for name in ("maps", "dtype") if hasattr(args, name)}
+    return replace(SHAPES[args.shape], **{"dtype": "bfloat16"} | more)
+
+
 def _executed(found: Sequence[Kernel], programs: int) -> list[Counted]:
     """Some programs of each kernel, on the machine."""
     try:
@@ -89,7 +103,7 @@ def _executed(found: Sequence[Kernel], programs: int) -> list[Counted]:
 
 def _report_foreign(args: argparse.Namespace, gpu: Machine, said: Terminal) -> None:
     ours = {"--pass": args.pass_ != "forward", "--tiles": args.tiles, "--step": args.step, "--vs": args.vs is not None,
-            "--sass": args.sass}  # fmt: skip
+            "--sass": args.sass, "--shape": args.shape}  # fmt: skip
     if given := " ".join(filter(None, [options.given(args), *(name for name, value in ours.items() if value)])):
         raise argparse.ArgumentError(None, f"--kernel says all of its own, and takes no {given}")
     call = foreign.call(args, gpu.target)
@@ -283,11 +297,11 @@ class Pass:
     @property
     def bytes(self) -> int:
         """Every input and output once."""
-        problem, (height, width) = self.problem, self.problem.partition.size
+        problem, pixels = self.problem, prod(self.problem.partition.size)
         K, V, backward = problem.key_width, problem.value_width, self.name == "backward"
         widths = (2 * K + 2 * V) + backward * (2 * K + V)  # q, k, v, out; or q, k, v, do and dq, dk, dv
         tables = problem.bias * (1 + backward) * problem.partition.tokens**2
-        return problem.itemsize * problem.heads * (problem.maps * height * width * widths + tables)
+        return problem.itemsize * problem.heads * (problem.maps * pixels * widths + tables)
 
     @property
     def flops(self) -> int:

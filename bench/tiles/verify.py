@@ -25,7 +25,7 @@ from isa_triton.partition import Partition
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx90a", "gfx1100", "gfx1200")
 
 
-SHAPES = {  # attention in networks that people run, on one of their maps
+SHAPES = {  # attention in networks that people run, on one of their maps or volumes
     name: Problem(partition, *widths, heads, bias, name=name)
     for name, partition, widths, heads, bias in (
         ("ISA 64", Partition.local((128, 256), (8, 8)), (256, 512), 1, False),
@@ -46,8 +46,14 @@ SHAPES = {  # attention in networks that people run, on one of their maps
         ("MaxViT 256", Partition.interlaced((64, 128), grid=(16, 16)), (32, 32), 4, True),
         ("HRFormer 49", Partition.local((64, 48), (7, 7)), (39, 39), 2, True),
         ("dense 16384", Partition.dense((128, 128)), (256, 256), 1, False),
+        ("Pangu 144", Partition.local((8, 91, 180), (2, 6, 12)), (32, 32), 12, True),
+        ("volume 216", Partition.local((24, 24, 24), (6, 6, 6)), (8, 8), 4, True),
+        ("SwinUNETR 343", Partition.local((48, 48, 48), (7, 7, 7)), (16, 16), 3, True),
+        ("Video Swin 392", Partition.local((16, 56, 56), (8, 7, 7)), (32, 32), 3, True),
     )
 }
+VOLUMES = tuple(name for name, problem in SHAPES.items() if len(problem.partition) == 3)
+DEFAULT = tuple(name for name in SHAPES if name not in VOLUMES)  # for volumes no tile was made yet, and some spill
 FP16 = ("ISA 64", "ISA 256", "heads 256", "Swin 49")  # it has bf16's tiles and other matrix instructions: these suffice
 COLUMNS = ("shape", "dtype", "kernel", "warps", "regs", "spills", "CTAs/SM")
 DETAILS = ("matrix", "row loads", "row stores", "other loads", "other stores", "smem", "tmem", "tile", "tile from")
@@ -59,7 +65,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add, names = parser.add_argument, list(SHAPES)
     add("--targets", nargs="+", choices=LIMITS, default=list(TARGETS), metavar="TARGET",
         help=f"of {' '.join(LIMITS)} (default: {' '.join(TARGETS)})")  # fmt: skip
-    add("--shapes", nargs="+", choices=names, metavar="SHAPE", help=f"of {', '.join(names)} (default: all)")
+    add(
+        "--shapes",
+        nargs="+",
+        choices=names,
+        metavar="SHAPE",
+        help=f"of {', '.join(names)} (default: all but the volumes)",
+    )
     options.add_shape(parser)
     what = f"default: {' '.join(DTYPES)}"
     add("--dtypes", nargs="+", type=options.read_dtype, default=list(DTYPES), metavar="DTYPE", help=what)
@@ -94,7 +106,7 @@ def problems(args: argparse.Namespace) -> list[Problem]:
     described = options.given(args)
     if described and args.shapes:
         raise argparse.ArgumentError(None, f"--shapes names problems, and {described} describes another: give one")
-    return [options.problem(args)] if described else [SHAPES[name] for name in args.shapes or SHAPES]
+    return [options.problem(args)] if described else [SHAPES[name] for name in args.shapes or DEFAULT]
 
 
 def launches(

@@ -33,9 +33,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add, names = parser.add_argument, list(verify.SHAPES)
     add("--targets", nargs="+", choices=LIMITS, default=["sm_90"], metavar="TARGET",
         help=f"of {' '.join(LIMITS)} (default: sm_90)")  # fmt: skip
-    add("--shapes", nargs="+", choices=names, metavar="SHAPE", help=f"of {', '.join(names)} (default: all)")
+    add(
+        "--shapes",
+        nargs="+",
+        choices=names,
+        metavar="SHAPE",
+        help=f"of {', '.join(names)} (default: all but the volumes)",
+    )
     options.add_shape(parser)
-    add_sizes(parser, (), "maps of each, whose groups stay as they are (default: its own)")
+    add_sizes(parser, (), "maps of each, whose groups stay as they are (default, and always of volumes: its own)")
     add("--batches", nargs="+", type=positive, default=[], metavar="N", help="maps in a batch (default: as --maps)")
     add("--dtypes", nargs="+", type=options.read_dtype, default=["bfloat16"], metavar="DTYPE",
         help=f"of {' '.join(DTYPES)} (default: bfloat16)")  # fmt: skip
@@ -65,32 +71,33 @@ def launches(target: str, problems: list[Problem]) -> Iterator[Launch]:
 
 
 def on_maps(problems: Iterable[Problem], args: argparse.Namespace) -> list[Problem]:
-    """Each problem on the maps of --sizes in the batches of --batches, or on its own."""
+    """Each problem on the maps of --sizes in the batches of --batches, or on its own; volumes always on theirs."""
     return [
         replace(problem, partition=resized(problem, size), maps=maps)
         for problem in problems
-        for size in args.sizes or [problem.partition.size]
+        for size in (len(problem.partition) == 2 and args.sizes) or [problem.partition.size]
         for maps in args.batches or [problem.maps]
     ]
 
 
-def resized(problem: Problem, size: tuple[int, int]) -> Partition:
+def resized(problem: Problem, size: tuple[int, ...]) -> Partition:
     """A problem's partition on another map, as layers make it: windows and grids keep their tokens, strides their step.
 
     Raises:
         argparse.ArgumentError: the map is smaller than a window, a grid or a step.
     """
-    h, w = problem.partition
+    axes = problem.partition
+    tokens = tuple(axis.tokens for axis in axes)
     try:
         if size == problem.partition.size:
             return problem.partition
         if problem.partition.groups == 1:
             return Partition.dense(size)
-        if h.token_stride == w.token_stride == 1:
-            return Partition.local(size, (h.tokens, w.tokens))
+        if all(axis.token_stride == 1 for axis in axes):
+            return Partition.local(size, tokens)
         if problem.bias:  # which has a number for every pair of tokens
-            return Partition.interlaced(size, grid=(h.tokens, w.tokens))
-        return Partition.interlaced(size, stride=(h.token_stride, w.token_stride))
+            return Partition.interlaced(size, grid=tokens)
+        return Partition.interlaced(size, stride=tuple(axis.token_stride for axis in axes))
     except ValueError as error:
         raise argparse.ArgumentError(None, f"--sizes: {problem.name}: {error}") from error
 

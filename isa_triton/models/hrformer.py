@@ -21,6 +21,7 @@ from ..maps import (
     check_heads,
     check_map,
     check_partition_size,
+    check_probability,
     check_widths,
     crop,
     linear,
@@ -37,6 +38,7 @@ class HRFormerAttention(Attends):
         num_heads: side by side.
         partition_size: of the windows, one number or (H, W); the authors' is 7.
         position_bias: whether scores have one, of (2 H - 1) (2 W - 1) distances for each head.
+        attention_dropout: probability that a weight of attention is dropped in training, less than 1; an attribute too.
         backend: of `partitioned_attention`.
 
     x [B, C, H, W] -> [B, C, H, W], channels_last.
@@ -64,6 +66,7 @@ class HRFormerAttention(Attends):
         partition_size: PartitionSize = 7,
         *,
         position_bias: bool = True,
+        attention_dropout: float = 0.0,
         backend: str = "auto",
     ) -> None:
         super().__init__()
@@ -71,6 +74,7 @@ class HRFormerAttention(Attends):
         check_heads(num_heads, channels=channels)
         self.num_heads = num_heads
         self.partition_size = height, width = check_partition_size(partition_size)
+        self.attention_dropout = check_probability("attention_dropout", attention_dropout, less=True)
         self._backend = check_backend(backend)
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(channels, channels) for _ in range(4))
         self.relative_position_bias_table = None
@@ -89,7 +93,8 @@ class HRFormerAttention(Attends):
             linear(tokens, layer.weight, layer.bias).unflatten(-1, (self.num_heads, -1))
             for layer in (self.q_proj, self.k_proj, self.v_proj)
         )
-        context = partitioned_attention(q, k, v, partition, bias=self.position_bias(), backend=self._backend)
+        options: Any = {"bias": self.position_bias(), "dropout_p": self.attention_dropout if self.training else 0.0}
+        context = partitioned_attention(q, k, v, partition, backend=self._backend, **options)
         y = linear(context.flatten(-2), self.out_proj.weight, self.out_proj.bias)
         return crop(y.permute(0, 3, 1, 2), size)
 

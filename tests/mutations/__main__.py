@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.mutations import of_kernels, of_the_library
+from tests.mutations import of_kernels, of_networks, of_the_library
 from tests.mutations.defect import Defect
 from tests.processes import fresh_processes
 
@@ -28,7 +28,7 @@ ROOT = Path(__file__).parent.parent.parent
 COPIED = ("isa_triton", "reference", "bench", "tests", "pyproject.toml")
 LONGEST = 300.0  # seconds that a test may take: a mistake may be that it never ends
 REPORT = "report.xml"
-DEFECTS = (*of_kernels.KNOWN, *of_kernels.OTHERS, *of_the_library.DEFECTS)
+DEFECTS = (*of_kernels.KNOWN, *of_kernels.OTHERS, *of_the_library.DEFECTS, *of_networks.DEFECTS)
 
 
 def copy_to(folder: Path) -> None:

@@ -12,7 +12,17 @@ from torch import Tensor, nn
 from isa_triton._extras import install
 
 Size = tuple[int, ...]
-PACKAGES = ("timm", "torchvision")
+APART = {"aurora": "microsoft-aurora", "boltz": "boltz", "sam2": "sam2"}  # they pin too much for an extra of ours
+PACKAGES = (
+    *APART,
+    "monai",
+    "spandrel",
+    "timm",
+    "torchvision",
+    "transformers",
+    "transformers_hiera",
+    "transformers_qwen",
+)
 
 
 @dataclass(frozen=True)
@@ -43,6 +53,8 @@ def entries(package: str) -> tuple[Entry, ...]:
     try:
         module = import_module(f"{__name__}.{package}")
     except ModuleNotFoundError as error:
-        raise ImportError(f"{error.name} is not installed: {install('models')}") from error
+        apart = f"pip install --no-deps {APART.get(package)}, and what it imports"
+        how = apart if package in APART else install("models")
+        raise ImportError(f"{error.name} is not installed: {how}") from error
     found: tuple[Entry, ...] = module.ENTRIES
     return found

@@ -1,4 +1,4 @@
-"""torchvision's Swin, SwinV2 and video Swin, and a detector on one of them."""
+"""torchvision's Swin, SwinV2, video Swin and MaxViT."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchvision.models.maxvit import MaxVit
 from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformer, SwinTransformerBlockV2
 from torchvision.models.video.swin_transformer import SwinTransformer3d
 
@@ -26,6 +27,11 @@ def swin_v2() -> nn.Module:
     )
 
 
+def max_vit() -> nn.Module:
+    """Maps of 28 x 28 and of 14 x 14 pixels, which windows divide."""
+    return MaxVit((112, 112), 8, 7, [24, 24], [1, 1], 8, 0.1, num_classes=3)
+
+
 ENTRIES = (
     Entry(
         "torchvision",
@@ -42,4 +48,5 @@ ENTRIES = (
         images,
         ((4, 28, 56), (20, 56, 28), (9, 30, 36)),
     ),
+    Entry("torchvision", "MaxViT", max_vit, images, ((112, 112),)),  # torchvision's own takes one size
 )

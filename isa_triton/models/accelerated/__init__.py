@@ -14,6 +14,7 @@ from importlib import import_module, metadata
 from typing import TypeVar
 
 from torch import nn
+from torch.fx import GraphModule
 
 from ..._extras import install
 from ...backend import check_backend
@@ -83,6 +84,8 @@ def accelerate(model: Model, *, backend: str = "auto") -> Model:
     blocks = [block for block in model.modules() for family in families if family.takes(block)]
     if not blocks:
         left = "".join(f"; {finding}" for finding in _findings(model, families))
+        if any(isinstance(module, GraphModule) for module in model.modules()):
+            left += "; a graph of torch.fx has functions in the place of modules: accelerate what it is traced from"
         raise ValueError(
             f"model must hold window attention of {', '.join(VERSIONS)}, got {type(model).__name__} without any{left}"
         )
@@ -91,6 +94,8 @@ def accelerate(model: Model, *, backend: str = "auto") -> Model:
             for module in (block, *family.attentions_of(block)):
                 module.__class__ = family.ours(module)
             block.backend = backend  # type: ignore[assignment]
+        for holder in filter(family.holds, model.modules()):
+            holder.__class__ = family.ours(holder)
     return model
 
 
@@ -150,15 +155,22 @@ def _family(name: str) -> Family:
         oldest, newest = VERSIONS[package]
         raise ImportError(
             f"accelerate knows {package} from {oldest} to {newest}, and other classes than those of the installed"
-            f" {metadata.version(package)} ({error}): {install('models')}"
+            f" {_version(package)} ({error}): {install('models')}"
         ) from error
     return family
 
 
+def _version(package: str) -> str:
+    """The installed one of what is imported by a name, which may be another than the package's."""
+    return metadata.version(metadata.packages_distributions()[package][0])
+
+
 def _check_overrides(family: Family) -> None:
     """Raises AttributeError where a method of ours takes the place of none of theirs, or has other parameters."""
-    for theirs, ours in family.blocks.items():
-        for name, method in vars(ours).items():
+    for theirs, ours in (family.blocks | family.holders).items():
+        mixed_in = [base for base in ours.__mro__ if not issubclass(theirs, base)]
+        common = {name: x for base in reversed(mixed_in) for name, x in vars(base).items() if hasattr(theirs, name)}
+        for name, method in (common | vars(ours)).items():
             is_override = name == "forward" or (name not in family.added and not hasattr(OnMaps, name))
             if inspect.isfunction(method) and is_override:
                 expected = inspect.signature(getattr(theirs, name))

@@ -12,7 +12,7 @@ kind, whose pooling is timm's own, multiples of 32 do.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -122,30 +122,47 @@ class AcceleratedParallelBlock(ParallelPartitionAttention):
         return torch.cat([attended, self.attn_grid(x, partition=grid, backend=self.backend)], -1)
 
 
-class AcceleratedSwinBlock(SwinTransformerBlock):
-    """`SwinTransformerBlock`: windows, shifted or not, of maps [B, H, W, C]."""
+class RolledWindows(nn.Module):
+    """A block of Swin's and its kin's: windows of maps [B, H, W, C], shifted or not."""
 
+    attn: nn.Module
     backend: str
-    forward = leaf_of_fx(SwinTransformerBlock.forward)
+    window_size: tuple[int, int]
+    shift_size: tuple[int, int]
 
-    def _attn(self, x: Tensor) -> Tensor:
+    def attended(self, x: Tensor, theirs: Callable[[Tensor], Tensor]) -> Tensor:
+        """A map, or what is theirs of it."""
         (height, width), window, shift = x.shape[1:3], self.window_size, self.shift_size
         whole = ceil_div(height, window[0]) * window[0], ceil_div(width, window[1]) * window[1]
         behind = 0, 0, 0, whole[1] - width, 0, whole[0] - height
         divides = is_known_to_be(whole[0] - height + whole[1] - width == 0)
-        if any(shift) and divides and trains_faster_theirs(x, self.backend) and _has_mask(self, x):
-            return super()._attn(x)
+        if any(shift) and divides and trains_faster_theirs(x, self.backend) and self.has_mask(x):
+            return theirs(x)
         if not divides:  # the zeros lie behind the rolled map: what came round is in front of them
             x = _roll(F.pad(_roll(x, shift, -1), behind), shift, 1)
         partition = Partition(*map(local, whole, window, shift))
         x = self.attn(x, partition=partition, backend=self.backend)
         return x if divides else _roll(unpad(_roll(x, shift, -1), behind), shift, 1)
 
+    def has_mask(self, x: Tensor) -> bool:
+        """Whether timm has a mask for maps of the size of x [B, H, W, C]."""
+        height, width = self.masked_size()
+        made_anew = getattr(self, "dynamic_mask", False)  # which timm 1.0.3 does not know
+        return made_anew or (is_known_to_be(x.shape[1] == height) and is_known_to_be(x.shape[2] == width))
 
-def _has_mask(block: Any, x: Tensor) -> bool:
-    """Whether timm has a mask for maps of the size of x [B, H, W, C]."""
-    height, width = block.input_resolution
-    return block.dynamic_mask or (is_known_to_be(x.shape[1] == height) and is_known_to_be(x.shape[2] == width))
+    def masked_size(self) -> tuple[int, int]:
+        """The maps that its mask is for, where that is not made anew."""
+        size: Any = self.input_resolution
+        return size
+
+
+class AcceleratedSwinBlock(RolledWindows, SwinTransformerBlock):
+    """`SwinTransformerBlock`: windows, shifted or not, of maps [B, H, W, C]."""
+
+    forward = leaf_of_fx(SwinTransformerBlock.forward)
+
+    def _attn(self, x: Tensor) -> Tensor:
+        return self.attended(x, super()._attn)
 
 
 def _block_or_grid(size: Sequence[int], partition_size: tuple[int, int], block: bool) -> Partition:

@@ -1,8 +1,8 @@
-"""torchvision's Swin, SwinV2 and video Swin: windows of maps [B, H, W, C] and videos [B, T, H, W, C], shifted or not.
+"""torchvision's Swin, SwinV2, video Swin and MaxViT: windows, shifted or not, and grids.
 
-Swin (Liu et al., arXiv 2103.14030), SwinV2 with cosine attention (arXiv 2111.09883), video Swin (arXiv 2106.13230).
-Maps that windows do not divide have zeros behind them, which are attended; an axis that one window covers is not
-shifted.
+Swin (Liu et al., arXiv 2103.14030), SwinV2 with cosine attention (arXiv 2111.09883), video Swin (arXiv 2106.13230):
+maps [B, H, W, C] and videos [B, T, H, W, C]. Where windows do not divide them there are zeros behind them, which are
+attended; an axis that one window covers is not shifted. MaxViT (arXiv 2204.01697): maps [B, C, H, W] of one size.
 """
 
 from __future__ import annotations
@@ -12,14 +12,26 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.models.maxvit import PartitionAttentionLayer, RelativePositionalMultiHeadAttention
 from torchvision.models.swin_transformer import ShiftedWindowAttention, ShiftedWindowAttentionV2
 from torchvision.models.video.swin_transformer import ShiftedWindowAttention3d
 
-from ..._tracing import leaf_of_fx
+from ..._tracing import is_plain, leaf_of_fx
+from ...axis import grid, local
 from ...maps import at_most
 from ...partition import Partition
 from .families import Family
-from .windows import OnMaps, attend, cached_bias, in_windows, shift_of, split, trains_faster_theirs
+from .windows import (
+    GivenPartitions,
+    OnMaps,
+    attend,
+    cached_bias,
+    in_windows,
+    project,
+    shift_of,
+    split,
+    trains_faster_theirs,
+)
 
 
 class _InWindows(OnMaps):
@@ -111,6 +123,58 @@ class AcceleratedShiftedWindowAttention3d(_InWindows, ShiftedWindowAttention3d):
         return cached_bias(self, [self.relative_position_bias_table], compute, window)[0]
 
 
+class MaxVitAttentionOnMaps(GivenPartitions, RelativePositionalMultiHeadAttention):
+    """`RelativePositionalMultiHeadAttention` of maps [B, H, W, C]."""
+
+    n_heads: int
+    scale_factor: float
+    size: int
+    to_qkv: nn.Module
+    merge: nn.Module
+    relative_position_bias_table: nn.Parameter
+    get_relative_positional_bias: Any
+
+    def heads(self, x: Tensor) -> tuple[Tensor, ...]:
+        return split(project(self.to_qkv, x), self.n_heads)
+
+    def factor(self) -> float:
+        return self.scale_factor
+
+    def output(self, context: Tensor) -> Tensor:
+        return project(self.merge, context)
+
+    def position_bias(self, partition: Partition) -> Tensor:
+        window = self.size, self.size
+        return cached_bias(self, [self.relative_position_bias_table], self.get_relative_positional_bias, window)[0]
+
+
+class AcceleratedPartitionAttentionLayer(PartitionAttentionLayer):
+    """`PartitionAttentionLayer`: windows or a grid of maps [B, C, H, W]."""
+
+    backend: str
+    attn_layer: nn.Sequential
+    mlp_layer: nn.Module
+    stochastic_dropout: nn.Module
+    partition_type: str
+    grid_size: tuple[int, int]
+    p: int
+
+    @leaf_of_fx
+    def forward(self, x: Tensor) -> Any:
+        size = tuple(x.shape[2:])
+        if size != tuple(self.grid_size) or not is_plain(self.attn_layer, nn.Sequential) or len(self.attn_layer) != 3:
+            return super().forward(x)
+        if self.partition_type == "window":
+            partition = Partition(*(local(extent, self.p) for extent in size))
+        else:
+            partition = Partition(*(grid(extent, extent // self.p) for extent in size))
+        norm, attn, dropout = self.attn_layer
+        x = x.permute(0, 2, 3, 1)
+        x = x + self.stochastic_dropout(dropout(attn(norm(x), partition=partition, backend=self.backend)))
+        x = x + self.stochastic_dropout(self.mlp_layer(x))
+        return x.permute(0, 3, 1, 2)
+
+
 _PARTLY = "shifted windows in training on a CPU are torchvision's"
 
 FAMILY = Family(
@@ -118,7 +182,10 @@ FAMILY = Family(
         ShiftedWindowAttention: AcceleratedShiftedWindowAttention,
         ShiftedWindowAttentionV2: AcceleratedShiftedWindowAttentionV2,
         ShiftedWindowAttention3d: AcceleratedShiftedWindowAttention3d,
+        PartitionAttentionLayer: AcceleratedPartitionAttentionLayer,
     },
+    attentions={RelativePositionalMultiHeadAttention: MaxVitAttentionOnMaps},
+    inside=("attn_layer.1",),
     added=("window",),
     partly=dict.fromkeys((ShiftedWindowAttention, ShiftedWindowAttentionV2, ShiftedWindowAttention3d), _PARTLY),
 )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..._tracing import is_exported, is_inference, is_known_to_be, is_plain
 from ...axis import ceil_div, local
-from ...functional import partitioned_attention
+from ...functional import missing_tokens, partitioned_attention
 from ...maps import linear, unpad
 from ...partition import Partition
 
@@ -50,46 +50,82 @@ class OnMaps(nn.Module):
         return True
 
 
+class TokensOf(OnMaps):
+    """The same of an attention class of theirs that has something else under the names of ours."""
+
+    attn: Any
+
+    def __init__(self, attn: nn.Module) -> None:
+        self.__dict__.update(attn=attn, training=attn.training)  # which is no part of it
+
+
 class GivenPartitions(OnMaps):
     """An attention class of theirs that a block calls: of maps where it is given a partition, else it is theirs."""
 
-    def forward(
-        self, x: Tensor, *args: Any, partition: Partition | None = None, backend: str = "auto", **options: Any
-    ) -> Any:
+    def forward(self, *args: Any, partition: Partition | None = None, backend: str = "auto", **options: Any) -> Any:
         if partition is None:
-            return super().forward(x, *args, **options)
-        return self.of_map(x, partition, backend)
+            return super().forward(*args, **options)
+        return self.of_map(args[0], partition, backend)
 
     def of_map(self, x: Tensor, partition: Partition, backend: str) -> Any:
         """What it returns of a map [B, *size, C], for all groups."""
         return attend(self, x, partition, backend)
 
 
-def attend(attn: OnMaps, x: Tensor, partition: Partition, backend: str) -> Tensor:
-    """What an attention module does to every group of the map x [B, *size, C]."""
-    if attn.training and attn.dropout_p() > 0:
-        raise ValueError(
-            f"dropout of attention weights is not supported: train with a probability of 0, not {attn.dropout_p()}"
-        )
+def attend(attn: OnMaps, x: Tensor, partition: Partition, backend: str, *, bias: Tensor | None = None) -> Tensor:
+    """What an attention module does to every group of the map x [B, *size, ...]; a bias is in place of its own."""
     if gathers(x, backend) and is_known_to_be(partition.divides) and attn.gathers():
-        return _attend_gathered(attn, x, partition)
+        return _attend_gathered(attn, x, partition, bias)
     q, k, v = attn.heads(x)  # [B, *size, heads, width]
-    bias, factor = attn.position_bias(partition), attn.factor()
-    return attn.output(partitioned_attention(q, k, v, partition, bias=bias, scale=factor, backend=backend).flatten(-2))
+    context = partitioned_attention(
+        *(q, k, v, partition),
+        bias=attn.position_bias(partition) if bias is None else bias,
+        scale=attn.factor(),
+        dropout_p=attn.dropout_p() if attn.training else 0.0,
+        backend=backend,
+    )
+    return attn.output(context.flatten(-2))
 
 
-def _attend_gathered(attn: OnMaps, x: Tensor, partition: Partition) -> Tensor:
+def attend_with_zeros(attn: OnMaps, x: Tensor, partition: Partition, backend: str) -> Tensor:
+    """The same where zeros fill the groups up that the map x [B, *size, C] does not: one key for all, no padded map.
+
+    Without a position bias, which would tell them apart.
+    """
+    if is_known_to_be(partition.divides):
+        return attend(attn, x, partition, backend)
+    if gathers(x, backend):
+        ends = [axis.origin + axis.groups * axis.tokens - axis.size for axis in partition]
+        around = [0, 0, *(n for axis, end in zip(partition, ends, strict=True) for n in (end, -axis.origin))][::-1]
+        around = [0, 0, *around[:-2]]
+        whole = Partition(*(local(axis.groups * axis.tokens, axis.tokens) for axis in partition))
+        return unpad(attend(attn, F.pad(x, around), whole, backend), around)
+    q, k, v = attn.heads(x)  # [B, *size, heads, width]
+    _, of_zero, value = attn.heads(x.new_zeros(1, *[1] * len(partition), x.shape[-1]))
+    out = partitioned_attention(
+        *(q, k, v, partition),
+        scale=attn.factor(),
+        extra_k=of_zero.flatten(1, -3).expand(x.shape[0], -1, -1, -1),  # [B, 1, heads, width]
+        extra_v=value.flatten(1, -3).expand(x.shape[0], -1, -1, -1),
+        extra_weight=missing_tokens(partition, x.device)[None, ..., None].to(x.dtype),  # [1, *size, 1]
+        backend=backend,
+    )
+    return attn.output(out.flatten(-2))
+
+
+def _attend_gathered(attn: OnMaps, x: Tensor, partition: Partition, bias: Tensor | None) -> Tensor:
     """The same between copies of x and y: PyTorch's attention on a CPU copies, and q, k, v and context are four."""
-    pixels = partition.view(x)  # [B, *groups, *tokens, C]
-    tokens = pixels.reshape(-1, partition.tokens, x.shape[-1])  # [n, T, C]
+    pixels, axes = partition.view(x), len(partition)  # [B, *groups, *tokens, ...]
+    tokens = pixels.reshape(-1, partition.tokens, *x.shape[1 + axes :])  # [n, T, ...]
     q, k, v = (t.transpose(1, 2) for t in attn.heads(tokens))  # [n, heads, T, width]
-    bias, factor = attn.position_bias(partition), attn.factor()
+    bias, factor = attn.position_bias(partition) if bias is None else bias, attn.factor()
     if isinstance(factor, Tensor):
         q, factor = q * factor[:, None, None], 1.0
     mask = None if bias is None else bias[None]
-    context = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=factor)
+    dropout_p = attn.dropout_p() if attn.training else 0.0
+    context = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p, scale=factor)
     attended = attn.output(context.transpose(1, 2).flatten(2))
-    return partition.join(attended.view(*pixels.shape[:-1], attended.shape[-1]))
+    return partition.join(attended.view(*pixels.shape[: 1 + 2 * axes], attended.shape[-1]))
 
 
 def gathers(x: Tensor, backend: str) -> bool:
