@@ -122,29 +122,30 @@ class PartitionBatch(NamedTuple):
 
 def _batch(sizes: Any, axes: Sequence[Any], pixels: Any, groups: Any, device: Any) -> PartitionBatch:
     """The table of maps whose axes those functions of a size make."""
-    budget = [None if n is None else whole(name, n) for name, n in (("pixels", pixels), ("groups", groups))]
-    if budget[0] is not None and not 1 <= budget[0] < 2**31:
-        raise ValueError(f"pixels must be at least 1 and less than 2**31, got {pixels}")
+    pixels, groups = (None if n is None else whole(name, n) for name, n in (("pixels", pixels), ("groups", groups)))
+    for name, limit in (("pixels", pixels), ("groups", groups)):
+        if limit is not None and not 1 <= limit < 2**31:
+            raise ValueError(f"{name} must be at least 1 and less than 2**31, got {limit}")
     if isinstance(sizes, Tensor):
         _check_sizes(sizes, len(axes))
-        if budget[0] is None:
+        if pixels is None:
             raise TypeError("pixels must be given with a tensor of sizes: how many there are is known on its device")
-        of_maps, most = sizes.to(torch.int64), (budget[0], budget[0] if budget[1] is None else budget[1])
-        table, needed = _table(of_maps, axes, most[1])
-        for name, count, limit in zip(("pixels", "groups"), needed, most, strict=True):
+        groups = pixels if groups is None else groups
+        table, needed = _table(sizes.to(torch.int64), axes, groups)
+        for name, count, limit in zip(("pixels", "groups"), needed, (pixels, groups), strict=True):
             torch._assert_async(count <= limit, f"{name} of all maps must be at most {limit}")
-        return PartitionBatch(table, most[0])
+        return PartitionBatch(table, pixels)
     listed = [integers("sizes", size, len(axes)) for size in sizes]
     if not listed or any(n < 1 for size in listed for n in size):
         raise ValueError(f"sizes must be of one or more maps of one or more pixels, got {sizes}")
     counts = sum(map(prod, listed)), sum(prod(f(n).groups for f, n in zip(axes, size, strict=True)) for size in listed)
-    for name, count, limit in zip(("pixels", "groups"), counts, budget, strict=True):
+    for name, count, limit in zip(("pixels", "groups"), counts, (pixels, groups), strict=True):
         if limit is not None and limit < count:
             raise ValueError(f"{name} must be at least the {count} of these maps, got {limit}")
-    most = tuple(a if b is None else b for a, b in zip(counts, budget, strict=True))
+    pixels, groups = (count if limit is None else limit for count, limit in zip(counts, (pixels, groups), strict=True))
     there = torch.get_default_device() if device is None else device
     copied = torch.tensor(listed, device="cpu").to(there, non_blocking=True)  # or the host would wait for the device
-    return PartitionBatch(_table(copied, axes, most[1])[0], most[0])
+    return PartitionBatch(_table(copied, axes, groups)[0], pixels)
 
 
 def _table(sizes: Tensor, axes: Sequence[Any], groups: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:

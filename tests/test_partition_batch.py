@@ -72,7 +72,7 @@ def one_by_one(mix: Mix, options: dict[str, Any], given: dict[str, Tensor], pixe
         start = here.stop
         maps = {n: x[here].unflatten(0, size)[None] if n in ("q", "k", "v", "valid") else x for n, x in given.items()}
         q, k, v = (maps.pop(name) for name in ("q", "k", "v"))
-        out, lse = partitioned_attention_with_lse(q, k, v, partition_of(size, options), **maps, backend="eager")  # type: ignore[arg-type]
+        out, lse = partitioned_attention_with_lse(q, k, v, partition_of(size, options), **maps, backend="eager")
         outs.append(out[0].flatten(0, -3))
         lses.append(lse[0].flatten(0, -2))
     out, lse = torch.cat(outs), torch.cat(lses)

@@ -108,8 +108,8 @@ def backward(
     factors.
     """
     if (table := inputs.table) is not None:
-        do, dlse = (None if x is None else packed.gather(x, table) for x in (do, dlse))
-        found = backward(packed.gathered(inputs), None, None, do, dlse, call)
+        dlse = None if dlse is None else packed.gather(dlse, table)
+        found = backward(packed.gathered(inputs), None, None, packed.gather(do, table), dlse, call)
         dq, dk, dv = (packed.scatter(x, table, inputs.q) for x in found[:3])
         return found._replace(dq=dq, dk=dk, dv=dv)
     return _backward(inputs, do, dlse, call, _numbers(inputs))
