@@ -11,6 +11,7 @@ What a user calls, and below it what it rests on; a file imports from lower line
     ops                       operators and derivatives of every order, for autograd, compilers and torch.func
     backend/                  what a backend promises; eager, triton with its kernels/, plain: the formula
     tiles/                    how much of a problem a program of a kernel takes, by architecture: data and its look-up
+    batch                     PartitionBatch: maps of several sizes in one launch
     dropout                   which weights are dropped: one hash, for tensors and for kernels
     partition                 Axis, Partition: the one equation of geometry
 
@@ -18,6 +19,7 @@ What a user calls, and below it what it rests on; a file imports from lower line
 """
 
 from .axis import Axis
+from .batch import PartitionBatch
 from .functional import dropout_mask, missing_tokens, partitioned_attention, partitioned_attention_with_lse
 from .maps import set_backend
 from .modules import (
@@ -37,6 +39,7 @@ __all__ = [
     "ISAModule",
     "InterlacedSparseSelfAttention",
     "Partition",
+    "PartitionBatch",
     "SelfAttention1d",
     "SelfAttention2d",
     "SelfAttention3d",

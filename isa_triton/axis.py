@@ -142,13 +142,21 @@ def interlaced(size: int, stride: int) -> Axis:
 
 
 def grid(size: int, tokens: int) -> Axis:
-    size, tokens = whole("size", size), whole("tokens", tokens)
+    return grid_axis(whole("size", size), whole("tokens", tokens))
+
+
+def grid_axis(size: Any, tokens: int) -> Axis:
+    """The same, of tensors of sizes too."""
     stride = ceil_div(size, tokens)
     return Axis(size, groups=stride, tokens=tokens, group_stride=1, token_stride=stride)
 
 
 def local(size: int, window: int, shift: int = 0, cyclic: bool = False) -> Axis:
-    size, window, shift = whole("size", size), whole("window", window), whole("shift", shift)
+    return local_axis(whole("size", size), whole("window", window), whole("shift", shift), cyclic)
+
+
+def local_axis(size: Any, window: int, shift: int = 0, cyclic: bool = False) -> Axis:
+    """The same, of tensors of sizes too."""
     origin = shift - window if shift else 0
     covered = size if cyclic else size - origin  # from the origin on
     return Axis(size, ceil_div(covered, window), window, window, token_stride=1, origin=origin, cyclic=cyclic)

@@ -14,6 +14,7 @@ from . import _tracing, ops, replays
 from .axis import along, whole
 from .backend import check_backend, choose
 from .backend.contract import Call, Inputs
+from .batch import PartitionBatch
 from .dropout import factors, rows_of
 from .partition import Partition, check_partition, flat_index
 
@@ -25,7 +26,7 @@ def partitioned_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    partition: Partition,
+    partition: Partition | PartitionBatch,
     *,
     bias: Tensor | None = None,
     scale: float | Tensor | None = None,
@@ -52,7 +53,8 @@ def partitioned_attention(
         k: [B, H, W, heads, K], dtype and device of q. It may have fewer heads, which divide those of q: each then
             serves as many neighbouring heads of queries (grouped-query attention, arXiv 2305.13245).
         v: [B, H, W, heads, V], dtype and device of q, heads of k; V may differ from K.
-        partition: which pixels attend which, for maps of H x W.
+        partition: which pixels attend which, for maps of H x W. With a `PartitionBatch`, of maps of several sizes, q is
+            [pixels, heads, K], k, v, valid and results likewise; all maps share a bias.
         bias: [heads, tokens, tokens], added to the scores, finite or minus infinity; tokens outside the map have their
             rows and columns too. One head serves all; [B, heads, tokens, tokens] is a bias for each map. Any floating
             dtype: an fp32 table under bf16 is read as it is.
@@ -94,7 +96,7 @@ def partitioned_attention_with_lse(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    partition: Partition,
+    partition: Partition | PartitionBatch,
     *,
     bias: Tensor | None = None,
     scale: float | Tensor | None = None,
@@ -214,7 +216,7 @@ def _attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    partition: Partition,
+    partition: Partition | PartitionBatch,
     bias: Tensor | None,
     scale: float | Tensor | None,
     valid: Tensor | None,
@@ -223,9 +225,16 @@ def _attention(
     seed: Tensor | int | None,
     backend: str,
     with_lse: bool,
+    table: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
+    if isinstance(partition, PartitionBatch):
+        _check_packed(q, k, v, valid, partition, bias, extra, dropout_p)
+        valid = valid if valid is None else valid[None]
+        rest = bias, scale, valid, extra, dropout_p, seed, backend, with_lse, partition.table
+        out, lse = _attention(q[None], k[None], v[None], partition.line, *rest)
+        return out[0], lse[0] if with_lse else lse
     drops = seed is not None or type(dropout_p) not in (float, int) or dropout_p != 0
-    plain = valid is None and extra == (None, None, None) and not drops
+    plain = valid is None and extra == (None, None, None) and not drops and table is None
     key = replays.key(q, k, v, bias, partition, scale, backend, with_lse) if plain else None
     if key is not None and (results := replays.again(key, q, k, v, bias)) is not None:
         return results
@@ -239,14 +248,14 @@ def _attention(
         dtype = torch.get_autocast_dtype(kind)
         tensors = {name: x if name == "extra_weight" else x.to(dtype) for name, x in tensors.items()}
     q, k, v = tensors["q"], tensors["k"], tensors["v"]
-    _check_fit(tensors, partition)
+    _check_fit(tensors, partition if table is None else None)
     bias = _checked_bias(bias, q, partition)
     factor, scales = _checked_scale(scale, q)
     if valid is not None:
         _check_valid(valid, q)
     dropout_p, seeds = _checked_dropout(dropout_p, seed, q)
     call = Call(factor, partition, with_lse or extra != (None, None, None), choose(backend, q), dropout_p)
-    inputs = Inputs(q, k, v, bias, scales, valid, seeds)
+    inputs = Inputs(q, k, v, bias, scales, valid, seeds, table)
     with torch.autocast(kind, enabled=False) if casts else nullcontext():  # no further: what is fp32 inside stays so
         results = ops.attention(inputs, call)
         if "extra_k" in tensors:
@@ -260,7 +269,7 @@ def _with_extra(
     out: Tensor, lse: Tensor, inputs: Inputs, call: Call, tensors: dict[str, Tensor]
 ) -> tuple[Tensor, Tensor]:
     """out and lse of a softmax over more keys: of two sets, each exp(lse) is the other's weight."""
-    q, _, _, _, scales, valid, seed = inputs
+    q, _, _, _, scales, valid, seed, _ = inputs
     if valid is not None:  # whatever others hold
         q = q.masked_fill(~valid[..., None, None], 0)
     s = call.scale * torch.einsum("b...hk,bnhk->b...hn", q.to(lse.dtype), tensors["extra_k"].to(lse.dtype))
@@ -309,6 +318,41 @@ def _check_kinds(tensors: dict[str, Tensor], axes: int) -> None:
             raise ValueError(f"{name} must be [{dims}], got shape {tuple(x.shape)}")
 
 
+def _check_packed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    valid: Any,
+    batch: PartitionBatch,
+    bias: Any,
+    extra: Extra,
+    dropout_p: Any,
+) -> None:
+    """What packed tensors are, and do not go with."""
+    for name, x in {"q": q, "k": k, "v": v}.items():
+        _check_tensor(name, x)
+        if x.dim() != 3 or x.shape[0] != batch.pixels:
+            raise ValueError(f"{name} must be [pixels, heads, width] with {batch.pixels} pixels, got {tuple(x.shape)}")
+    table = batch.table
+    if not isinstance(table, Tensor) or table.dtype != torch.int32 or table.dim() != 2 or not table.numel():
+        raise TypeError(f"partition.table must be a torch.int32 [groups, tokens], got {type(table).__name__}")
+    _check_device("partition.table", table, q)
+    if valid is not None and (not isinstance(valid, Tensor) or tuple(valid.shape) != (batch.pixels,)):
+        raise ValueError(f"valid must be [pixels] = {(batch.pixels,)} of a PartitionBatch, got {_shape_of(valid)}")
+    if isinstance(bias, Tensor) and bias.dim() != 3:
+        raise ValueError(
+            f"bias must be [heads, tokens, tokens], for all maps of a PartitionBatch, got {_shape_of(bias)}"
+        )
+    if any(x is not None for x in extra):
+        raise ValueError("extra_k, extra_v and extra_weight do not go with a PartitionBatch")
+    if not isinstance(dropout_p, (int, float)) or dropout_p:
+        raise ValueError(f"dropout_p must be 0 with a PartitionBatch, got {dropout_p!r}")
+
+
+def _shape_of(x: Any) -> Any:
+    return tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+
+
 def _check_tensor(name: str, x: Any) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
@@ -323,7 +367,7 @@ def _check_device(name: str, x: Tensor, q: Tensor) -> None:
         raise ValueError(f"{name} must be on the device of q, {q.device}, got {x.device}")
 
 
-def _check_fit(tensors: dict[str, Tensor], partition: Partition) -> None:
+def _check_fit(tensors: dict[str, Tensor], partition: Partition | None) -> None:
     q, k, v = tensors["q"], tensors["k"], tensors["v"]
     for name, x in tensors.items():
         if x.dtype != q.dtype and name != "extra_weight":
@@ -339,7 +383,7 @@ def _check_fit(tensors: dict[str, Tensor], partition: Partition) -> None:
         )
     if v.shape[:-1] != k.shape[:-1]:
         raise ValueError(f"v must be {[*k.shape[:-1], 'V']} as k is, got {tuple(v.shape)}")
-    if (size := tuple(q.shape[1:-2])) != partition.size:
+    if partition is not None and (size := tuple(q.shape[1:-2])) != partition.size:
         raise ValueError(f"partition is for maps of {partition.size}, but q is {tuple(q.shape)}, a map of {size}")
     if "extra_k" in tensors:
         _check_extra(tensors, q, v)

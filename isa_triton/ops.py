@@ -20,7 +20,7 @@ from .backend import BY_NAME, plain
 from .backend.contract import Call, Gradients, Inputs, empty_gradients, empty_outputs
 
 Tensors = tuple[Tensor, ...]
-DIFFERENTIABLE = 5  # of `Inputs`: all but valid and seed
+DIFFERENTIABLE = 5  # of `Inputs`: all but valid, seed and table
 NONE: tuple[None, ...] = (None,) * (len(Inputs._fields) - DIFFERENTIABLE)  # the gradients of the others
 
 
@@ -44,7 +44,7 @@ def _plain_attention(inputs: Inputs, call: Call) -> tuple[Tensor, Tensor]:
 
 # -- operators: what a compiler keeps in its graph instead of the loop over chunks or the kernels ----------------------
 
-_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? scales, Tensor? valid, Tensor? seed"
+_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? scales, Tensor? valid, Tensor? seed, Tensor? table"
 _CALL = "float scale, SymInt[] axes, bool with_lse, str backend, float dropout_p=0.0"
 _BESIDE = 4  # tensors that backward takes beside the inputs
 _library = torch.library.Library("isa_triton", "DEF")
@@ -58,13 +58,13 @@ _library.define(
 @torch.library.impl(_library, "forward", "CompositeExplicitAutograd")
 def _forward_operator(*tensors_and_call: Any) -> Tensors:
     inputs, _others, call = _taken(tensors_and_call)
-    return _run_forward(inputs, call.checked(inputs.q))
+    return _run_forward(inputs, call.checked(inputs.q, inputs.table))
 
 
 @torch.library.impl(_library, "backward", "CompositeExplicitAutograd")
 def _backward_operator(*tensors_and_call: Any) -> Tensors:
     inputs, (out, lse, do, dlse), call = _taken(tensors_and_call, _BESIDE)
-    return _run_backward(inputs, out, lse, do, dlse, call.checked(inputs.q))
+    return _run_backward(inputs, out, lse, do, dlse, call.checked(inputs.q, inputs.table))
 
 
 @torch.library.register_fake("isa_triton::forward", lib=_library)
@@ -142,9 +142,10 @@ class _Attention(torch.autograd.Function):
         scales: Tensor | None,
         valid: Tensor | None,
         seed: Tensor | None,
+        table: Tensor | None,
         call: Call,
     ) -> Tensors:
-        inputs = Inputs(q, k, v, bias, scales, valid, seed)
+        inputs = Inputs(q, k, v, bias, scales, valid, seed, table)
         if _is_operator(call, *inputs):
             return torch.ops.isa_triton.forward.default(*inputs, *call.flat())
         return _run_forward(inputs, call)
@@ -158,10 +159,11 @@ class _Attention(torch.autograd.Function):
         scales: Tensor | None,
         valid: Tensor | None,
         seed: Tensor | None,
+        table: Tensor | None,
         call: Call,
     ) -> Tensors:
         with_lse = call.with_lse or _keeps_output(q, v, call)
-        return _Attention.run(q, k, v, bias, scales, valid, seed, call._replace(with_lse=with_lse))
+        return _Attention.run(q, k, v, bias, scales, valid, seed, table, call._replace(with_lse=with_lse))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
@@ -209,13 +211,14 @@ class _AttentionBackward(torch.autograd.Function):
         scales: Tensor | None,
         valid: Tensor | None,
         seed: Tensor | None,
+        table: Tensor | None,
         out: Tensor | None,
         lse: Tensor | None,
         do: Tensor,
         dlse: Tensor | None,
         call: Call,
     ) -> Tensors:
-        inputs = Inputs(q, k, v, bias, scales, valid, seed)
+        inputs = Inputs(q, k, v, bias, scales, valid, seed, table)
         if _is_operator(call, *inputs, do, dlse):
             return torch.ops.isa_triton.backward.default(*inputs, out, lse, do, dlse, *call.flat())
         return tuple(_run_backward(inputs, out, lse, do, dlse, call))
@@ -329,13 +332,14 @@ torch.library.register_autograd(
 
 def _folded_inputs(tensors: Sequence[Any], dims: Sequence[Any], n: int, at: int) -> Sequence[Any]:
     """`Inputs` whose vmapped dimension has become more heads, which stand at `at`."""
-    q, k, v, bias, scales, valid, seed = tensors
-    if valid is not None and dims[5] is not None:
-        raise NotImplementedError("torch.func.vmap has no `valid` of its own for each call: make them one batch")
+    q, k, v, bias, scales, valid, seed, table = tensors
+    for name, dim in (("valid", dims[5]), ("table", dims[7])):
+        if dim is not None:
+            raise NotImplementedError(f"torch.func.vmap has no `{name}` of its own for each call: make them one batch")
     of_bias = None if bias is None else bias.dim() - 3 - (dims[3] is not None)
     places = at, at, at, of_bias, 0
     folded = (_fold(x, dim, n, i) for x, dim, i in zip((q, k, v, bias, scales), dims, places, strict=False))
-    return *folded, valid, _fold(seed, dims[6], n, 0)
+    return *folded, valid, _fold(seed, dims[6], n, 0), table
 
 
 def _fold(x: Tensor | None, dim: int | None, n: int, heads: int | None) -> Tensor | None:

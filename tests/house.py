@@ -20,20 +20,24 @@ ARROWS = {
     "isa_triton._tracing": set(),
     "isa_triton.axis": set(),
     "isa_triton.partition": {"isa_triton.axis"},
+    "isa_triton.batch": {"isa_triton.axis", "isa_triton.partition"},
     "isa_triton.dropout": set(),
     "isa_triton.tiles": set(),
     "isa_triton.backend.contract": {"isa_triton.partition"},
+    "isa_triton.backend.packed": {"isa_triton.backend.contract"},
     "isa_triton.backend.plain": {
         "isa_triton.axis",
         "isa_triton.dropout",
         "isa_triton.partition",
         "isa_triton.backend.contract",
+        "isa_triton.backend.packed",
     },
     "isa_triton.backend.eager": {
         "isa_triton.axis",
         "isa_triton.dropout",
         "isa_triton.partition",
         "isa_triton.backend.contract",
+        "isa_triton.backend.packed",
     },
     "isa_triton.backend.kernels": {
         "isa_triton.axis",
@@ -55,6 +59,7 @@ ARROWS = {
     "isa_triton.functional": {
         "isa_triton._tracing",
         "isa_triton.axis",
+        "isa_triton.batch",
         "isa_triton.dropout",
         "isa_triton.partition",
         "isa_triton.backend",

@@ -101,11 +101,9 @@ def test_operators_pass_opcheck(bias: bool, transposed: bool) -> None:
     if transposed:
         q, k, v = (x.detach().transpose(1, 4).contiguous().transpose(1, 4).requires_grad_() for x in (q, k, v))
     b, axes = (rest[0] if rest else None), Call(0.5, TINY, False, "triton").flat()[1]
-    torch.library.opcheck(
-        torch.ops.isa_triton.forward.default, (q, k, v, b, None, None, None, 0.5, axes, True, "triton")
-    )
+    torch.library.opcheck(torch.ops.isa_triton.forward.default, (q, k, v, b, *[None] * 4, 0.5, axes, True, "triton"))
     plain = [None if x is None else x.detach() for x in (q, k, v, b)]
-    arguments = (*plain, None, None, None, None, None, torch.randn_like(v), None, 0.5, axes, False, "triton")
+    arguments = (*plain, *[None] * 6, torch.randn_like(v), None, 0.5, axes, False, "triton")
     torch.library.opcheck(torch.ops.isa_triton.backward.default, arguments)
 
 

@@ -346,7 +346,7 @@ for name, target in (("sm_90", GPUTarget("cuda", 90, 32)), ("gfx942", GPUTarget(
     found = tiles.backward(name, width, width, "bfloat16", tokens)
     tile = tiles.lookup(name, "forward", width, width, "bfloat16", tokens)
     sums = layout(*plan.bias_partials_shape(maps, heads, partition, found, per_map=True), dtype=torch.float32)
-    given = q, k, k, bias, scales, valid, seed, q, lse
+    given = q, k, k, bias, scales, valid, seed, None, q, lse
     launches = [*plan.forward(given, 1.0, partition, tile, "ieee")]
     launches += plan.backward((*given, q, lse, q, q, q, lse, sums), 1.0, partition, found, "ieee")
     for each in launches:

@@ -19,7 +19,7 @@ from isa_triton.backend import eager
 from isa_triton.backend.contract import Call
 from tests.cases import PARTITIONS, qkv, relative_error
 
-NONE = None, None, None  # scales, valid, seed
+NONE = (None,) * 4  # scales, valid, seed, table
 every_partition = pytest.mark.parametrize("partition", PARTITIONS.values(), ids=PARTITIONS.keys())
 
 

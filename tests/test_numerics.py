@@ -165,7 +165,7 @@ def test_a_map_of_sixteen_million_pixels_is_traced(backend: str) -> None:
     q = torch.empty(1, 4096, 4096, 1, 256, device="meta", dtype=torch.float16, requires_grad=True)
     v = torch.empty(1, 4096, 4096, 1, 512, device="meta", dtype=torch.float16, requires_grad=True)
     if backend == "eager":
-        out = torch.ops.isa_triton.forward.default(q, q, v, *[None] * 4, 1.0, partition.flat(), False, "eager")[0]
+        out = torch.ops.isa_triton.forward.default(q, q, v, *[None] * 5, 1.0, partition.flat(), False, "eager")[0]
     else:
         out = partitioned_attention(q, q, v, partition, backend=backend)
     dq, dv = torch.autograd.grad(out.sum(), (q, v))

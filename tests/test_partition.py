@@ -230,7 +230,7 @@ def test_what_constructors_make_passes(size: tuple[int, ...]) -> None:
 def test_no_backend_starts_on_a_partition_with_a_hole() -> None:
     """Nor do the operators that exported programs hold, with other maps either."""
     partition, q = Partition(Axis(4, 1, 3, 3, 1), Axis.local(6, 3)), torch.randn(1, 4, 6, 1, 2)
-    call, rest = (1.0, partition.flat(), False, "eager"), (None, None, None)  # scales, valid, seed
+    call, rest = (1.0, partition.flat(), False, "eager"), (None,) * 4  # scales, valid, seed, table
     message = r"partition\.h must have every pixel in one group once: pixel 3 is there 0 times"
     with pytest.raises(ValueError, match=message):
         partitioned_attention(q, q, q, partition)

@@ -214,11 +214,11 @@ class Tensors:
 
     def of_forward(self, with_lse: bool = True) -> Any:
         """What a forward pass reads and writes, in the order of `plan.FORWARD`."""
-        return self.q, self.k, self.v, self.bias, None, None, None, self.out, self.lse if with_lse else None
+        return self.q, self.k, self.v, self.bias, *[None] * 4, self.out, self.lse if with_lse else None
 
     def forward(self, tile: Tile, with_lse: bool = True) -> None:
         """Launch the forward pass."""
-        q, k, v, bias, _, _, _, out, lse = self.of_forward(with_lse)
+        q, k, v, bias, *_, out, lse = self.of_forward(with_lse)
         partition, precision = self.problem.partition, self.problem.precision
         launch.forward(q, k, v, bias, out, lse, self.scale, partition, tile, precision)
 
@@ -231,12 +231,12 @@ class Tensors:
     def of_backward(self, partials: Tensor | None) -> Any:
         """What a backward pass reads and writes, without a gradient of lse, in the order of `plan.BACKWARD`."""
         saved, gradients = (self.out, self.lse, self.do, None), (self.dq, self.dk, self.dv, self.delta, partials)
-        return self.q, self.k, self.v, self.bias, None, None, None, *saved, *gradients
+        return self.q, self.k, self.v, self.bias, *[None] * 4, *saved, *gradients
 
     def backward(self, tiles: BackwardTiles, partials: Tensor | None) -> None:
         """Launch the backward pass."""
         run: Any = launch.backward
-        q, k, v, bias, _, _, _, *rest = self.of_backward(partials)
+        q, k, v, bias, _, _, _, _, *rest = self.of_backward(partials)
         run(q, k, v, bias, *rest, self.scale, self.problem.partition, tiles, self.problem.precision)
 
 

@@ -6,7 +6,7 @@ Shapes, here and wherever backends are spoken of; [H, W] stands for the map, a l
     lse, dlse       [B, H, W, heads]           bias, dbias       [heads, tokens, tokens], [B, heads, tokens, tokens]
                                                                  or None
     valid           [B, H, W] or None          scales, dscales   [heads] or None
-    seed            [calls] or None
+    seed            [calls] or None            table             [groups, tokens] or None
 
 k and v, and dk and dv, may have fewer heads, which divide those of q.
 """
@@ -31,6 +31,8 @@ class Inputs(NamedTuple):
         scales: of the heads, by which their scores are multiplied beside the call's scale.
         valid: which pixels exist, bool: others are never attended, and their out and gradients are zero.
         seed: of dropout, int64; more than one (`calls` of torch.func.vmap) are of as many neighbouring heads each.
+        table: of packed maps [1, pixels, ...], the pixel of every token, int32, -1 for none; the call's partition is
+            then that of all tokens one after another. Pixels of no token are as if not valid.
 
     Examples:
         >>> q = torch.zeros(1, 4, 6, 4, 16)
@@ -45,6 +47,7 @@ class Inputs(NamedTuple):
     scales: Tensor | None = None
     valid: Tensor | None = None
     seed: Tensor | None = None
+    table: Tensor | None = None
 
     @property
     def share(self) -> int:
@@ -88,14 +91,18 @@ class Call(NamedTuple):
         """The inverse of `flat`."""
         return cls(scale, Partition.unflatten(axes), with_lse, backend, dropout_p)
 
-    def checked(self, q: Tensor) -> Call:
+    def checked(self, q: Tensor, table: Tensor | None = None) -> Call:
         """The call, for q [B, H, W, heads, K], of an operator, which may stand in anybody's graph.
 
         Raises:
             ValueError: the partition is that of no map, or of another than q.
         """
         check_partition(self.partition)
-        if tuple(q.shape[1:-2]) != self.partition.size:
+        if table is not None:
+            expected = self.partition.groups, self.partition.tokens
+            if q.dim() != 4 or len(q) != 1 or tuple(table.shape) != expected:
+                raise ValueError(f"q must be [1, pixels, heads, K] and table {expected}, got {tuple(table.shape)}")
+        elif tuple(q.shape[1:-2]) != self.partition.size:
             raise ValueError(f"q must be a map of {self.partition.size}, as axes say, got shape {tuple(q.shape)}")
         return self
 

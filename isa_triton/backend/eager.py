@@ -17,6 +17,7 @@ from torch import Tensor
 from ..axis import Run
 from ..dropout import factors, rows_of
 from ..partition import Partition
+from . import packed
 from .contract import Call, Gradients, Inputs, empty_gradients, empty_outputs, lse_dtype
 
 OPAQUE = False  # PyTorch's own operators, which modes may look into
@@ -35,6 +36,9 @@ def keeps_output(q: Tensor, v: Tensor, partition: Partition) -> bool:
 
 def forward(inputs: Inputs, call: Call) -> tuple[Tensor, Tensor]:
     """``out = softmax(scale q k^T + bias) v`` inside every group, and lse, the log-sum-exp of its scores (or empty)."""
+    if (table := inputs.table) is not None:
+        out, lse = forward(packed.gathered(inputs), call)
+        return packed.scatter(out, table, inputs.q), packed.scatter_lse(lse, table, inputs.q) if call.with_lse else lse
     return _forward(inputs, call, _numbers(inputs))
 
 
@@ -44,7 +48,7 @@ def _forward(inputs: Inputs, call: Call, numbers: dict[str, Tensor]) -> tuple[Te
         return _roll_back(out, call.partition), _roll_back(lse, call.partition) if call.with_lse else lse
     scale, partition, with_lse, *_ = call
     inputs = _spread(inputs)
-    (q, k, v, bias, _, valid, _), (out, lse) = inputs, empty_outputs(inputs, with_lse)
+    (q, k, v, bias, _, valid, *_), (out, lse) = inputs, empty_outputs(inputs, with_lse)
     if not with_lse and _sdpa_is_faster(inputs):
         _sdpa_forward(q, k, v, bias, call, out)
         return out, lse
@@ -103,6 +107,11 @@ def backward(
     it; dscales is S's part without them times dS, ``q . dq`` before dq has its head's. With dropout dv and dP have its
     factors.
     """
+    if (table := inputs.table) is not None:
+        dlse = None if dlse is None else packed.gather(dlse, table)
+        found = backward(packed.gathered(inputs), None, None, packed.gather(do, table), dlse, call)
+        dq, dk, dv = (packed.scatter(x, table, inputs.q) for x in found[:3])
+        return found._replace(dq=dq, dk=dk, dv=dv)
     return _backward(inputs, do, dlse, call, _numbers(inputs))
 
 
@@ -115,7 +124,7 @@ def _backward(inputs: Inputs, do: Tensor, dlse: Tensor | None, call: Call, numbe
         return found._replace(dq=dq, dk=dk, dv=dv)
     scale, partition, of_keys = call.scale, call.partition, inputs.k.shape[-2]
     inputs = _spread(inputs)
-    (q, k, v, _, _, valid, _), (dq, dk, dv, dbias, dscales) = inputs, empty_gradients(inputs)
+    (q, k, v, _, _, valid, *_), (dq, dk, dv, dbias, dscales) = inputs, empty_gradients(inputs)
     if valid is not None:
         do = do.masked_fill(~valid[..., None, None], 0)
         dlse = None if dlse is None else dlse.masked_fill(~valid[..., None], 0)
@@ -162,7 +171,7 @@ def _backward(inputs: Inputs, do: Tensor, dlse: Tensor | None, call: Call, numbe
 
 def _spread(inputs: Inputs) -> Inputs:
     """With a head of k and v for each of q, and zeros where no pixel is valid."""
-    q, k, v, _, _, valid, _ = inputs
+    q, k, v, _, _, valid, *_ = inputs
     if inputs.share > 1:
         k, v = (x.repeat_interleave(inputs.share, -2) for x in (k, v))
     if valid is not None:
@@ -333,7 +342,7 @@ def _sdpa_is_faster(inputs: Inputs) -> bool:
     it saves the scores' way through memory. It has one scale and another dropout, and its mask would have to be made
     for every group.
     """
-    q, _, v, bias, scales, valid, seed = inputs
+    q, _, v, bias, scales, valid, seed, _ = inputs
     if any(x is not None for x in (scales, valid, seed)) or (bias is not None and bias.dim() == 4):
         return False
     return q.shape[-1] == v.shape[-1] and (q.device.type != "cpu" or q.shape[-1] <= 128)

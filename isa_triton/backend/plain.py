@@ -14,12 +14,16 @@ from torch import Tensor
 from ..axis import Axis
 from ..dropout import factors, rows_of
 from ..partition import Partition, flat_index
+from . import packed
 from .contract import Inputs, lse_dtype
 
 
 def attention(inputs: Inputs, scale: float, partition: Partition, dropout_p: float = 0.0) -> tuple[Tensor, Tensor]:
     """out and lse, as `contract.Backend.forward` returns them."""
-    q, k, v, bias, scales, valid, seed = inputs
+    if (table := inputs.table) is not None:
+        out, lse = attention(packed.gathered(inputs), scale, partition)
+        return packed.scatter(out, table, inputs.q), packed.scatter_lse(lse, table, inputs.q)
+    q, k, v, bias, scales, valid, seed, _ = inputs
     size, device, n = partition.size, q.device, len(partition)
     if inputs.share > 1:
         k, v = (x.repeat_interleave(inputs.share, -2) for x in (k, v))

@@ -26,6 +26,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 DEVICES = ("cuda", "xpu")  # ROCm calls itself cuda
 INTERPRETED_TARGET = "sm_80"  # whose tiles Triton's interpreter runs with
 INSTALLED = find_spec("triton") is not None
+NONE = (None,) * 4  # scales, valid, seed and table of calls that are made again
 LOGGER = logging.getLogger("isa_triton")
 
 
@@ -53,9 +54,9 @@ def forward(inputs: Inputs, call: Call) -> tuple[Tensor, Tensor]:
     """out and lse, by one kernel."""
     from .kernels import launch
 
-    q, k, v, bias, scales, valid, seed = inputs = _readable(inputs)
+    q, k, v, bias, scales, valid, seed, table = inputs = _readable(inputs)
     out, lse = empty_outputs(inputs, call.with_lse)
-    if valid is not None:  # of pixels that do not exist, kernels write nothing
+    if valid is not None or table is not None:  # of pixels that do not exist, kernels write nothing
         out.zero_()
         lse.fill_(-torch.inf)
     kept_lse, precision = lse if call.with_lse else None, precision_of(q.dtype, q.device)
@@ -63,7 +64,7 @@ def forward(inputs: Inputs, call: Call) -> tuple[Tensor, Tensor]:
     with _on(q.device):
         launch.forward(
             q, k, v, bias, out, kept_lse, call.scale, call.partition, tile, precision, call.dropout_p,
-            scales=scales, valid=valid, seed=seed,
+            scales=scales, valid=valid, seed=seed, table=table,
         )  # fmt: skip
     return out, lse
 
@@ -74,12 +75,12 @@ def backward(
     """The gradients, by one kernel or in passes; out and lse are needed where `keeps_output` says so."""
     from .kernels import launch, plan
 
-    q, k, v, bias, scales, valid, seed = inputs = _readable(inputs)
+    q, k, v, bias, scales, valid, seed, table = inputs = _readable(inputs)
     do, dlse, key_heads = _in_memory(do), _in_memory(dlse), k.shape[-2]
     dq, dk, dv, dbias, dscales = empty_gradients(inputs)
     if inputs.share > 1:  # of every head of q, and then added
         dk, dv = (x.new_empty(*q.shape[:-1], x.shape[-1]) for x in (dk, dv))
-    if valid is not None:
+    if valid is not None or table is not None:
         for gradient in (dq, dk, dv):
             gradient.zero_()
     chosen = _backward_tiles(*_problem(q, v, bias, call.partition))
@@ -92,6 +93,7 @@ def backward(
         launch.backward(
             q, k, v, bias, out, lse, do, dlse, dq, dk, dv, delta, partials, call.scale, call.partition, chosen,
             precision, call.dropout_p, scales=scales, valid=valid, seed=seed,
+            table=table,
         )  # fmt: skip
     if partials is not None:
         dbias.copy_(partials.sum(0).view(dbias.shape))
@@ -119,14 +121,14 @@ class Replay:
         out, lse = empty_outputs(Inputs(q, k, v), call.with_lse)
         tile, precision = _forward_tile(*_problem(q, v, bias, call.partition)), precision_of(q.dtype, q.device)
         with _on(q.device):
-            tensors = q, k, v, bias, None, None, None, out, lse if call.with_lse else None
+            tensors = q, k, v, bias, *NONE, out, lse if call.with_lse else None
             self.launch = launch.Replay(plan.forward, tensors, call.scale, call.partition, tile, precision)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """out and lse, if the call is with lse."""
         out = torch.empty_like(v, memory_format=torch.contiguous_format)
         lse = q.new_empty(q.shape[:-1], dtype=torch.float32) if self.call.with_lse else None
-        self.launch((q, k, v, bias, None, None, None, out, lse))
+        self.launch((q, k, v, bias, *NONE, out, lse))
         return out, lse
 
 
@@ -150,7 +152,7 @@ class BackwardReplay:
         per_map = bias is not None and bias.dim() == 4
         self.partials = plan.bias_partials_shape(q.shape[0], q.shape[-2], call.partition, chosen, per_map)
         with _on(q.device):
-            tensors = q, k, v, bias, None, None, None, out, lse, do, None, *self._empty(q, k, v, bias, lse)
+            tensors = q, k, v, bias, *NONE, out, lse, do, None, *self._empty(q, k, v, bias, lse)
             self.launch = launch.Replay(plan.backward, tensors, call.scale, call.partition, chosen, precision)
 
     def __call__(
@@ -158,7 +160,7 @@ class BackwardReplay:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """dq, dk, dv and dbias."""
         dq, dk, dv, delta, partials = self._empty(q, k, v, bias, lse)
-        self.launch((q, k, v, bias, None, None, None, out, lse, do, None, dq, dk, dv, delta, partials))
+        self.launch((q, k, v, bias, *NONE, out, lse, do, None, dq, dk, dv, delta, partials))
         return dq, dk, dv, None if bias is None else partials.sum(0).to(bias.dtype).view(bias.shape)
 
     def _empty(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, lse: Tensor | None) -> tuple[Any, ...]:
@@ -178,11 +180,11 @@ def can_replay(q: Tensor, *others: Tensor | None) -> bool:
 def _readable(inputs: Inputs) -> Inputs:
     """As kernels will read them: PyTorch negates lazily, by a bit beside the memory, and truth values are bytes."""
     q, k, v, bias, scales = map(_in_memory, inputs[:5])
-    scales, seed = (None if x is None else x.contiguous() for x in (scales, inputs.seed))
+    scales, seed, table = (None if x is None else x.contiguous() for x in (scales, inputs.seed, inputs.table))
     valid = inputs.valid
     if valid is not None:
         valid = valid.view(torch.uint8)[..., None].expand(q.shape[:-1])
-    return Inputs(q, k, v, bias, scales, valid, seed)
+    return Inputs(q, k, v, bias, scales, valid, seed, table)
 
 
 def _in_memory(x: Any) -> Any:

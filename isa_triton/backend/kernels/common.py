@@ -26,6 +26,7 @@ row_keys = triton.jit(FunctionType(dropping.row_keys.__code__, globals()))
 draw = triton.jit(FunctionType(dropping.draw.__code__, globals()))
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+FIELDS_OF_TABLE = tl.constexpr(3)  # which no axis has
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # of fp32: a maximum over no key yet
 
 
@@ -53,6 +54,14 @@ class Pairs(NamedTuple):
     key: int  # not in units
     tokens: int
     unit: Any
+
+
+class Table(NamedTuple):
+    """In the place of axes: where the tokens of packed maps lie, [groups, tokens], -1 for none."""
+
+    data: Any
+    groups: int
+    tokens: int
 
 
 class Dropout(NamedTuple):
@@ -107,6 +116,17 @@ def tokens_of(axes):
 
 
 @triton.jit
+def places(group, token, axes):
+    """`coordinates`, of axes or of a table."""
+    if len(axes[0]) == FIELDS_OF_TABLE:
+        table = axes[0]
+        pixel = tl.load(table.data + group.to(tl.int64) * table.tokens + token, token < table.tokens, other=-1)
+        return (pixel,), pixel >= 0
+    else:  # noqa: RET505
+        return coordinates(group, token, axes)
+
+
+@triton.jit
 def locate(item, head, start, axes, valid, BLOCK: tl.constexpr):
     """The `BLOCK` tokens from number `start` on of an item, one of the groups of all maps.
 
@@ -114,7 +134,7 @@ def locate(item, head, start, axes, valid, BLOCK: tl.constexpr):
     """
     groups = groups_of(axes)
     number = start + tl.arange(0, BLOCK)
-    pixel, inside = coordinates(item % groups, number, axes)
+    pixel, inside = places(item % groups, number, axes)
     tokens = Tokens(item // groups, head, number, pixel, inside & (number < tokens_of(axes)))
     if valid is not None:
         exists = tl.load(rows(valid, tokens).pointer, tokens.inside, other=0) != 0

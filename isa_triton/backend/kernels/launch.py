@@ -9,6 +9,7 @@ Tensors are anything with `shape`, `stride()` and a data pointer, on the current
     scales             [heads], contiguous           any float
     valid              [B, H, W, heads]              uint8, 0 or not; alike for all heads
     seed               [calls], contiguous           int64, of dropout; each is of as many neighbouring heads
+    table              [groups, tokens], contiguous  int32, of packed maps, whose q is [1, pixels, heads, K]
     dbias_partials     [slots, heads, tokens, tokens], contiguous, fp32, of a bias for each map B * heads for heads
 
 What a call launches is planned and compiled once for its layouts, sizes and tiles; after that a call is a look-up and
@@ -48,7 +49,7 @@ _INTERPRETER = Lock()
 def forward(
     q: Any, k: Any, v: Any, bias: Any | None, out: Any, lse: Any | None, scale: float, partition: Partition, tile: Tile,
     precision: str = "ieee", dropout_p: float = 0.0, *, scales: Any | None = None, valid: Any | None = None,
-    seed: Any | None = None,
+    seed: Any | None = None, table: Any | None = None,
 ) -> None:  # fmt: skip
     """Write out = softmax(scale * q k^T + bias) v within every group, and lse where it is not None.
 
@@ -58,15 +59,17 @@ def forward(
         tile: a group of at most `tile.block_n` tokens is one block of keys.
         precision: of products of fp32, as `tl.dot` names it: "ieee", "tf32" or "tf32x3".
         dropout_p: the share of weights that is dropped, by `seed`.
+        table: of packed maps, where the tokens of the partition's groups lie.
     """
-    _launch(plan.forward, (q, k, v, bias, scales, valid, seed, out, lse), scale, partition, tile, precision, dropout_p)
+    tensors = q, k, v, bias, scales, valid, seed, table, out, lse
+    _launch(plan.forward, tensors, scale, partition, tile, precision, dropout_p)
 
 
 def backward(
     q: Any, k: Any, v: Any, bias: Any | None, out: Any | None, lse: Any | None, do: Any, dlse: Any | None,
     dq: Any, dk: Any, dv: Any, delta: Any | None, dbias_partials: Any | None, scale: float, partition: Partition,
     tiles: BackwardTiles, precision: str = "ieee", dropout_p: float = 0.0, *, scales: Any | None = None,
-    valid: Any | None = None, seed: Any | None = None,
+    valid: Any | None = None, seed: Any | None = None, table: Any | None = None,
 ) -> None:  # fmt: skip
     """Write dq, dk, dv and partial sums of dbias, which the caller adds over their first dimension.
 
@@ -75,10 +78,10 @@ def backward(
         dlse: the gradient of lse, or None for zero.
         delta: scratch.
         dbias_partials: of the shape that `plan.bias_partials_shape` says, or None where dbias is not wanted.
-        precision, dropout_p, valid, seed: as in `forward`.
+        precision, dropout_p, valid, seed, table: as in `forward`.
         scales: likewise; dq is written without them, for their own gradient.
     """
-    tensors = q, k, v, bias, scales, valid, seed, out, lse, do, dlse, dq, dk, dv, delta, dbias_partials
+    tensors = q, k, v, bias, scales, valid, seed, table, out, lse, do, dlse, dq, dk, dv, delta, dbias_partials
     _launch(plan.backward, tensors, scale, partition, tiles, precision, dropout_p)
 
 
@@ -160,8 +163,10 @@ def filled(launch: Launch, tensors: dict[str, Any]) -> dict[str, Any]:
     def fill(argument: Any) -> Any:
         if isinstance(argument, Pointer):
             return tensors[argument.name]
-        pointer = getattr(argument, "data", None)
-        return argument._replace(data=tensors[pointer.name]) if isinstance(pointer, Pointer) else argument
+        if isinstance(argument, tuple) and any(isinstance(part, (Pointer, tuple)) for part in argument):
+            parts = map(fill, argument)
+            return type(argument)(*parts) if hasattr(argument, "_fields") else tuple(parts)
+        return argument
 
     return {name: fill(argument) for name, argument in launch.arguments.items()}
 

@@ -23,7 +23,7 @@ from isa_triton.backend.kernels.backward import (
     backward_pairs_kernel,
     backward_queries_kernel,
 )
-from isa_triton.backend.kernels.common import Dropout, Pairs, Pixels
+from isa_triton.backend.kernels.common import Dropout, Pairs, Pixels, Table
 from isa_triton.backend.kernels.forward import forward_group_kernel, forward_kernel
 from isa_triton.dropout import threshold
 from isa_triton.partition import Partition
@@ -31,12 +31,20 @@ from isa_triton.tiles import BackwardTiles, Tile
 
 PARTIAL_SUMS = 1024  # programs that take maps and groups in turns, for a bias or its gradient: what a device holds
 # The tensors of a pass, in the order of their layouts.
-INPUTS = ("q", "k", "v", "bias", "scales", "valid", "seed")
+INPUTS = ("q", "k", "v", "bias", "scales", "valid", "seed", "table")
 FORWARD = (*INPUTS, "out", "lse")
 BACKWARD = (*INPUTS, "out", "lse", "do", "dlse", "dq", "dk", "dv", "delta", "partials")
 Path = tuple[int, ...]  # to an argument, or to a part of one
 # By Triton's names.
-ELEMENTS = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "float64": "fp64", "uint8": "u8", "int64": "i64"}
+ELEMENTS = {
+    "float16": "fp16",
+    "bfloat16": "bf16",
+    "float32": "fp32",
+    "float64": "fp64",
+    "uint8": "u8",
+    "int32": "i32",
+    "int64": "i64",
+}
 
 
 class Layout(NamedTuple):
@@ -105,7 +113,7 @@ class Launch(NamedTuple):
         for i, axis in reversed(list(enumerate(self.arguments["axes"]))):
             if axis.tokens % 16:
                 break
-            attributes[list(types).index("axes"), i, Axis._fields.index("tokens")] = attributes_of("D")
+            attributes[list(types).index("axes"), i, type(axis)._fields.index("tokens")] = attributes_of("D")
         return types, constants, attributes
 
 
@@ -224,7 +232,7 @@ def _given(
 
     def tensor(name: str, of: Layout) -> Any:
         pointer = _pointer(name, of)
-        if name in ("scales", "seed"):
+        if name in ("scales", "seed", "table"):
             return pointer
         return _pairs(pointer, of) if name in ("bias", "partials") else _pixels(pointer, of, len(partition))
 
@@ -233,7 +241,9 @@ def _given(
     (maps, *_, heads, key_width), (*_, key_heads, value_width) = layouts[0].shape, layouts[2].shape
     bias = layouts[names.index("bias")]
     per_map = bias is not None and len(bias.shape) == 4
-    axes = tuple(_axis(axis, whole=partition.groups == 1) for axis in partition)
+    axes: tuple[Any, ...] = tuple(_axis(axis, whole=partition.groups == 1) for axis in partition)
+    if (table := tensors.pop("table")) is not None:
+        axes = (Table(table, partition.groups, partition.tokens),)
     numbers = {"scale": float(scale), "heads": _one(heads), "maps": maps if per_map else None, "axes": axes}
     share = heads // key_heads if key_heads else 1  # heads of queries to one of keys
     tensors["dropout"] = seed = tensors.pop("seed")
