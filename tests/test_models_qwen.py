@@ -10,12 +10,8 @@ import torch
 from bench.models.exact import network
 from bench.models.zoo import Entry, Size
 from isa_triton.models import accelerate
-from tests.accelerated_models import (
-    check_module_like_others,
-    check_same_function,
-    sizes,
-    zoo,
-)
+from tests.accelerated_models import check_module_like_others, check_same_function, sizes, zoo
+from tests.cases import relative_error
 
 ENTRIES = zoo("transformers_qwen")
 
@@ -30,14 +26,21 @@ def test_is_a_module_like_others(entry: Entry) -> None:
     check_module_like_others(entry)
 
 
-def test_images_of_several_sizes_are_left_to_theirs() -> None:
-    theirs = network(ENTRIES[0])
-    x, grid = ENTRIES[0].inputs((2, 8, 12))
-    grid[1] = torch.tensor([2, 12, 8])
-    ours = accelerate(copy.deepcopy(theirs))
-    with torch.no_grad():
-        expected = ENTRIES[0].result(theirs(x, grid))
-        assert torch.equal(ENTRIES[0].result(ours(x, grid)), expected)
+@pytest.mark.parametrize("backend", ["eager", "auto"])
+def test_images_of_several_sizes_are_one_launch(backend: str) -> None:
+    """Two pictures, one smaller than a window, and a video: outputs and all gradients."""
+    theirs, grid = network(ENTRIES[0]), torch.tensor([[1, 16, 24], [1, 4, 6], [3, 18, 10]])
+    ours = accelerate(copy.deepcopy(theirs), backend=backend)
+    x = torch.randn(int(grid.prod(1).sum()), 3 * 2 * 14 * 14, dtype=torch.float64)
+    results = [ENTRIES[0].result(model(x, grid)) for model in (theirs, ours)]
+    assert relative_error(results[1], results[0]) < 1e-12
+    upstream = torch.randn_like(results[0])
+    for result in results:
+        result.backward(upstream)
+    for (name, parameter), expected in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        assert parameter.grad is not None
+        assert expected.grad is not None
+        assert relative_error(parameter.grad, expected.grad, floor=1e-3) < 1e-10, name
 
 
 def test_the_tokens_of_every_layer_are_sorted_as_theirs_are() -> None:

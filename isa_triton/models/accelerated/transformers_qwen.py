@@ -2,7 +2,8 @@
 
 Tokens come square by square, of merge x merge patches that are one token to the language model. As they lie, they are
 a map of h / merge rows of w * merge tokens, and a window of the image is one of the map, as high as it has squares and
-as wide as their tokens. So nothing is sorted by windows before, and back behind.
+as wide as their tokens. So nothing is sorted by windows before, and back behind. Images of several sizes are packed
+maps.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 from transformers.vision_utils import get_vision_window_index
 
 from ...axis import local
+from ...batch import PartitionBatch
 from ...functional import partitioned_attention
 from ...maps import at_most
 from ...partition import Partition
@@ -30,7 +32,7 @@ from .windows import split
 class Windows(NamedTuple):
     """What attention is given in place of the bounds of sorted windows."""
 
-    partition: Partition
+    partition: Partition | PartitionBatch
     backend: str
 
 
@@ -56,13 +58,14 @@ class MapVisionAttention(Qwen2_5_VLVisionAttention):
         q, k, v = split(self.qkv(hidden_states), self.num_heads)  # [B H W, heads, width]
         q, k = apply_rotary_pos_emb_vision(q, k, *position_embeddings)
         partition, backend = cu_seqlens
-        q, k, v = (x.view(-1, *partition.size, *x.shape[1:]) for x in (q, k, v))
+        if isinstance(partition, Partition):
+            q, k, v = (x.view(-1, *partition.size, *x.shape[1:]) for x in (q, k, v))
         context = partitioned_attention(q, k, v, partition, scale=self.scaling, backend=backend)
-        return self.proj(context.flatten(0, 2).flatten(1))
+        return self.proj(context.view(hidden_states.shape))
 
 
 class AcceleratedVisionTransformer(Qwen2_5_VisionTransformerPretrainedModel):
-    """`Qwen2_5_VisionTransformerPretrainedModel` of images or videos of one height and width."""
+    """`Qwen2_5_VisionTransformerPretrainedModel` of images and videos."""
 
     backend: str
     config: Any
@@ -72,9 +75,8 @@ class AcceleratedVisionTransformer(Qwen2_5_VisionTransformerPretrainedModel):
     patch_size: int
 
     def forward(self, hidden_states: Tensor, grid_thw: Tensor, **kwargs: Any) -> Any:
-        sizes = {(height, width) for _, height, width in grid_thw.tolist()}
         is_registered = self.config._attn_implementation not in ("eager", "sdpa")  # a user's own attention
-        if is_registered or len(sizes) > 1 or "window_index" in kwargs or self.asks_for_layers(kwargs):
+        if is_registered or "window_index" in kwargs or self.asks_for_layers(kwargs):
             return super().forward(hidden_states, grid_thw, **kwargs)
         as_dict = kwargs.pop("return_dict", getattr(self.config, "return_dict", True))
         tokens = len(hidden_states)
@@ -82,7 +84,7 @@ class AcceleratedVisionTransformer(Qwen2_5_VisionTransformerPretrainedModel):
             hidden_states,
             grid_thw,
             window_index=torch.arange(tokens // self.spatial_merge_unit, device=hidden_states.device),
-            cu_window_seqlens=Windows(self.partition(*sizes.pop()), self.backend),
+            cu_window_seqlens=Windows(self.partition(grid_thw.tolist(), hidden_states.device), self.backend),
             return_dict=True,
             **kwargs,
         )
@@ -91,12 +93,15 @@ class AcceleratedVisionTransformer(Qwen2_5_VisionTransformerPretrainedModel):
         outputs["last_hidden_state"] = last.view(len(order), -1, last.shape[-1])[order.to(last.device)].view(last.shape)
         return outputs if as_dict else outputs.to_tuple()
 
-    def partition(self, height: int, width: int) -> Partition:
-        """Of images of so many patches."""
+    def partition(self, grids: list[tuple[int, int, int]], device: torch.device) -> Partition | PartitionBatch:
+        """Of images or videos of (frames, height, width) patches."""
         merge, square = self.spatial_merge_size, self.spatial_merge_unit
-        size = height // merge, width // merge * square
-        window = self.window_size // merge // self.patch_size
-        return Partition(*map(local, size, map(at_most, (window, window * square), size)))
+        side = self.window_size // merge // self.patch_size
+        sizes = [(h // merge, w // merge * square) for frames, h, w in grids for _ in range(frames)]
+        size, window = sizes[0], (side, side * square)
+        if len(set(sizes)) > 1:
+            return PartitionBatch.local(sizes, window, device=device)
+        return Partition(*map(local, size, map(at_most, window, size)))
 
     def asks_for_layers(self, options: dict[str, Any]) -> bool:
         """Whether somebody wants to see the tokens or weights of layers, which are sorted by windows in theirs."""
@@ -116,8 +121,8 @@ FAMILY = Family(
     attentions={Qwen2_5_VLVisionAttention: MapVisionAttention},
     inside=("blocks.*.attn",),
     partly={
-        Qwen2_5_VisionTransformerPretrainedModel: "layers that attend to the whole image, and calls with images of"
-        " several sizes or for the tokens of every layer, are transformers'"
+        Qwen2_5_VisionTransformerPretrainedModel: "layers that attend to the whole image, and calls for the tokens of"
+        " every layer, are transformers'"
     },
     added=("partition", "asks_for_layers"),
 )
