@@ -136,7 +136,9 @@ def test_an_attention_that_is_not_timms_is_left_alone() -> None:
     assert not hasattr(blocks[0], "backend")
     for block in blocks:
         block.attn = Other()
-    with pytest.raises(ValueError, match="model must hold partition attention of timm's MaxViT or Swin"):
+    with pytest.raises(
+        ValueError, match=r"must hold window attention .*: PartitionAttentionCl left: its attention is Other"
+    ):
         accelerate(restore(network))
 
 
