@@ -106,6 +106,7 @@ ARROWS = {
         "isa_triton._state_dict",
         "isa_triton._tracing",
         "isa_triton.axis",
+        "isa_triton.batch",
         "isa_triton.partition",
         "isa_triton.backend",
         "isa_triton.functional",
@@ -118,6 +119,7 @@ ARROWS = {
     "isa_triton.__main__": {"isa_triton", "isa_triton._extras", "isa_triton.backend", "isa_triton.tiles"},
     "isa_triton": {
         "isa_triton.axis",
+        "isa_triton.batch",
         "isa_triton.partition",
         "isa_triton.functional",
         "isa_triton.maps",

@@ -92,8 +92,7 @@ def backward(
     with _on(q.device):
         launch.backward(
             q, k, v, bias, out, lse, do, dlse, dq, dk, dv, delta, partials, call.scale, call.partition, chosen,
-            precision, call.dropout_p, scales=scales, valid=valid, seed=seed,
-            table=table,
+            precision, call.dropout_p, scales=scales, valid=valid, seed=seed, table=table,
         )  # fmt: skip
     if partials is not None:
         dbias.copy_(partials.sum(0).view(dbias.shape))

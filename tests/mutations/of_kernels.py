@@ -49,8 +49,8 @@ KNOWN = (
     Defect(
         "dv from unnormalised p",
         f"{KERNELS}/backward.py",
-        "tl.dot(p.to(do_chunk",
-        "tl.dot(weight.to(do_chunk",
+        "dropped(p, factors).to(do_chunk",
+        "dropped(weight, factors).to(do_chunk",
         WINDOWS,
     ),
     Defect(
@@ -296,8 +296,8 @@ OTHERS = (
     Defect(
         "backward in another precision",
         "isa_triton/backend/triton.py",
-        "precision, call.dropout_p, scales=scales, valid=valid, seed=seed,\n        )  # fmt: skip\n    if partials",
-        '"ieee", call.dropout_p, scales=scales, valid=valid, seed=seed,\n        )  # fmt: skip\n    if partials',
+        "precision, call.dropout_p, scales=scales, valid=valid, seed=seed, table=table,\n        )  # fmt: skip",
+        '"ieee", call.dropout_p, scales=scales, valid=valid, seed=seed, table=table,\n        )  # fmt: skip',
         f"{BACKEND}both_passes_multiply_with_the_same_precision",
     ),
     Defect(

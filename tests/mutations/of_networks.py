@@ -130,8 +130,8 @@ ALL = (
     Defect(
         "Qwen's windows are as wide as they are high",
         f"{HERE}transformers_qwen.py",
-        "(window, window * square)",
-        "(window, window)",
+        "(side, side * square)",
+        "(side, side)",
         f"test_models_qwen.py::{SAME}[Qwen2.5-VL's vision (1, 16, 24)]",
     ),
     Defect(

@@ -98,15 +98,15 @@ DEFECTS = (
     Defect(
         "FLOPs of equal widths",
         "isa_triton/ops.py",
-        "widths=q[-1] + v[-1]",
-        "widths=2 * q[-1]",
+        "of_keys * q[-1] + of_values * v[-1]",
+        "(of_keys + of_values) * q[-1]",
         "test_functional.py::test_flops_of_operators_and_of_matmuls_agree_with_the_pairs[interlaced]",
     ),
     Defect(
         "FLOPs of backward without the scores again",
         "isa_triton/ops.py",
-        "widths = 3 * q[-1] + 2 * v[-1]",
-        "widths = 2 * q[-1] + 2 * v[-1]",
+        "of_keys=3, of_values=2",
+        "of_keys=2, of_values=2",
         "test_functional.py::test_flops_of_operators_and_of_matmuls_agree_with_the_pairs[interlaced]",
     ),
     Defect(
@@ -227,8 +227,8 @@ DEFECTS = (
     Defect(
         "one head always",
         "isa_triton/modules.py",
-        "partition, self.num_heads, self._backend)",
-        "partition, 1, self._backend)",
+        "values, partition, self.num_heads, self._backend",
+        "values, partition, 1, self._backend",
         "test_num_heads.py::test_layers_pass_their_heads_on_and_fold_exactly[stage]",
     ),
     Defect("another dropout", "isa_triton/modules.py", "dropout: float = 0.1,", "dropout: float = 0.05,", PINNED),
