@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from isa_triton import Partition, partitioned_attention_with_lse
+from isa_triton import Partition, dropout_mask, partitioned_attention_with_lse
 from reference.attention import Group, attention_of_groups, long_range_groups, short_range_groups
 from reference.budget import allowed_error, natural_scales
 
 NAMES = ("out", "lse", "dq", "dk", "dv", "dbias")
 ALL_NAMES = (*NAMES, "dscale", "dextra_k", "dextra_v")
 LEAVES = ("q", "k", "v", "bias", "scale", "extra_k", "extra_v")  # what has a gradient
-OPTIONS = (*LEAVES[3:], "valid", "extra_weight")  # of `partitioned_attention`
+OPTIONS = (*LEAVES[3:], "valid", "extra_weight", "seed")  # of `partitioned_attention`
 WEIGHTS = ("", "keys", "pixels", "maps")
 KINDS = ("interlaced", "grid", "local", "rows", "columns", "dense")
 WIDTHS = ((16, 16), (24, 39), (64, 32), (64, 64))  # of what is drawn where each pair is compiled: few, not all even
@@ -60,6 +60,7 @@ class Case:
     scales: bool = False  # each head has its own
     valid: bool = False  # some pixels are not
     extra: int = 0  # keys for all pixels
+    dropout: float = 0.0  # the part of the weights that is dropped
     weights: str = ""  # of extra keys, one of `WEIGHTS`: none, for all, for every pixel, for every pixel of every map
 
     def __str__(self) -> str:
@@ -79,7 +80,7 @@ class Case:
         said = {
             f"{self.share} a key": self.share > 1, bias: self.bias, "scales": self.scales,
             f"tables of {tables}": self.table_dtype is not None and (self.bias or self.scales), "valid": self.valid,
-            f"{self.extra} extra keys{weighted}": self.extra > 0,
+            f"{self.extra} extra keys{weighted}": self.extra > 0, f"{self.dropout:.0%} dropped": self.dropout > 0,
         }  # fmt: skip
         return "".join(f", {words}" for words, is_so in said.items() if is_so)
 
@@ -110,25 +111,34 @@ class Case:
 
     def attended(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """out and lse by the formula, and by groups of pixels that are said without the library."""
+        if "seed" in inputs and "factors" not in inputs:
+            drawn: dict[str, Any] = {
+                "maps": self.maps,
+                "heads": self.heads,
+                "dropout_p": self.dropout,
+                "extra_keys": self.extra,
+            }
+            kept = dropout_mask(self.partition, seed=inputs["seed"], **drawn)  # [B, H, W, heads, tokens + n]
+            inputs = inputs | {"factors": kept.to(inputs["q"].dtype) / (1 - self.dropout)}
         shift = self.shift or (0,) * len(self.size)
         wraps = [i for i, is_so in enumerate(self.cyclic) if is_so and shift[i]]
         if wraps:  # windows begin where the second of the shifted ones does, and none is cut
             by, axes = [self.p[i] - shift[i] for i in wraps], [1 + i for i in wraps]
             rest = tuple(0 if i in wraps else of_axis for i, of_axis in enumerate(shift))
-            on_map = {"q", "k", "v", "valid", *["extra_weight"] * (self.weights in ("pixels", "maps"))}
+            on_map = {"q", "k", "v", "valid", "factors", *["extra_weight"] * (self.weights in ("pixels", "maps"))}
             rolled = {name: x.roll(by, axes) if name in on_map else x for name, x in inputs.items()}
             results = replace(self, shift=rest, cyclic=()).attended(rolled)
             out, lse = (x.roll([-n for n in by], axes) for x in results)
             return out, lse
         whole = tuple(axis.tokens for axis in self.partition)
         q, k, v, bias, scale = (*(inputs[name] for name in "qkv"), inputs.get("bias"), inputs.get("scale", self.scale))
-        more = {name: inputs.get(name) for name in ("valid", "extra_k", "extra_v", "extra_weight")}
+        more = {name: inputs.get(name) for name in ("valid", "extra_k", "extra_v", "extra_weight", "factors")}
         return attention_of_groups(q, k, v, bias, scale, self.groups(), whole, shift, **more)
 
     def arguments(self, inputs: dict[str, Tensor]) -> dict[str, Any]:
         """What `partitioned_attention` is called with for inputs."""
         given = {name: inputs[name] for name in ("q", "k", "v", *OPTIONS) if name in inputs}
-        return {"partition": self.partition, "scale": self.scale} | given
+        return {"partition": self.partition, "scale": self.scale, "dropout_p": self.dropout} | given
 
     def groups(self) -> Iterator[Group]:
         """The pixels of every group, windows cut on the edges, said without the library."""
@@ -174,6 +184,8 @@ class Case:
             copies = torch.tensor([0.0, 0.5, 1.0, 3.0], device=device)
             drawn = torch.randint(4, (*maps, self.extra), generator=generator, device=device)
             made["extra_weight"] = copies[drawn]
+        if self.dropout:
+            made["seed"] = torch.tensor((self.seed << 20) + 1, device=device)  # more than 32 bits
         return made
 
 
@@ -247,6 +259,7 @@ def strategy(
             scales=draw(rarely),
             valid=draw(rarely),
             extra=extra,
+            dropout=draw(st.sampled_from((0.0, 0.0, 0.0, 0.1, 0.5))),
             weights=draw(st.sampled_from(WEIGHTS)) if extra else "",
         )
 

@@ -125,6 +125,7 @@ def attention_of_groups(
     extra_k: Tensor | None = None,
     extra_v: Tensor | None = None,
     extra_weight: Tensor | None = None,
+    factors: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """out and lse in the precision of the arguments, group by group; 0 and minus infinity of a query without keys.
 
@@ -138,6 +139,7 @@ def attention_of_groups(
         valid: [B, H, W], which pixels exist.
         extra_k, extra_v: [B, n, heads, width], one more group of tokens that all others see.
         extra_weight: [n] or [B or 1, H, W, n], how many copies of them.
+        factors: [B, H, W, heads, T + n], of the weights behind softmax, 0 where dropout drops one.
     """
     shift = [0] * len(whole) if shift is None else shift
     scale = scale[:, None, None] if isinstance(scale, Tensor) else scale
@@ -151,10 +153,11 @@ def attention_of_groups(
         size = q[here].shape[1:-2]
         qs, ks, vs = (x[here].flatten(1, -3).transpose(1, 2) for x in (q, k, v))  # [B, heads, T, width]
         scores = qs @ ks.mT * scale
-        if bias is not None:
+        if bias is not None or factors is not None:
             first = [-s % t if at.start == 0 else 0 for at, t, s in zip(pixels, whole, shift, strict=True)]
             there = tuple(slice(f, f + n) for f, n in zip(first, size, strict=True))
             tokens = torch.arange(prod(whole)).view(*whole)[there].flatten()
+        if bias is not None:
             scores = scores + bias[..., tokens, :][..., tokens]
         exist = None if valid is None else valid[here].flatten(1)[:, None, :, None]  # [B, 1, T, 1]
         if exist is not None:
@@ -172,6 +175,9 @@ def attention_of_groups(
         p, log_sum = scores.softmax(-1).to(vs.dtype), scores.logsumexp(-1, keepdim=True).to(lse.dtype)
         if masks:
             p, log_sum = p.masked_fill(keyless, 0), log_sum.masked_fill(keyless, -torch.inf)
+        if factors is not None:
+            columns = torch.cat([tokens, torch.arange(prod(whole), factors.shape[-1])])
+            p = p * factors[here].flatten(1, -3).transpose(1, 2)[..., columns]
         out[here] = (p @ vs).transpose(1, 2).unflatten(1, size)
         lse[here] = log_sum[..., 0].transpose(1, 2).unflatten(1, size)
     return out, lse
