@@ -7,6 +7,7 @@ import logging
 import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from inspect import signature
 from types import SimpleNamespace
 from typing import Any
 
@@ -310,7 +311,7 @@ def test_both_passes_multiply_with_the_same_precision(monkeypatch: pytest.Monkey
         run = getattr(launch, name)
 
         def spied(*arguments: Any, run: Any = run, name: str = name, **options: Any) -> None:
-            seen[name] = arguments[-1]
+            seen[name] = signature(run).bind(*arguments, **options).arguments["precision"]
             run(*arguments, **options)
 
         monkeypatch.setattr(launch, name, spied)
