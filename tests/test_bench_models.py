@@ -88,7 +88,7 @@ def test_the_command_writes_all_its_parts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(NETWORKS, "swin_tiny_patch4_window7_224", SWIN)
-    monkeypatch.setattr(models, "entries", lambda package: entries(package)[1:])
+    monkeypatch.setattr(models, "entries", lambda package: entries(package)[1:2])
     chosen = ["--packages", "timm", "--networks", "swin_tiny_patch4_window7_224", "--rounds", "1"]
     main(["models", *chosen, "--out", str(tmp_path)])
     said = capsys.readouterr().out

@@ -46,6 +46,7 @@ EXAMPLES = [
 ]
 IMPORTED_AS = {"scikit_learn": "sklearn"}  # packages of another name than their modules
 OPTIONAL = {"natten"}  # what even our tests do not bring: it is compiled for a GPU
+WARNED_OF = OPTIONAL | {"monai", "spandrel"}
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 MMSEG = "isanet_r50-d8_512x1024_40k_cityscapes_20210901_054739-981bd763.pth"
 STANDS_FOR = {"SHAPE": "--partition local --tokens 49", "NAME": "eager"}  # what a reader puts in the place of a word
@@ -100,7 +101,7 @@ def test_the_examples_run_and_print_what_the_page_says(page: str, example: str, 
     for package in optional:
         if not find_spec(package):
             pytest.skip(f"{package} is not installed")
-    their_own = "ignore" if optional else None  # what optional packages are warned of
+    their_own = "ignore" if WARNED_OF & imported(example) else None  # what other packages are warned of
     with contextlib.redirect_stdout(io.StringIO()) as said, warnings.catch_warnings(action=their_own):
         exec(compile(example, page, "exec"), {})
     if printed:
