@@ -81,7 +81,9 @@ def test_heads_that_do_not_divide_the_widths_are_refused(
 
 @pytest.mark.parametrize("make", [InterlacedSparseSelfAttention, ISAModule])
 def test_an_option_that_a_layer_does_not_take_is_refused_in_its_name(make: type[nn.Module]) -> None:
-    with pytest.raises(TypeError, match=f"{make.__name__} takes no heads; its options are activation, attention_dropout"):
+    with pytest.raises(
+        TypeError, match=f"{make.__name__} takes no heads; its options are activation, attention_dropout"
+    ):
         make(5, K, V, 7, heads=3)
 
 

@@ -31,7 +31,6 @@ from .windows import (
     project,
     shift_of,
     split,
-    trains_faster_theirs,
 )
 
 
@@ -53,7 +52,7 @@ class _InWindows(OnMaps):
     def in_windows(self, x: Tensor, theirs: Any) -> Tensor:
         window = self.window(x)
         shift = shift_of(x, window, self.shift_size)
-        if any(shift) and len(shift) == 2 and trains_faster_theirs(x, self.backend):  # the mask of a video is dear
+        if any(shift) and len(shift) == 2 and gathers(x, self.backend):  # the mask of a video is dear
             return theirs(x)
         return in_windows(x, window, shift, lambda x, partition: attend(self, x, partition, self.backend))
 
@@ -176,7 +175,7 @@ class AcceleratedPartitionAttentionLayer(PartitionAttentionLayer):
         return x.permute(0, 3, 1, 2)
 
 
-_PARTLY = "shifted windows in training on a CPU are torchvision's"
+_PARTLY = "shifted windows on a CPU are torchvision's"
 
 FAMILY = Family(
     blocks={
