@@ -100,7 +100,7 @@ NETWORKS = {
             _of("monai.networks.nets", "SwinUNETR", **_UNETR),
             1,
             ((64, 64, 64), (96, 96, 96), (128, 128, 128)),
-            (64, 64, 64),
+            (64, 32, 32),
         ),
         _spandrel("SwinIR", "SwinIR.__arch.SwinIR", _IR | {"window_size": 8}, (64, 64)),
         _spandrel("HAT", "HAT.__arch.HAT", _HAT, (32, 32)),
