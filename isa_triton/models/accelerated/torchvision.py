@@ -31,6 +31,7 @@ from .windows import (
     project,
     shift_of,
     split,
+    trains_faster_theirs,
 )
 
 
@@ -52,7 +53,8 @@ class _InWindows(OnMaps):
     def in_windows(self, x: Tensor, theirs: Any) -> Tensor:
         window = self.window(x)
         shift = shift_of(x, window, self.shift_size)
-        if any(shift) and len(shift) == 2 and gathers(x, self.backend):  # the mask of a video is dear
+        of_image = len(shift) == 2  # the mask of a video is dear
+        if any(shift) and (gathers(x, self.backend) if of_image else trains_faster_theirs(x, self.backend)):
             return theirs(x)
         return in_windows(x, window, shift, lambda x, partition: attend(self, x, partition, self.backend))
 
@@ -188,5 +190,6 @@ FAMILY = Family(
     inside=("attn_layer.1",),
     added=("window",),
     partly=dict.fromkeys((ShiftedWindowAttention, ShiftedWindowAttentionV2), _PARTLY)
+    | {ShiftedWindowAttention3d: "shifted windows in training on a CPU are torchvision's"}
     | {PartitionAttentionLayer: "on a CPU it is torchvision's, whose pixels stay side by side in all of the layer"},
 )
