@@ -1,19 +1,15 @@
-"""What every accelerated network has to be: the same function, and a module like others. Of `bench.models.zoo`."""
+"""What tests of accelerated networks share: the entries of a package, and that ours is the same function."""
 
 from __future__ import annotations
 
-import copy
 import itertools
-import pickle
 import warnings
-from collections.abc import Sequence
 
 import pytest
 import torch
 
-from bench.models.exact import compare, network, rounding, typed
+from bench.models.exact import compare, rounding
 from bench.models.zoo import Entry, Size, entries
-from isa_triton.models import accelerate, report, restore
 
 DTYPES = {torch.float64: 1e-10, torch.float32: 1e-5}
 
@@ -27,11 +23,6 @@ def zoo(package: str) -> tuple[Entry, ...]:
         pytest.skip(str(error), allow_module_level=True)
 
 
-def sizes(of: Sequence[Entry]) -> list[object]:
-    """Every entry with every one of its sizes, as parameters of a test."""
-    return [pytest.param(entry, size, id=f"{entry.name} {size}") for entry in of for size in entry.sizes]
-
-
 def check_same_function(entry: Entry, size: Size) -> None:
     """Where maps lie and where they are copied, in evaluation and in training."""
     for backend, training in itertools.product(("eager", "auto"), (False, True)):
@@ -42,44 +33,3 @@ def check_same_function(entry: Entry, size: Size) -> None:
         theirs = rounding(entry, size)  # ours may be as wrong as the error budget says, on the other side
         assert errors.output < max(DTYPES[torch.float32], (1 + 2) * theirs.output), (errors, theirs)
         assert errors.gradient < max(DTYPES[torch.float32], (1 + 3) * theirs.gradient), (errors, theirs)
-
-
-def check_module_like_others(entry: Entry) -> None:
-    """Restored, copied, pickled, loaded; its report names what is taken."""
-    model, inputs = network(entry), typed(entry.inputs(entry.sizes[0]), torch.float64)
-    classes, state = [type(module) for module in model.modules()], copy.deepcopy(model.state_dict())
-    with torch.no_grad():
-        before = entry.result(model(*inputs))
-        assert not any(finding.taken for finding in report(model))
-        assert accelerate(model) is model
-        assert any(finding.taken for finding in report(model))
-        assert [type(module) for module in model.modules()] != classes
-        model.load_state_dict(state)
-        after = entry.result(model(*inputs))
-        for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-            assert torch.equal(entry.result(other(*inputs)), after)
-        assert restore(model) is model
-        assert [type(module) for module in model.modules()] == classes
-        assert torch.equal(entry.result(model(*inputs)), before)
-
-
-def check_one_graph(entry: Entry) -> None:
-    """Compiled as a whole, in evaluation and in training, it is the same."""
-    for training in (False, True):
-        model = accelerate(network(entry, training=training), backend="eager")
-        inputs = typed(entry.inputs(entry.sizes[0]), torch.float64)
-        torch.manual_seed(0)
-        expected = entry.result(model(*inputs))
-        torch.manual_seed(0)
-        torch._dynamo.reset()
-        compiled = torch.compile(model, fullgraph=True, backend="eager")
-        torch.testing.assert_close(entry.result(compiled(*inputs)), expected, rtol=1e-9, atol=1e-9)
-
-
-def check_exported(entry: Entry) -> None:
-    """`torch.export` in evaluation."""
-    model = accelerate(network(entry), backend="eager")
-    inputs = typed(entry.inputs(entry.sizes[0]), torch.float64)
-    with torch.no_grad():
-        exported = torch.export.export(model, inputs).module()
-        torch.testing.assert_close(entry.result(exported(*inputs)), entry.result(model(*inputs)), rtol=1e-9, atol=1e-9)

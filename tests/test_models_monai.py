@@ -10,37 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from bench.models.exact import network, typed
-from bench.models.zoo import Entry, Size
+from bench.models.zoo import Entry
 from isa_triton.models import accelerate, report, restore
-from tests.accelerated_models import (
-    check_exported,
-    check_module_like_others,
-    check_one_graph,
-    check_same_function,
-    sizes,
-    zoo,
-)
+from tests.accelerated_models import check_same_function, zoo
 
 ENTRIES = zoo("monai")
 IMAGES, VOLUMES = ENTRIES[:2]
-
-
-@pytest.mark.parametrize(("entry", "size"), sizes(ENTRIES))
-def test_is_the_same_function(entry: Entry, size: Size) -> None:
-    check_same_function(entry, size)
-
-
-@pytest.mark.parametrize("entry", ENTRIES, ids=str)
-def test_is_a_module_like_others(entry: Entry) -> None:
-    check_module_like_others(entry)
-
-
-def test_is_one_graph() -> None:
-    check_one_graph(IMAGES)
-
-
-def test_is_exported() -> None:
-    check_exported(VOLUMES)
 
 
 @pytest.mark.parametrize("options", [{"use_checkpoint": True}, {"use_flash_attention": True}], ids=str)

@@ -8,22 +8,11 @@ import pytest
 import torch
 
 from bench.models.exact import network
-from bench.models.zoo import Entry, Size
 from isa_triton.models import accelerate
-from tests.accelerated_models import check_module_like_others, check_same_function, sizes, zoo
+from tests.accelerated_models import zoo
 from tests.cases import relative_error
 
 ENTRIES = zoo("transformers_qwen")
-
-
-@pytest.mark.parametrize(("entry", "size"), sizes(ENTRIES))
-def test_is_the_same_function(entry: Entry, size: Size) -> None:
-    check_same_function(entry, size)
-
-
-@pytest.mark.parametrize("entry", ENTRIES, ids=str)
-def test_is_a_module_like_others(entry: Entry) -> None:
-    check_module_like_others(entry)
 
 
 @pytest.mark.parametrize("backend", ["eager", "auto"])

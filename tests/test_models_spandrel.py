@@ -1,4 +1,4 @@
-"""spandrel's networks that restore images, accelerated; OmniSR's norm, a Function of its own, does not compile."""
+"""spandrel's networks that restore images, accelerated."""
 
 from __future__ import annotations
 
@@ -9,16 +9,8 @@ import pytest
 import torch
 
 from bench.models.exact import network, typed
-from bench.models.zoo import Entry, Size
 from isa_triton.models import accelerate, report, restore
-from tests.accelerated_models import (
-    check_exported,
-    check_module_like_others,
-    check_one_graph,
-    check_same_function,
-    sizes,
-    zoo,
-)
+from tests.accelerated_models import zoo
 
 ENTRIES = zoo("spandrel")
 SwinIRArch = pytest.importorskip("spandrel.architectures.SwinIR").SwinIRArch
@@ -26,28 +18,6 @@ SwinIRArch = pytest.importorskip("spandrel.architectures.SwinIR").SwinIRArch
 pytestmark = pytest.mark.filterwarnings(
     "ignore:torch.meshgrid", "ignore:'saved_variables'", "ignore:The tensor attribute"
 )
-
-
-@pytest.mark.parametrize(("entry", "size"), sizes(ENTRIES))
-def test_is_the_same_function(entry: Entry, size: Size) -> None:
-    check_same_function(entry, size)
-
-
-@pytest.mark.parametrize("entry", ENTRIES, ids=str)
-def test_is_a_module_like_others(entry: Entry) -> None:
-    check_module_like_others(entry)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("entry", [entry for entry in ENTRIES if entry.name != "OmniSR"], ids=str)  # theirs is none
-def test_is_one_graph(entry: Entry) -> None:
-    check_one_graph(entry)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("entry", ENTRIES, ids=str)
-def test_is_exported(entry: Entry) -> None:
-    check_exported(entry)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

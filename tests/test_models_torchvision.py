@@ -15,38 +15,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from bench.models.exact import network, typed
-from bench.models.zoo import Entry, Size
 from isa_triton.models import accelerate, report
-from tests.accelerated_models import (
-    check_exported,
-    check_module_like_others,
-    check_one_graph,
-    check_same_function,
-    sizes,
-    zoo,
-)
+from tests.accelerated_models import zoo
 
 ENTRIES = zoo("torchvision")
-
-
-@pytest.mark.parametrize(("entry", "size"), sizes(ENTRIES))
-def test_is_the_same_function(entry: Entry, size: Size) -> None:
-    check_same_function(entry, size)
-
-
-@pytest.mark.parametrize("entry", ENTRIES, ids=str)
-def test_is_a_module_like_others(entry: Entry) -> None:
-    check_module_like_others(entry)
-
-
-@pytest.mark.parametrize("entry", ENTRIES, ids=str)
-def test_is_one_graph(entry: Entry) -> None:
-    check_one_graph(entry)
-
-
-@pytest.mark.parametrize("entry", ENTRIES, ids=str)
-def test_is_exported(entry: Entry) -> None:
-    check_exported(entry)
 
 
 def test_a_graph_that_has_no_block_left_says_so() -> None:

@@ -10,21 +10,13 @@ import torch
 from torch import nn
 
 from bench.models.exact import network, typed
-from bench.models.zoo import Entry, Size
+from bench.models.zoo import Entry
 from isa_triton.models import accelerate, report
-from tests.accelerated_models import (
-    check_exported,
-    check_module_like_others,
-    check_one_graph,
-    check_same_function,
-    sizes,
-    zoo,
-)
+from tests.accelerated_models import zoo
 
 ENTRIES = zoo("transformers")
 BY_NAME = {entry.name: entry for entry in ENTRIES}
 CLAMPED = [BY_NAME[name] for name in ("Swin", "Donut", "CLAP")]  # whose windows become as small as a map
-COMPILED = [BY_NAME[name] for name in ("Swin", "SwinV2", "Donut")]  # the others are copies
 
 
 def pair(entry: Entry) -> tuple[Any, Any, tuple[Any, ...]]:
@@ -36,26 +28,6 @@ def pair(entry: Entry) -> tuple[Any, Any, tuple[Any, ...]]:
 def blocks(model: nn.Module) -> list[Any]:
     names = [finding.name for finding in report(model) if finding.taken]
     return [model.get_submodule(name) for name in names]
-
-
-@pytest.mark.parametrize(("entry", "size"), sizes(ENTRIES))
-def test_is_the_same_function(entry: Entry, size: Size) -> None:
-    check_same_function(entry, size)
-
-
-@pytest.mark.parametrize("entry", ENTRIES, ids=str)
-def test_is_a_module_like_others(entry: Entry) -> None:
-    check_module_like_others(entry)
-
-
-@pytest.mark.parametrize("entry", COMPILED, ids=str)
-def test_is_one_graph(entry: Entry) -> None:
-    check_one_graph(entry)
-
-
-@pytest.mark.parametrize("entry", COMPILED, ids=str)
-def test_is_exported(entry: Entry) -> None:
-    check_exported(entry)
 
 
 @pytest.mark.parametrize("entry", [entry for entry in ENTRIES if entry.name != "MaskFormer"], ids=str)

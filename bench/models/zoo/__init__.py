@@ -36,6 +36,8 @@ class Entry:
         inputs: what it is called with on an image, video or volume of a size, in fp64; the first is differentiated.
         sizes: three of them, of which windows do not divide the maps of at least one.
         result: what is differentiated of what it returns.
+        is_graph: whether tests compile and export it as a whole: not where theirs cannot be, nor where its blocks are
+            those of another entry.
     """
 
     package: str
@@ -44,6 +46,7 @@ class Entry:
     inputs: Callable[[Size], tuple[Any, ...]]
     sizes: tuple[Size, ...]
     result: Callable[[Any], Tensor] = lambda y: y
+    is_graph: bool = True
 
     def __str__(self) -> str:
         return f"{self.package} {self.name}"

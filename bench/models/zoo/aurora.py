@@ -39,10 +39,11 @@ ENTRIES = (
         partial(Swin3DTransformerBackbone, **TINY),
         atmosphere,
         ((4, 12, 16), (2, 6, 8), (4, 7, 10)),  # of the second, no window is shifted in the second stage
+        is_graph=False,  # the time embedding looks at values
     ),
     Entry(
         "aurora",
-        "layer",  # which compiles; the time embedding looks at values
+        "layer",
         partial(BasicLayer3D, 24, 2, 3, (2, 3, 4), 24, use_lora=True),
         air,
         ((4, 6, 8), (2, 6, 16), (4, 7, 10)),

@@ -41,5 +41,5 @@ VOLUMES = (8, 16, 16), (16, 8, 16), (12, 20, 6)  # windows are as long as an axi
 ENTRIES = (
     Entry("monai", "Swin UNETR, images", partial(encoder, 2, 7), maps, IMAGES, stages),
     Entry("monai", "Swin UNETR, volumes", partial(encoder, 3, 4), maps, VOLUMES, stages),
-    Entry("monai", "Swin UNETR v2", partial(encoder, 2, 7, use_v2=True), maps, IMAGES, first_stages),
+    Entry("monai", "Swin UNETR v2", partial(encoder, 2, 7, use_v2=True), maps, IMAGES, first_stages, is_graph=False),
 )

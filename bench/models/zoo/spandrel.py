@@ -38,16 +38,18 @@ def image(size: Size) -> tuple[Tensor]:
     return (torch.rand(2, 3, *size, dtype=torch.float64),)
 
 
-def entry(name: str, make: Callable[[], nn.Module], sizes: tuple[Size, ...] = SIZES) -> Entry:
-    return Entry("spandrel", name, make, image, sizes)
+def entry(name: str, make: Callable[[], nn.Module], sizes: tuple[Size, ...] = SIZES, *, is_graph: bool = True) -> Entry:
+    return Entry("spandrel", name, make, image, sizes, is_graph=is_graph)
 
 
 ENTRIES = (
     entry("SwinIR", partial(SwinIR, **SHUFFLED)),
     entry("Swin2SR", partial(Swin2SR, **SHUFFLED)),
     entry("HAT", partial(HAT, squeeze_factor=4, **SWIN)),
-    entry("DRCT", partial(DRCT, gc=6, **SHUFFLED | {"depths": [5]}), WHOLE),
+    entry("DRCT", partial(DRCT, gc=6, **SHUFFLED | {"depths": [5]}), WHOLE, is_graph=False),
     entry("DAT", partial(DAT, img_size=16, embed_dim=96, depth=[3], num_heads=[6], split_size=[4, 8])),
-    entry("OmniSR", partial(OmniSR, num_feat=16, window_size=8)),
+    entry(
+        "OmniSR", partial(OmniSR, num_feat=16, window_size=8), is_graph=False
+    ),  # whose norm, a Function, does not compile
     entry("Uformer", partial(Uformer, depths=[2, *[1] * 7, 2], **UFORMER), ((32, 32), (64, 64))),
 )

@@ -64,7 +64,15 @@ def clap() -> nn.Module:
 ENTRIES = (
     Entry("transformers", "Swin", partial(make, SwinModel, SwinConfig), image, SIZES, tokens),
     Entry("transformers", "Donut", partial(make, DonutSwinModel, DonutSwinConfig), image, SIZES, tokens),
-    Entry("transformers", "MaskFormer", partial(make, MaskFormerSwinModel, MaskFormerSwinConfig), image, SIZES, tokens),
+    Entry(
+        "transformers",
+        "MaskFormer",
+        partial(make, MaskFormerSwinModel, MaskFormerSwinConfig),
+        image,
+        SIZES,
+        tokens,
+        is_graph=False,
+    ),
     Entry(
         "transformers",
         "SwinV2",
@@ -80,6 +88,7 @@ ENTRIES = (
         image,
         ((8, 12), (16, 16), (12, 20)),  # transformers itself refuses what its windows do not divide
         lambda y: y.reconstruction,
+        is_graph=False,
     ),
-    Entry("transformers", "CLAP", clap, spectrogram, ((256, 16), (200, 16), (131, 16)), tokens),
+    Entry("transformers", "CLAP", clap, spectrogram, ((256, 16), (200, 16), (131, 16)), tokens, is_graph=False),
 )

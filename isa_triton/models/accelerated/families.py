@@ -42,16 +42,16 @@ FAMILIES = {
     "transformers.models.swinv2.modeling_swinv2": "transformers_swinv2",
 }
 
-# A package -> the oldest and the newest version that the tests ran on.
+# A package -> the oldest and the newest version on which networks were compared with its own.
 VERSIONS = {
-    "aurora": ("2.0", "2.0.1"),
-    "boltz": ("2.2", "2.2.1"),
-    "monai": ("1.5", "1.6.1"),
-    "sam2": ("1.1", "1.1.0"),
-    "spandrel": ("0.4", "0.4.2"),
-    "timm": ("1.0", "1.0.31"),
-    "torchvision": ("0.26", "0.29.1"),
-    "transformers": ("5.11", "5.24.0"),
+    "aurora": ("2.0.1", "2.0.1"),
+    "boltz": ("2.2.1", "2.2.1"),
+    "monai": ("1.5.0", "1.6.1"),
+    "sam2": ("1.1.0", "1.1.0"),
+    "spandrel": ("0.4.2", "0.4.2"),
+    "timm": ("1.0.3", "1.0.31"),
+    "torchvision": ("0.29.1", "0.29.1"),
+    "transformers": ("5.11.0", "5.24.0"),
 }
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..._tracing import leaf_of_fx
 from ...axis import local
 from ...partition import Partition
 from .windows import GivenPartitions, cached_bias, project, split, trains_faster_theirs
@@ -96,6 +97,23 @@ class SquareWindows(nn.Module):
     def is_theirs(self, x: Tensor) -> bool:
         """Whether tokens are attended by their own code, because that trains faster."""
         return self.shift_size > 0 and trains_faster_theirs(x, self.backend)
+
+
+class TokenBlock(SquareWindows):
+    """Stands before a block class of theirs of tokens [B, H W, C] that norms what it attends to (SwinIR, DRCT)."""
+
+    norm1: Any
+    norm2: Any
+    drop_path: Any
+    mlp: Any
+
+    @leaf_of_fx
+    def forward(self, x: Tensor, x_size: tuple[int, int]) -> Tensor:
+        if self.is_theirs(x):
+            theirs: Tensor = super().forward(x, x_size)
+            return theirs
+        x = x + self.drop_path(self.attended(self.norm1(x), x_size))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
 PARTLY = "shifted windows in training on a CPU are spandrel's"
