@@ -304,9 +304,12 @@ def log_sum_exp(row_max, row_sum, bias):
 
 @triton.jit
 def kept(dropout, heads, query, key, axes, TRANSPOSED: tl.constexpr = False):
-    """What weights are multiplied by, [queries, keys] or transposed: 0 where dropped. None without dropout."""
+    """What weights are multiplied by, [queries, keys] or transposed: 0 where dropped. Nothing without dropout.
+
+    A tuple, of one or of nothing: Triton 3.6 cannot return None.
+    """
     if dropout is None:
-        return None
+        return ()
     else:  # noqa: RET505
         of_call = heads // dropout.calls
         seed = tl.load(dropout.data + query.head // of_call)
@@ -318,13 +321,13 @@ def kept(dropout, heads, query, key, axes, TRANSPOSED: tl.constexpr = False):
             drawn = draw(start[None, :], step[None, :], key_pixel[:, None])
         else:
             drawn = draw(start[:, None], step[:, None], key_pixel[None, :])
-        return tl.where(drawn >= dropout.threshold.to(tl.uint32), dropout.factor, 0.0)
+        return (tl.where(drawn >= dropout.threshold.to(tl.uint32), dropout.factor, 0.0),)
 
 
 @triton.jit
 def dropped(x, factors):
     """Weights, or gradients of weights, after dropout."""
-    return x if factors is None else (x * factors).to(x.dtype)
+    return x if len(factors) == 0 else (x * factors[0]).to(x.dtype)
 
 
 @triton.jit
