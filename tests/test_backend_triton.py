@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from inspect import signature
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from isa_triton import partitioned_attention_with_lse as with_lse
 from isa_triton.backend import triton as triton_backend
 from isa_triton.backend.contract import Call
 from isa_triton.backend.kernels import launch, plan
+from isa_triton.backend.triton import in_whole_rows
 from tests.cases import PARTITIONS, qkv, relative_error
 
 pytestmark = pytest.mark.usefixtures("kernels")
@@ -53,6 +55,50 @@ def test_backends_agree_in_outputs_and_gradients(partition: Partition, bias: boo
         results.append((*outputs, *torch.autograd.grad(outputs, tensors, upstream)))
     for a, e in zip(*results, strict=True):
         assert relative_error(a, e) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", [(3, 65, 65), (3, 2, 5, 5), (0, 2, 7, 7), (2, 64, 64)], ids=str)
+def test_a_bias_that_is_read_again_has_rows_of_whole_16_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    tokens, bias = shape[-1], torch.randn(shape).to(dtype)
+    together = 16 // bias.itemsize
+    whole = in_whole_rows(bias, kept=False)
+    assert whole is not None
+    assert all(stride % together == 0 for stride in whole.stride()[:-1])
+    assert torch.equal(whole[..., :tokens, :tokens], bias)
+    assert whole.count_nonzero() == bias.count_nonzero()
+    assert in_whole_rows(bias, kept=True) is bias
+    assert (whole is bias) == (tokens == 64)
+    of_all_heads = in_whole_rows(bias[..., :1, :, :].expand(shape), kept=False)
+    assert of_all_heads is not None
+    assert of_all_heads.stride(-3) == 0
+
+
+@pytest.mark.parametrize("tokens", [65, 71, 72])
+def test_kernels_are_told_how_the_rows_of_a_bias_are_aligned(tokens: int) -> None:
+    partition = Partition.dense((1, tokens))
+    tensors = inputs(partition)
+    biases = []
+    for pass_ in ("forward", "backward"):
+        with patch.object(launch, pass_, wraps=getattr(launch, pass_)) as spy:
+            call(tensors, partition, "triton")[0].sum().backward()
+        biases.append(spy.call_args.args[3])
+    for bias in biases:
+        laid_out = plan._pairs(plan.Pointer("bias", "fp32", True, True), plan.Layout(*launch.layout(bias)))
+        assert laid_out.unit.value == 4
+        assert laid_out.tokens * 4 == -(-tokens // 4) * 4
+
+
+def test_calls_made_again_give_such_a_bias_too() -> None:
+    """Where they are replayed a wrong one shows on a GPU alone: launches are given addresses."""
+    q, k, v, bias = (x.detach() for x in inputs(TWO_PASSES))
+    settled = Call(1.0, TWO_PASSES, with_lse=True, backend="triton")
+    with patch.object(launch, "Replay") as replay:
+        forward = triton_backend.Replay(settled, q, k, v, bias)
+        out, lse = forward(q, k, v, bias)
+        triton_backend.BackwardReplay(settled, q, k, v, bias, out, lse, v)(q, k, v, bias, out, lse, v)
+    given = [args[1] if len(args) > 1 else args[0] for _, args, _ in replay.mock_calls if args]
+    assert [tuple(tensors[3].shape) for tensors in given] == [(1, 68, 68)] * 4
 
 
 @pytest.mark.parametrize("partition", [ONE_KERNEL, TWO_PASSES], ids=["one kernel", "two passes"])

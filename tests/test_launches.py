@@ -96,7 +96,7 @@ launch._loaded, seen = lambda planned, device: (Binary(planned), lambda *args: N
 class Spy(launch._Bound):
     def __call__(self, tensors, stream):
         given = [x.data_ptr() if isinstance(x, torch.Tensor) else x for x in tensors]
-        seen.append((self.compiled.known, self.grid, given[:4], [x is None for x in given],
+        seen.append((self.compiled.known, self.grid, given[:3], given[3] == bias.data_ptr(), [x is None for x in given],
                      list(map(str, self.arguments))))
         super().__call__(tensors, stream)
 launch._Bound = Spy
@@ -105,7 +105,7 @@ q, k, v = maps(32, 32, 24)
 wide = maps(40, 40, 40)
 bias = torch.randn(2, 49, 49, dtype=torch.bfloat16)
 base = torch.randn(2 * 14 * 21 * 2 * 32 + 1, dtype=torch.bfloat16)
-P = Partition.local((14, 21), (7, 7))
+P, ODD = Partition.local((14, 21), (7, 7)), Partition.dense((15, 17))
 
 def attend(q=q, k=k, v=v, partition=P, function=partitioned_attention, **rest):
     return lambda: function(q, k, v, partition, **rest)
@@ -142,6 +142,8 @@ calls = {
     "learned": learn(q, k, v),
     "learned, a bias": learn(q, k, v, bias=bias),
     "learned, passes": learn(*maps(32, 32, 24, size=(24, 24)), partition=MANY),
+    "learned, a bias, in passes": learn(*maps(32, 32, 24, size=(15, 17)), partition=ODD,
+        bias=torch.randn(2, 255, 255, dtype=torch.bfloat16)),
     "learned, saved elsewhere": learn(q, k, v, hooks=True),
     "learned, other gradient": learn(q, k, v, do=torch.ones_like(v).transpose(1, 2).contiguous().transpose(1, 2)),
     "learned, gradient of a sum": learn(q, k, v, do=torch.ones(()).bfloat16().expand(v.shape)),

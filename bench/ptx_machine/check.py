@@ -19,6 +19,7 @@ from bench.ptx_machine.faults import Fault, Unsupported
 from bench.ptx_machine.problems import Work
 from bench.ptx_machine.results import Row, made_by
 from isa_triton.backend.kernels import launch, plan
+from isa_triton.backend.triton import in_whole_rows
 from reference.budget import allowed_error, natural_scales
 
 
@@ -88,10 +89,12 @@ def launched(work: Work, inputs: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
         partials = torch.full(plan.bias_partials_shape(case.maps, case.heads, partition, tiles), nan)
     passes: list[tuple[Tensor, Tensor | None]] = [(out, lse)] if work.entries else [(out, lse), (alone, None)]
     for to, logs in passes:
-        launch.forward(q, k, v, bias, to, logs, case.scale, partition, work.forward, precision)
+        rows = in_whole_rows(bias, plan.keeps_bias(work.forward, partition))
+        launch.forward(q, k, v, rows, to, logs, case.scale, partition, work.forward, precision)
     saved = (None, None, None) if plan.in_one_kernel(tiles, partition) else (out, lse, delta)
+    rows = in_whole_rows(bias, plan.in_one_kernel(tiles, partition))
     run: Any = launch.backward
-    run(q, k, v, bias, *saved[:2], do, dlse, dq, dk, dv, saved[2], partials, case.scale, partition, tiles,
+    run(q, k, v, rows, *saved[:2], do, dlse, dq, dk, dv, saved[2], partials, case.scale, partition, tiles,
                     precision)  # fmt: skip
     results = [*(("out", to) for to, _ in passes), ("lse", lse), ("dq", dq), ("dk", dk), ("dv", dv)]
     return results if partials is None else [*results, ("dbias", partials.sum(0))]

@@ -122,6 +122,11 @@ class Launch(NamedTuple):
         return {name for name in ("dk", "dv") if self.arguments.get(name) is not None}
 
     @property
+    def keeps_bias(self) -> bool:
+        """Whether a bias stays on chip, or is read but a few times: a group is one block."""
+        return self.name in ("forward_group_kernel", "backward_group_kernel")
+
+    @property
     def label(self) -> str:
         """The kernel, and what it writes where several launches of it share the work."""
         alone = f": {min(self.writes)}" if len(self.writes) == 1 else ""
@@ -196,7 +201,7 @@ class Tensors:
     """What the passes of a problem read and write, each made by `make` of a tensor without memory.
 
     q, k, dq, dk are [maps, H, W, heads, K], v, out, do, dv [..., V], lse and delta [maps, H, W, heads] in fp32, and the
-    bias, if there is one, [heads, tokens, tokens].
+    bias, if there is one, [heads, tokens, tokens], or in whole rows where kernels read it again and again.
     """
 
     def __init__(self, problem: Problem, make: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> None:
@@ -209,17 +214,22 @@ class Tensors:
         self.q, self.k, self.dq, self.dk = (new(*pixels, problem.key_width) for _ in range(4))
         self.v, self.out, self.do, self.dv = (new(*pixels, problem.value_width) for _ in range(4))
         self.lse, self.delta = (new(*pixels, dtype=torch.float32) for _ in range(2))
-        self.bias = new(problem.heads, tokens, tokens) if problem.bias else None
+        whole = plan.whole_rows(tokens, DTYPES[problem.dtype].itemsize)
+        self.biases = (new(problem.heads, whole, whole), new(problem.heads, tokens, tokens)) if problem.bias else None
         self.new = new
 
-    def of_forward(self, with_lse: bool = True) -> Any:
+    def bias(self, kept: bool) -> Tensor | None:
+        """The bias as the backend gives it to kernels, which keep it on chip or do not."""
+        return None if self.biases is None else self.biases[kept]
+
+    def of_forward(self, keeps_bias: bool, with_lse: bool = True) -> Any:
         """What a forward pass reads and writes, in the order of `plan.FORWARD`."""
-        return self.q, self.k, self.v, self.bias, *[None] * 4, self.out, self.lse if with_lse else None
+        return self.q, self.k, self.v, self.bias(keeps_bias), *[None] * 4, self.out, self.lse if with_lse else None
 
     def forward(self, tile: Tile, with_lse: bool = True) -> None:
         """Launch the forward pass."""
-        q, k, v, bias, *_, out, lse = self.of_forward(with_lse)
         partition, precision = self.problem.partition, self.problem.precision
+        q, k, v, bias, *_, out, lse = self.of_forward(plan.keeps_bias(tile, partition), with_lse)
         launch.forward(q, k, v, bias, out, lse, self.scale, partition, tile, precision)
 
     def partials(self, tiles: BackwardTiles) -> Tensor | None:
@@ -228,31 +238,31 @@ class Tensors:
         shape = plan.bias_partials_shape(problem.maps, problem.heads, problem.partition, tiles)
         return self.new(*shape, dtype=torch.float32) if problem.bias else None
 
-    def of_backward(self, partials: Tensor | None) -> Any:
+    def of_backward(self, keeps_bias: bool, partials: Tensor | None) -> Any:
         """What a backward pass reads and writes, without a gradient of lse, in the order of `plan.BACKWARD`."""
         saved, gradients = (self.out, self.lse, self.do, None), (self.dq, self.dk, self.dv, self.delta, partials)
-        return self.q, self.k, self.v, self.bias, *[None] * 4, *saved, *gradients
+        return self.q, self.k, self.v, self.bias(keeps_bias), *[None] * 4, *saved, *gradients
 
     def backward(self, tiles: BackwardTiles, partials: Tensor | None) -> None:
         """Launch the backward pass."""
         run: Any = launch.backward
-        q, k, v, bias, _, _, _, _, *rest = self.of_backward(partials)
+        in_one_kernel = plan.in_one_kernel(tiles, self.problem.partition)
+        q, k, v, bias, _, _, _, _, *rest = self.of_backward(in_one_kernel, partials)
         run(q, k, v, bias, *rest, self.scale, self.problem.partition, tiles, self.problem.precision)
 
 
 def forward_launches(target: str, problem: Problem, tile: Tile, with_lse: bool = False) -> list[Launch]:
     """The launch of the forward pass."""
-    tensors = Tensors(problem)
-    planned = plan.forward(
-        _layouts(tensors.of_forward(with_lse)), tensors.scale, problem.partition, tile, problem.precision
-    )
+    tensors, partition = Tensors(problem), problem.partition
+    given = _layouts(tensors.of_forward(plan.keeps_bias(tile, partition), with_lse))
+    planned = plan.forward(given, tensors.scale, partition, tile, problem.precision)
     return [Launch.of(each, target, problem) for each in planned]
 
 
 def backward_launches(target: str, problem: Problem, tiles: BackwardTiles) -> list[Launch]:
     """The launches of the backward pass."""
     tensors = Tensors(problem)
-    given = tensors.of_backward(tensors.partials(tiles))
+    given = tensors.of_backward(plan.in_one_kernel(tiles, problem.partition), tensors.partials(tiles))
     planned = plan.backward(_layouts(given), tensors.scale, problem.partition, tiles, problem.precision)
     return [Launch.of(each, target, problem) for each in planned]
 

@@ -134,10 +134,11 @@ def work(loops: tuple[Loop, ...], ops: tuple[Op, ...], launch: Launch) -> Work:
         if kind == "dot":
             flops += 2 * prod(shape) * times
         elif argument in PAIRS:
-            pairs = prod(_filled(partition.tokens, partition.tokens, block) * block for block in shape)
+            rows = launch.integers[f"{argument}.tokens"] * launch.integers[f"{argument}.unit"]  # as many as columns
+            pairs = prod(_filled(rows, partition.tokens, block) * block for block in shape)
             others += times * itemsize * pairs
             tables = launch.integers["slots"] if argument == "partials" else 1
-            distinct.add((kind, argument, tables * problem.heads * partition.tokens**2 * itemsize))
+            distinct.add((kind, argument, tables * problem.heads * rows**2 * itemsize))
         elif not shape:
             others += times * itemsize
         elif len(shape) == 1:

@@ -157,10 +157,10 @@ class Task:
         if self.step in PASSES["backward"] and not plan.in_one_kernel(shipped, self.problem.partition):
             tensors.backward(shipped, tensors.partials(shipped))
         if self.step == "forward":
-            given = dict(zip(plan.FORWARD, tensors.of_forward(), strict=True))
+            given = dict(zip(plan.FORWARD, tensors.of_forward(chosen.keeps_bias), strict=True))
         else:
             partials = tensors.partials(self.backward(tile))
-            given = dict(zip(plan.BACKWARD, tensors.of_backward(partials), strict=True))
+            given = dict(zip(plan.BACKWARD, tensors.of_backward(chosen.keeps_bias, partials), strict=True))
         run = launch.bind(chosen.planned, given)
         return measure.seconds({"kernel": lambda: run() or ()}, rounds=ROUNDS, device="cuda")["kernel"]
 

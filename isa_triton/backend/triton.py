@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import tiles
@@ -52,7 +53,7 @@ def keeps_output(q: Tensor, v: Tensor, partition: Partition) -> bool:
 
 def forward(inputs: Inputs, call: Call) -> tuple[Tensor, Tensor]:
     """out and lse, by one kernel."""
-    from .kernels import launch
+    from .kernels import launch, plan
 
     q, k, v, bias, scales, valid, seed, table = inputs = _readable(inputs)
     out, lse = empty_outputs(inputs, call.with_lse)
@@ -61,6 +62,7 @@ def forward(inputs: Inputs, call: Call) -> tuple[Tensor, Tensor]:
         lse.fill_(-torch.inf)
     kept_lse, precision = lse if call.with_lse else None, precision_of(q.dtype, q.device)
     tile = _forward_tile(*_problem(q, v, bias, call.partition))
+    bias = in_whole_rows(bias, plan.keeps_bias(tile, call.partition))
     with _on(q.device):
         launch.forward(
             q, k, v, bias, out, kept_lse, call.scale, call.partition, tile, precision, call.dropout_p,
@@ -89,6 +91,7 @@ def backward(
     if bias is not None:
         shape = plan.bias_partials_shape(q.shape[0], q.shape[-2], call.partition, chosen, bias.dim() == 4)
         partials = q.new_empty(shape, dtype=torch.float32)
+        bias = in_whole_rows(bias, plan.in_one_kernel(chosen, call.partition))
     with _on(q.device):
         launch.backward(
             q, k, v, bias, out, lse, do, dlse, dq, dk, dv, delta, partials, call.scale, call.partition, chosen,
@@ -120,6 +123,8 @@ class Replay:
         out, lse = empty_outputs(Inputs(q, k, v), call.with_lse)
         tile, precision = _forward_tile(*_problem(q, v, bias, call.partition)), precision_of(q.dtype, q.device)
         with _on(q.device):
+            self.keeps_bias = plan.keeps_bias(tile, call.partition)
+            bias = in_whole_rows(bias, self.keeps_bias)
             tensors = q, k, v, bias, *NONE, out, lse if call.with_lse else None
             self.launch = launch.Replay(plan.forward, tensors, call.scale, call.partition, tile, precision)
 
@@ -127,7 +132,7 @@ class Replay:
         """out and lse, if the call is with lse."""
         out = torch.empty_like(v, memory_format=torch.contiguous_format)
         lse = q.new_empty(q.shape[:-1], dtype=torch.float32) if self.call.with_lse else None
-        self.launch((q, k, v, bias, *NONE, out, lse))
+        self.launch((q, k, v, in_whole_rows(bias, self.keeps_bias), *NONE, out, lse))
         return out, lse
 
 
@@ -151,7 +156,9 @@ class BackwardReplay:
         per_map = bias is not None and bias.dim() == 4
         self.partials = plan.bias_partials_shape(q.shape[0], q.shape[-2], call.partition, chosen, per_map)
         with _on(q.device):
-            tensors = q, k, v, bias, *NONE, out, lse, do, None, *self._empty(q, k, v, bias, lse)
+            self.keeps_bias = plan.in_one_kernel(chosen, call.partition)
+            whole = in_whole_rows(bias, self.keeps_bias)
+            tensors = q, k, v, whole, *NONE, out, lse, do, None, *self._empty(q, k, v, bias, lse)
             self.launch = launch.Replay(plan.backward, tensors, call.scale, call.partition, chosen, precision)
 
     def __call__(
@@ -159,7 +166,8 @@ class BackwardReplay:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """dq, dk, dv and dbias."""
         dq, dk, dv, delta, partials = self._empty(q, k, v, bias, lse)
-        self.launch((q, k, v, bias, *NONE, out, lse, do, None, dq, dk, dv, delta, partials))
+        whole = in_whole_rows(bias, self.keeps_bias)
+        self.launch((q, k, v, whole, *NONE, out, lse, do, None, dq, dk, dv, delta, partials))
         return dq, dk, dv, None if bias is None else partials.sum(0).to(bias.dtype).view(bias.shape)
 
     def _empty(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, lse: Tensor | None) -> tuple[Any, ...]:
@@ -189,6 +197,24 @@ def _readable(inputs: Inputs) -> Inputs:
 def _in_memory(x: Any) -> Any:
     """A tensor or None as kernels will read it: PyTorch negates lazily, by a bit beside the memory (`is_neg`)."""
     return x.resolve_neg() if x is not None and x.is_neg() else x
+
+
+def in_whole_rows(bias: Tensor | None, kept: bool) -> Tensor | None:
+    """A bias as kernels will read it: unless it is kept on chip, its rows begin at multiples of 16 bytes.
+
+    Of 343 tokens they would not, and would be loaded number by number, each by a pointer of its own. A copy is a pass
+    over a bias, of which every group then reads all.
+    """
+    from .kernels import plan
+
+    if bias is None or kept:
+        return bias
+    tokens = bias.shape[-1]
+    more = plan.whole_rows(tokens, bias.itemsize) - tokens
+    if not more:
+        return bias
+    of_heads = bias.narrow(-3, 0, 1) if bias.stride(-3) == 0 and bias.shape[-3] else bias
+    return F.pad(of_heads, (0, more, 0, more)).expand(*bias.shape[:-2], -1, -1)
 
 
 def _problem(q: Tensor, v: Tensor, bias: Tensor | None, partition: Partition) -> tuple[Any, ...]:

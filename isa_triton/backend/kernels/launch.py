@@ -5,7 +5,8 @@ Tensors are anything with `shape`, `stride()` and a data pointer, on the current
     q, k, dq, dk       [B, H, W, heads, K]           fp16, bf16 or fp32, all four tensors q, k, v, do alike; k and v may
     v, out, do, dv     [B, H, W, heads, V]           have fewer heads, which divide those of q; dk and dv have as q
     lse, dlse, delta   [B, H, W, heads]              fp32
-    bias               [heads, tokens, tokens]       any float; or [B, heads, tokens, tokens]
+    bias               [heads, tokens, tokens]       any float; or [B, heads, tokens, tokens]; larger with zeros
+                                                     below and on the right, as `plan.whole_rows` has it
     scales             [heads], contiguous           any float
     valid              [B, H, W, heads]              uint8, 0 or not; alike for all heads
     seed               [calls], contiguous           int64, of dropout; each is of as many neighbouring heads

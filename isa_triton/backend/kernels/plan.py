@@ -124,7 +124,7 @@ def forward(
     given = _given(FORWARD, layouts, scale, partition, precision, dropout_p)
     maps, heads = layouts[0].shape[0], layouts[0].shape[-2]
     items = maps * partition.groups
-    if given["bias"] is not None and partition.tokens <= tile.block_m == tile.block_n:
+    if given["bias"] is not None and keeps_bias(tile, partition):
         tables = _tables(heads, given["maps"])
         slots = min(items * heads // tables, max(1, PARTIAL_SUMS // tables)) if tables else 0
         given |= {"items": items, "slots": slots, "BLOCK": tile.block_n}
@@ -178,6 +178,11 @@ def _passes(given: dict[str, Any], items: int, tokens: int, tiles: BackwardTiles
         yield from _launch(backward_keys_kernel, items * ceil_div(tokens, tile.block_n), given | more, tile)
 
 
+def keeps_bias(tile: Tile, partition: Partition) -> bool:
+    """Whether `forward` keeps a bias on chip from one group to the next: each is one block, of queries and of keys."""
+    return partition.tokens <= tile.block_m == tile.block_n
+
+
 def in_one_kernel(tiles: BackwardTiles, partition: Partition) -> bool:
     """Whether `backward` is one kernel, which needs q, k, v and bias only: the group fits in its block."""
     return tiles.group is not None and partition.tokens <= tiles.group.block_m
@@ -207,6 +212,12 @@ def _blocks_of_pairs(tiles: BackwardTiles, partition: Partition) -> int:
     if in_one_kernel(tiles, partition):
         return 1
     return ceil_div(partition.tokens, tiles.pairs.block_m) * ceil_div(partition.tokens, tiles.pairs.block_n)
+
+
+def whole_rows(tokens: int, itemsize: int) -> int:
+    """Rows and columns of a bias whose rows are loaded 16 bytes at a time: those beyond the tokens are zeros."""
+    together = 16 // itemsize
+    return ceil_div(tokens, together) * together
 
 
 def padded(width: int) -> int:
