@@ -39,10 +39,12 @@ def limit(tokens: int) -> int | None:
     return max(16, tokens) if tokens <= LONGEST else None
 
 
-def in_turn(dtype: str, widths: Iterable[int], tokens: Iterable[int]) -> Iterator[tuple[Problem, str]]:
+def in_turn(
+    dtype: str, widths: Iterable[int], tokens: Iterable[int], passes: Iterable[str] = PASSES
+) -> Iterator[tuple[Problem, str]]:
     """Cells with some widths of keys and groups, as a sweep takes them: what most people run first, and of a width the
     longest groups, whose tiles serve shorter ones too; and calls with a bias before those without.
     """
     chosen = [pair for width in FIRST if width in set(widths) for pair in WIDTHS if pair[0] == width]
-    for pair, n, pass_, bias in product(chosen, sorted(tokens, reverse=True), PASSES, (True, False)):
+    for pair, n, pass_, bias in product(chosen, sorted(tokens, reverse=True), passes, (True, False)):
         yield make_cell(n, pair, bias, dtype), pass_

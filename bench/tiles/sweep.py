@@ -59,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"of keys, of {' '.join(widths)} (default: all)")  # fmt: skip
     add("--tokens", nargs="+", type=positive, choices=grid.TOKENS, default=list(grid.TOKENS), metavar="N",
         help=f"of a group, of {' '.join(map(str, grid.TOKENS))} (default: all)")  # fmt: skip
+    add("--passes", nargs="+", choices=PASSES, default=list(PASSES), help="default: both")
     add(
         "--known", action="store_true", help="try the tiles of all files only, not their neighbours: minutes, not hours"
     )
@@ -72,7 +73,7 @@ def run(args: argparse.Namespace) -> None:
     wanted = [
         (options.first_machine(target), *cell)
         for target in args.targets for dtype in args.dtypes
-        for cell in grid.in_turn(dtype, args.widths, args.tokens)
+        for cell in grid.in_turn(dtype, args.widths, args.tokens, args.passes)
     ]  # fmt: skip
     done = gained = 0
     with options.compilers(args, said) as binaries:
