@@ -10,12 +10,17 @@ MOST_AXES = 3
 
 
 def along(group, token, axis):  # type: ignore[no-untyped-def]  # ints, arrays or tl.tensors alike
-    """The pixel of each (group, token) of one axis, and whether it lies inside: the equation."""
+    """The pixel of each (group, token) of one axis, and whether it lies inside: the equation.
+
+    An axis without a size, as kernels may have it, has all of them inside.
+    """
     place = group * axis.group_stride + token * axis.token_stride
     pixel = axis.origin + place
     if axis.cyclic:
         pixel += (pixel < 0) * axis.size
         inside = place < axis.size
+    elif axis.size is None:
+        inside = place == place  # true, where they are true
     else:
         inside = pixel < axis.size
         if axis.origin < 0:

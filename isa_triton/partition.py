@@ -36,10 +36,9 @@ def coordinates(group, token, axes):  # type: ignore[no-untyped-def]
     if len(axes) == 1:
         pixel, inside = along(group, token, axes[0])
         return (pixel,), inside
-    else:  # noqa: RET505  # compilers of kernels look into what follows a return
-        last = axes[-1]
-        before, there = coordinates(group // last.groups, token // last.tokens, axes[:-1])
-        pixel, here = along(group % last.groups, token % last.tokens, last)
+    else:  # noqa: RET505  # compilers of kernels look into what follows a return, and a name has no constants to them
+        before, there = coordinates(group // axes[-1].groups, token // axes[-1].tokens, axes[:-1])
+        pixel, here = along(group % axes[-1].groups, token % axes[-1].tokens, axes[-1])
         return before + (pixel,), there & here  # noqa: RUF005  # which they do not know
 
 

@@ -60,8 +60,11 @@ def test_no_tile_has_more_binaries_than_the_bound(launched: list[Launched]) -> N
         assert max(map(len, found.values())) <= BOUND, (case, {name: len(keys) for name, keys in found.items()})
 
 
-def test_windows_have_one_binary_for_all_maps_that_are_larger(launched: list[Launched]) -> None:
+def test_windows_have_one_binary_for_maps_that_they_divide_and_one_for_others(launched: list[Launched]) -> None:
     for case, launches in zip(CASES, launched, strict=True):
         if case[0] == "local":
-            larger = [found for size, found in zip(OTHERS + PATTERNS, launches, strict=True) if size != (8, 8)]
-            assert all(len(keys) == 1 for keys in binaries(larger).values()), case
+            larger = [(size, found) for size, found in zip(OTHERS + PATTERNS, launches, strict=True) if size != (8, 8)]
+            for divided in (True, False):
+                same = [found for (height, width), found in larger if (height % 8 == width % 8 == 0) is divided]
+                assert all(len(keys) == 1 for keys in binaries(same).values()), (case, divided)
+            assert all(len(keys) == 2 for keys in binaries([found for _, found in larger]).values()), case

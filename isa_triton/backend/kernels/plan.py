@@ -89,7 +89,8 @@ class Launch(NamedTuple):
         A binary serves all integers but those that are constants here: which of them 16 divides, or are 1, is what
         Triton would make another of, and resolutions are many. How rows are aligned is in the strides' unit. Of one
         kind it matters: with tokens in rows of a multiple of 16, and in so many rows, a compiler finds a block's rows
-        and columns in fewer registers, without which some kernels spill.
+        and columns in fewer registers, without which some kernels spill. Maps that the partition divides have another
+        binary than those with tokens outside, for which nothing is tested.
         """
         types, constants, attributes = dict[str, Any](), dict[Path, Any](), dict[Path, Any]()
         attributes_of = make_backend(target).parse_attr
@@ -252,7 +253,9 @@ def _given(
     (maps, *_, heads, key_width), (*_, key_heads, value_width) = layouts[0].shape, layouts[2].shape
     bias = layouts[names.index("bias")]
     per_map = bias is not None and len(bias.shape) == 4
-    axes: tuple[Any, ...] = tuple(_axis(axis, whole=partition.groups == 1) for axis in partition)
+    numbered = layouts[names.index("seed")] is not None  # pixels, whose weights are drawn by their numbers
+    sized = numbered or not partition.divides or any(axis.wraps for axis in partition)
+    axes: tuple[Any, ...] = tuple(_axis(axis, partition.groups == 1, sized) for axis in partition)
     if (table := tensors.pop("table")) is not None:
         axes = (Table(table, partition.groups, partition.tokens),)
     numbers = {"scale": float(scale), "heads": _one(heads), "maps": maps if per_map else None, "axes": axes}
@@ -274,7 +277,7 @@ def _one(n: int) -> Any:
 
 
 @lru_cache(maxsize=1024)
-def _axis(axis: Axis, whole: bool) -> Axis:
+def _axis(axis: Axis, whole: bool, sized: bool) -> Any:
     """An axis as kernels take it: the origin is a constant, so that only shifted windows test for pixels >= 0.
 
     So is whether they go on at the other end of the axis.
@@ -282,11 +285,14 @@ def _axis(axis: Axis, whole: bool) -> Axis:
     Args:
         axis: of a partition.
         whole: the map is one group.
+        sized: kernels ask for its size; else none is tested whether it is inside, for which every column of scores
+            would be divided into its places on the axes.
     """
     groups = _one(axis.groups) if whole else axis.groups
     group_stride, token_stride = _one(axis.group_stride), _one(axis.token_stride)
     origin, cyclic = tl.constexpr(axis.origin), tl.constexpr(axis.wraps)
-    return Axis(axis.size, groups, axis.tokens, group_stride, token_stride, origin, cyclic)
+    given: Any = Axis  # whose fields are a kernel's constants and integers
+    return given(axis.size if sized else None, groups, axis.tokens, group_stride, token_stride, origin, cyclic)
 
 
 def _pointer(name: str, of: Layout) -> Pointer:
