@@ -19,6 +19,7 @@ from ..dropout import factors, rows_of
 from ..partition import Partition
 from . import packed
 from .contract import Call, Gradients, Inputs, empty_gradients, empty_outputs, lse_dtype
+from .cosine import normalised, pulled_back
 
 OPAQUE = False  # PyTorch's own operators, which modes may look into
 
@@ -36,6 +37,8 @@ def keeps_output(q: Tensor, v: Tensor, partition: Partition) -> bool:
 
 def forward(inputs: Inputs, call: Call) -> tuple[Tensor, Tensor]:
     """``out = softmax(scale q k^T + bias) v`` inside every group, and lse, the log-sum-exp of its scores (or empty)."""
+    if call.cosine:
+        return forward(_normalised(inputs), call._replace(cosine=False))
     if (table := inputs.table) is not None:
         out, lse = forward(packed.gathered(inputs), call)
         return packed.scatter(out, table, inputs.q), packed.scatter_lse(lse, table, inputs.q) if call.with_lse else lse
@@ -107,6 +110,9 @@ def backward(
     it; dscales is S's part without them times dS, ``q . dq`` before dq has its head's. With dropout dv and dP have its
     factors.
     """
+    if call.cosine:
+        found = backward(_normalised(inputs), None, None, do, dlse, call._replace(cosine=False))
+        return found._replace(dq=pulled_back(inputs.q, found.dq), dk=pulled_back(inputs.k, found.dk))
     if (table := inputs.table) is not None:
         dlse = None if dlse is None else packed.gather(dlse, table)
         found = backward(packed.gathered(inputs), None, None, packed.gather(do, table), dlse, call)
@@ -167,6 +173,10 @@ def _backward(inputs: Inputs, do: Tensor, dlse: Tensor | None, call: Call, numbe
             view.add_(db.view(view.shape))
     dk, dv = (x.unflatten(-2, (of_keys, -1)).sum(-2) if of_keys < x.shape[-2] else x for x in (dk, dv))
     return Gradients(dq, dk, dv, dbias.copy_(dbias_sum), dscales.copy_(dscales_sum))
+
+
+def _normalised(inputs: Inputs) -> Inputs:
+    return inputs._replace(q=normalised(inputs.q), k=normalised(inputs.k))
 
 
 def _spread(inputs: Inputs) -> Inputs:

@@ -224,6 +224,57 @@ def inner_products(a, b, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl
 
 
 @triton.jit
+def sums_of_squares(chunk):
+    """Of every row, in fp32."""
+    wide = chunk.to(tl.float32)
+    return tl.sum(wide * wide, 1)
+
+
+@triton.jit
+def inverse_length(squares):
+    """What makes vectors of length 1, from their sums of squares; what is shorter than 1e-12 stays shorter than 1."""
+    return tl.rsqrt(tl.maximum(squares, 1e-24))
+
+
+@triton.jit
+def inverse_lengths(vectors, COSINE: tl.constexpr):
+    """The same from whole rows, for cosines: a tuple, of one or of nothing."""
+    return (inverse_length(sums_of_squares(vectors)),) if COSINE else ()
+
+
+@triton.jit
+def similarities(a, b, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr, COSINE: tl.constexpr):
+    """a b^T, or the cosines, and what made the rows of a and of b of length 1 for them: a tuple of one, or of nothing.
+
+    A cosine is the product of the vectors as they are, times a factor a row and one a column.
+    """
+    if COSINE:
+        product = tl.zeros([a.inside.shape[0], b.inside.shape[0]], tl.float32)
+        a_squares, b_squares = tl.zeros([a.inside.shape[0]], tl.float32), tl.zeros([b.inside.shape[0]], tl.float32)
+        for start in range(0, WIDTH, BLOCK):
+            a_chunk, b_chunk = load(a, start, WIDTH, BLOCK), load(b, start, WIDTH, BLOCK)
+            a_squares += sums_of_squares(a_chunk)
+            b_squares += sums_of_squares(b_chunk)
+            product = tl.dot(a_chunk, b_chunk.T, product, input_precision=PRECISION)
+        of_a, of_b = (inverse_length(a_squares),), (inverse_length(b_squares),)
+        return cosines(product, of_a, of_b), of_a, of_b
+    else:  # noqa: RET505
+        return inner_products(a, b, WIDTH, BLOCK, PRECISION), (), ()
+
+
+@triton.jit
+def cosines(product, of_rows, of_columns):
+    """Products of vectors times what makes both of length 1, where that is given."""
+    return product if len(of_rows) == 0 else product * of_rows[0][:, None] * of_columns[0][None, :]
+
+
+@triton.jit
+def normalised(chunk, inverse):
+    """Rows of length 1, where what makes them so is given."""
+    return chunk if len(inverse) == 0 else (chunk.to(tl.float32) * inverse[0][:, None]).to(chunk.dtype)
+
+
+@triton.jit
 def pairs(numbers, start, query, key):
     """Pointers to the numbers of every query and key of a table that begins so many units on, and which exist."""
     tokens = numbers.tokens * numbers.unit
