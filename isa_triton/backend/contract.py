@@ -158,6 +158,16 @@ def lse_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def unfinished_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of gradients that are yet to be added or divided: fp16 may hold the results and not what they are made of.
+
+    Examples:
+        >>> [unfinished_dtype(dtype) for dtype in (torch.float16, torch.bfloat16)]
+        [torch.float32, torch.bfloat16]
+    """
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
 def empty_outputs(inputs: Inputs, with_lse: bool) -> tuple[Tensor, Tensor]:
     """Uninitialised out and lse (of no elements where it is not wanted).
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from .. import tiles
 from .._tracing import constant_in_graphs, is_fake
 from ..partition import Partition
-from .contract import Call, Gradients, Inputs, empty_gradients, empty_outputs
+from .contract import Call, Gradients, Inputs, empty_gradients, empty_outputs, unfinished_dtype
 from .cosine import normalised, pulled_back
 
 OPAQUE = True
@@ -79,8 +79,11 @@ def backward(
     q, k, v, bias, scales, valid, seed, table = inputs = _readable(inputs)
     do, dlse, key_heads = _in_memory(do), _in_memory(dlse), k.shape[-2]
     dq, dk, dv, dbias, dscales = empty_gradients(inputs)
+    wide = unfinished_dtype(q.dtype)
+    if call.cosine:  # of vectors of length 1, and then divided
+        dq, dk = dq.to(wide), dk.to(wide)
     if inputs.share > 1:  # of every head of q, and then added
-        dk, dv = (x.new_empty(*q.shape[:-1], x.shape[-1]) for x in (dk, dv))
+        dk, dv = (x.new_empty(*q.shape[:-1], x.shape[-1], dtype=wide) for x in (dk, dv))
     if valid is not None or table is not None:
         for gradient in (dq, dk, dv):
             gradient.zero_()
@@ -105,7 +108,7 @@ def backward(
         dk, dv = (x.unflatten(-2, (key_heads, -1)).sum(-2) for x in (dk, dv))
     if call.cosine:
         dq, dk = pulled_back(q, dq), pulled_back(k, dk)
-    return Gradients(dq, dk, dv, dbias, dscales)
+    return Gradients(dq, dk.to(k.dtype), dv.to(v.dtype), dbias, dscales)
 
 
 class Replay:
