@@ -10,9 +10,13 @@ SHORTEST = 1e-12  # what is shorter is divided by this
 
 
 def normalised(x: Tensor) -> Tensor:
-    """x [..., width] / max(|x|, 1e-12), in the dtype of x; lengths are fp32, for halves cannot hold their squares."""
-    wide = x.to(lse_dtype(x.dtype))
-    return (wide * _inverse_length(_squares(wide))).to(x.dtype)
+    """x [..., width] / max(|x|, 1e-12), in the dtype of x."""
+    return (x * inverse_length(x)).to(x.dtype)
+
+
+def inverse_length(x: Tensor) -> Tensor:
+    """1 / max(|x|, 1e-12), [..., 1], fp32 at least, for halves cannot hold squares."""
+    return _inverse(_squares(x))
 
 
 def pulled_back(x: Tensor, gradient: Tensor) -> Tensor:
@@ -20,19 +24,17 @@ def pulled_back(x: Tensor, gradient: Tensor) -> Tensor:
 
     ``(g - y (y . g)) / |x|``, with y of length 1: what points along x changes its length alone.
     """
-    wide, g = (t.to(lse_dtype(x.dtype)) for t in (x, gradient))
-    squares = _squares(wide)
-    inverse = _inverse_length(squares)
-    y = wide * inverse
+    squares, g = _squares(x), gradient.to(lse_dtype(x.dtype))
+    y = x * _inverse(squares)
     along = (y * g).sum(-1, keepdim=True).masked_fill(squares < SHORTEST**2, 0)
-    found = ((g - y * along) * inverse).masked_fill(~g.any(-1, keepdim=True), 0)
+    found = ((g - y * along) * _inverse(squares)).masked_fill(~g.any(-1, keepdim=True), 0)
     return found.to(x.dtype).contiguous()
 
 
 def _squares(x: Tensor) -> Tensor:
-    return x.square().sum(-1, keepdim=True)  # [..., 1]
+    return x.to(lse_dtype(x.dtype)).square().sum(-1, keepdim=True)  # [..., 1]
 
 
-def _inverse_length(squares: Tensor) -> Tensor:
-    """Of the squares: lengths have no derivative at 0."""
+def _inverse(squares: Tensor) -> Tensor:
+    """Of their roots, which have no derivative at 0."""
     return squares.clamp(min=SHORTEST**2).rsqrt()

@@ -19,7 +19,7 @@ from ..dropout import factors, rows_of
 from ..partition import Partition
 from . import packed
 from .contract import Call, Gradients, Inputs, empty_gradients, empty_outputs, lse_dtype, unfinished_dtype
-from .cosine import normalised, pulled_back
+from .cosine import inverse_length, pulled_back
 
 OPAQUE = False  # PyTorch's own operators, which modes may look into
 
@@ -256,7 +256,7 @@ class _Chunk:
         """The chunk of a map as [n, T, width], copied to scratch memory, with `cosine` made of length 1 there."""
         view = self._views[name]
         x = self.scratch(name, view.shape).copy_(view).view(-1, self._tokens, view.shape[-1])
-        return x.copy_(normalised(x)) if cosine else x
+        return x.mul_(inverse_length(x)) if cosine else x
 
     def store(self, name: str, values: Tensor) -> None:
         """Write values [n, T, width] to their pixels of a map."""
