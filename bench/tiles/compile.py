@@ -52,12 +52,14 @@ class Problem:
     dtype: str = "bfloat16"
     maps: int = 2
     name: str = ""
+    cosine: bool = False  # whether scores are cosines; its tiles are those of any other
 
     def __str__(self) -> str:
         size = "x".join(map(str, self.partition.size))
         return (
             f"{self.kind}, {self.partition.tokens} tokens, K = {self.key_width}, V = {self.value_width}, "
-            f"{self.heads} heads{', bias' * self.bias}, {self.dtype}, {self.maps} maps of {size}"
+            f"{self.heads} heads{', bias' * self.bias}{', cosines' * self.cosine}, {self.dtype}, "
+            f"{self.maps} maps of {size}"
         )
 
     @property
@@ -220,7 +222,7 @@ class Tensors:
         """Launch the forward pass."""
         q, k, v, bias, *_, out, lse = self.of_forward(with_lse)
         partition, precision = self.problem.partition, self.problem.precision
-        launch.forward(q, k, v, bias, out, lse, self.scale, partition, tile, precision)
+        launch.forward(q, k, v, bias, out, lse, self.scale, partition, tile, precision, cosine=self.problem.cosine)
 
     def partials(self, tiles: BackwardTiles) -> Tensor | None:
         """Where a backward pass with these tiles sums dbias, if there is a bias."""
@@ -237,15 +239,15 @@ class Tensors:
         """Launch the backward pass."""
         run: Any = launch.backward
         q, k, v, bias, _, _, _, _, *rest = self.of_backward(partials)
-        run(q, k, v, bias, *rest, self.scale, self.problem.partition, tiles, self.problem.precision)
+        problem = self.problem
+        run(q, k, v, bias, *rest, self.scale, problem.partition, tiles, problem.precision, cosine=problem.cosine)
 
 
 def forward_launches(target: str, problem: Problem, tile: Tile, with_lse: bool = False) -> list[Launch]:
     """The launch of the forward pass."""
     tensors = Tensors(problem)
-    planned = plan.forward(
-        _layouts(tensors.of_forward(with_lse)), tensors.scale, problem.partition, tile, problem.precision
-    )
+    rest = tensors.scale, problem.partition, tile, problem.precision
+    planned = plan.forward(_layouts(tensors.of_forward(with_lse)), *rest, cosine=problem.cosine)
     return [Launch.of(each, target, problem) for each in planned]
 
 
@@ -253,7 +255,8 @@ def backward_launches(target: str, problem: Problem, tiles: BackwardTiles) -> li
     """The launches of the backward pass."""
     tensors = Tensors(problem)
     given = tensors.of_backward(tensors.partials(tiles))
-    planned = plan.backward(_layouts(given), tensors.scale, problem.partition, tiles, problem.precision)
+    rest = tensors.scale, problem.partition, tiles, problem.precision
+    planned = plan.backward(_layouts(given), *rest, cosine=problem.cosine)
     return [Launch.of(each, target, problem) for each in planned]
 
 

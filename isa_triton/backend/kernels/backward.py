@@ -32,7 +32,8 @@ from isa_triton.backend.kernels.common import (
     LOWEST,
     across,
     anywhere,
-    cosines,
+    by_columns,
+    by_rows,
     divisor,
     down,
     dropped,
@@ -41,6 +42,7 @@ from isa_triton.backend.kernels.common import (
     inverse_lengths,
     items_of,
     kept,
+    lengths_inverted,
     load,
     locate,
     normalised,
@@ -51,6 +53,7 @@ from isa_triton.backend.kernels.common import (
     shared,
     similarities,
     store,
+    sums_of_squares,
     tokens_of,
     unit,
     unravel,
@@ -89,8 +92,8 @@ def backward_group_kernel(
         token = locate(item, head, 0, axes, valid, BLOCK)
         q_rows, do_rows, as_key = rows(q, token), rows(do, token), shared(token, SHARE)
         k_rows, v_rows = rows(k, as_key), rows(v, as_key)
-        product, of_q, of_k = similarities(q_rows, k_rows, K, BLOCK_K, PRECISION, COSINE)
-        score = scores(product, factor, bias, down(token), across(token))  # [BLOCK, BLOCK]
+        product, of_q, of_k = similarities(q_rows, k_rows, (), K, BLOCK_K, PRECISION, COSINE)
+        score = scores(product, by_rows(factor, of_q), bias, down(token), across(token))  # [BLOCK, BLOCK]
         weight = weigh(score, LOWEST, bias)[0]
         p = weight / divisor(tl.sum(weight, 1))  # a query outside the map has one too, but its do is zero
         factors = kept(dropout, heads, token, token, axes)
@@ -192,7 +195,8 @@ def backward_queries_kernel(
     if ONE_BLOCK:
         key = locate(item, head, 0, axes, valid, BLOCK_N)
         k_rows, v_rows = rows(k, shared(key, SHARE)), rows(v, shared(key, SHARE))
-        product, _, of_k = similarities(q_rows, k_rows, K, BLOCK_K, PRECISION, COSINE)
+        product, of_q, of_k = similarities(q_rows, k_rows, (), K, BLOCK_K, PRECISION, COSINE)
+        factor = by_rows(factor, of_q)
         p = finite_probabilities(product, factor, bias, lse_m[:, None], down(query), across(key))  # [BLOCK_M, BLOCK_N]
         packed = pack(p.to(dtype))
         dp = inner_products(do_rows, v_rows, V, BLOCK_V, PRECISION)
@@ -215,11 +219,12 @@ def backward_queries_kernel(
             store(rows(dq, query), chunk, dq_chunk * scale, K, BLOCK_K)
     else:
         acc = tl.zeros([BLOCK_M, WIDTH_K], tl.float32)
+        of_q = lengths_inverted(q_rows, K, BLOCK_K, COSINE)
         for start in range(0, tokens, BLOCK_N):
             key = locate(item, head, start, axes, valid, BLOCK_N)
             k_rows, v_rows = rows(k, shared(key, SHARE)), rows(v, shared(key, SHARE))
-            product, _, of_k = similarities(q_rows, k_rows, K, BLOCK_K, PRECISION, COSINE)
-            p = finite_probabilities(product, factor, bias, lse_m[:, None], down(query), across(key))
+            product, _, of_k = similarities(q_rows, k_rows, of_q, K, BLOCK_K, PRECISION, COSINE)
+            p = finite_probabilities(product, by_rows(factor, of_q), bias, lse_m[:, None], down(query), across(key))
             dp = inner_products(do_rows, v_rows, V, BLOCK_V, PRECISION)
             ds = p * (dropped(dp, kept(dropout, heads, query, key, axes)) - delta_m[:, None])
             keys = normalised(load(k_rows, 0, K, WIDTH_K), of_k)
@@ -247,8 +252,9 @@ def backward_keys_kernel(
         query = locate(item, head, 0, axes, valid, BLOCK_M)
         q_rows, do_rows = rows(q, query), rows(do, query)
         lse_m = load_lse(lse, query, bias)
-        product, _, of_q = similarities(k_rows, q_rows, K, BLOCK_K, PRECISION, COSINE)
-        p = probabilities(product, factor, bias, lse_m[None, :], across(query), down(key))  # [BLOCK_N, BLOCK_M]
+        product, of_k, of_q = similarities(k_rows, q_rows, (), K, BLOCK_K, PRECISION, COSINE)
+        score_factor = by_rows(factor, of_k)
+        p = probabilities(product, score_factor, bias, lse_m[None, :], across(query), down(key))  # [BLOCK_N, BLOCK_M]
         packed = pack(p.to(dtype))
         factors = kept(dropout, heads, query, key, axes, True)
         if dv is not None:
@@ -268,12 +274,16 @@ def backward_keys_kernel(
             dk_acc = tl.zeros([BLOCK_N, WIDTH_K], tl.float32)
         if dv is not None:
             dv_acc = tl.zeros([BLOCK_N, WIDTH_V], tl.float32)
+        of_k = lengths_inverted(k_rows, K, BLOCK_K, COSINE)
+        score_factor = by_rows(factor, of_k)
         for start in range(0, tokens, BLOCK_M):
             query = locate(item, head, start, axes, valid, BLOCK_M)
             q_rows, do_rows = rows(q, query), rows(do, query)
             lse_m = load_lse(lse, query, bias)
-            product, _, of_q = similarities(k_rows, q_rows, K, BLOCK_K, PRECISION, COSINE)
-            p = probabilities(product, factor, bias, lse_m[None, :], across(query), down(key))  # [BLOCK_N, BLOCK_M]
+            product, _, of_q = similarities(k_rows, q_rows, of_k, K, BLOCK_K, PRECISION, COSINE)
+            p = probabilities(
+                product, score_factor, bias, lse_m[None, :], across(query), down(key)
+            )  # [BLOCK_N, BLOCK_M]
             factors = kept(dropout, heads, query, key, axes, True)
             if dv is not None:
                 gradients = load(do_rows, 0, V, WIDTH_V)
@@ -310,8 +320,8 @@ def backward_pairs_kernel(
         key = locate(item, head, key_start, axes, valid, BLOCK_N)
         lse_m, delta_m = load_lse(lse, query, bias), one_each(delta, query, 0.0)
         q_rows, k_rows = rows(q, query), rows(k, shared(key, SHARE))
-        product = similarities(q_rows, k_rows, K, BLOCK_K, PRECISION, COSINE)[0]
-        p = probabilities(product, factor, bias, lse_m[:, None], down(query), across(key))
+        product, of_q, _of_k = similarities(q_rows, k_rows, (), K, BLOCK_K, PRECISION, COSINE)
+        p = probabilities(product, by_rows(factor, of_q), bias, lse_m[:, None], down(query), across(key))
         dp = inner_products(rows(do, query), rows(v, shared(key, SHARE)), V, BLOCK_V, PRECISION)
         acc += p * (dropped(dp, kept(dropout, heads, query, key, axes)) - delta_m[:, None])
     query, key = locate(0, 0, query_start, axes, None, BLOCK_M), locate(0, 0, key_start, axes, None, BLOCK_N)
@@ -335,7 +345,7 @@ def backward_columns_kernel(
     factor = scale_of(scale, scales, head)
     query = locate(item, head, 0, axes, valid, BLOCK_M)
     queries, gradients = load(rows(q, query), 0, K, BLOCK_K), load(rows(do, query), 0, V, BLOCK_V)
-    of_q = inverse_lengths(queries, COSINE)
+    of_q = inverse_lengths(sums_of_squares(queries)) if COSINE else ()
     lse_m = load_lse(lse, query, bias)
     outputs = load(rows(out, query), 0, V, BLOCK_V)
     delta_m = tl.sum(gradients.to(tl.float32) * outputs.to(tl.float32), 1)
@@ -349,9 +359,10 @@ def backward_columns_kernel(
         key = locate(item, head, start, axes, valid, BLOCK_N)
         as_key = shared(key, SHARE)
         keys, values = load(rows(k, as_key), 0, K, BLOCK_K), load(rows(v, as_key), 0, V, BLOCK_V)
-        of_k = inverse_lengths(keys, COSINE)
-        product = cosines(tl.dot(queries, keys.T, input_precision=PRECISION), of_q, of_k)
-        p = probabilities(product, factor, bias, lse_m[:, None], down(query), across(key))  # [BLOCK_M, BLOCK_N]
+        of_k = inverse_lengths(sums_of_squares(keys)) if COSINE else ()
+        product = by_columns(tl.dot(queries, keys.T, input_precision=PRECISION), of_k)
+        score_factor = by_rows(factor, of_q)
+        p = probabilities(product, score_factor, bias, lse_m[:, None], down(query), across(key))  # [BLOCK_M, BLOCK_N]
         packed, factors = pack(p.to(dtype)), kept(dropout, heads, query, key, axes)
         dv_block = tl.dot(dropped(unpack(packed, dtype, 1), factors).T, gradients, input_precision=PRECISION)
         store(rows(dv, key), 0, dv_block, V, BLOCK_V)

@@ -223,6 +223,10 @@ def inner_products(a, b, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl
     return product  # [rows of a, rows of b]
 
 
+# Cosines are products of vectors as they are, times a factor a row and one a column, which make vectors of length 1.
+# Factors are a tuple, of one, or of nothing where there are none: Triton 3.6 cannot return None.
+
+
 @triton.jit
 def sums_of_squares(chunk):
     """Of every row, in fp32."""
@@ -231,47 +235,61 @@ def sums_of_squares(chunk):
 
 
 @triton.jit
-def inverse_length(squares):
-    """What makes vectors of length 1, from their sums of squares; what is shorter than 1e-12 stays shorter than 1."""
-    return tl.rsqrt(tl.maximum(squares, 1e-24))
+def inverse_lengths(squares):
+    """From sums of squares; what is shorter than 1e-12 counts as that."""
+    return (tl.rsqrt(tl.maximum(squares, 1e-24)),)
 
 
 @triton.jit
-def inverse_lengths(vectors, COSINE: tl.constexpr):
-    """The same from whole rows, for cosines: a tuple, of one or of nothing."""
-    return (inverse_length(sums_of_squares(vectors)),) if COSINE else ()
+def lengths_inverted(a, WIDTH: tl.constexpr, BLOCK: tl.constexpr, COSINE: tl.constexpr):
+    """Those of rows, for the `similarities` of all columns."""
+    if COSINE:
+        squares = tl.zeros([a.inside.shape[0]], tl.float32)
+        for start in range(0, WIDTH, BLOCK):
+            squares += sums_of_squares(load(a, start, WIDTH, BLOCK))
+        return inverse_lengths(squares)
+    else:  # noqa: RET505
+        return ()
 
 
 @triton.jit
-def similarities(a, b, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr, COSINE: tl.constexpr):
-    """a b^T, or the cosines, and what made the rows of a and of b of length 1 for them: a tuple of one, or of nothing.
+def similarities(a, b, of_a, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr, COSINE: tl.constexpr):
+    """a b^T, a chunk of the width at a time, and the factors of a and of b, where it is of cosines: b's are in it.
 
-    A cosine is the product of the vectors as they are, times a factor a row and one a column.
+    Factors of a that are given are not found again.
     """
     if COSINE:
         product = tl.zeros([a.inside.shape[0], b.inside.shape[0]], tl.float32)
         a_squares, b_squares = tl.zeros([a.inside.shape[0]], tl.float32), tl.zeros([b.inside.shape[0]], tl.float32)
         for start in range(0, WIDTH, BLOCK):
             a_chunk, b_chunk = load(a, start, WIDTH, BLOCK), load(b, start, WIDTH, BLOCK)
-            a_squares += sums_of_squares(a_chunk)
+            if len(of_a) == 0:
+                a_squares += sums_of_squares(a_chunk)
             b_squares += sums_of_squares(b_chunk)
             product = tl.dot(a_chunk, b_chunk.T, product, input_precision=PRECISION)
-        of_a, of_b = (inverse_length(a_squares),), (inverse_length(b_squares),)
-        return cosines(product, of_a, of_b), of_a, of_b
+        if len(of_a) == 0:
+            of_a = inverse_lengths(a_squares)
+        of_b = inverse_lengths(b_squares)
+        return by_columns(product, of_b), of_a, of_b
     else:  # noqa: RET505
         return inner_products(a, b, WIDTH, BLOCK, PRECISION), (), ()
 
 
 @triton.jit
-def cosines(product, of_rows, of_columns):
-    """Products of vectors times what makes both of length 1, where that is given."""
-    return product if len(of_rows) == 0 else product * of_rows[0][:, None] * of_columns[0][None, :]
+def by_columns(product, factors):
+    return product if len(factors) == 0 else product * factors[0][None, :]
 
 
 @triton.jit
-def normalised(chunk, inverse):
-    """Rows of length 1, where what makes them so is given."""
-    return chunk if len(inverse) == 0 else (chunk.to(tl.float32) * inverse[0][:, None]).to(chunk.dtype)
+def by_rows(x, factors):
+    """A number, or a matrix, times the factors of rows."""
+    return x if len(factors) == 0 else x * factors[0][:, None]
+
+
+@triton.jit
+def normalised(chunk, factors):
+    """Rows of length 1."""
+    return by_rows(chunk.to(tl.float32), factors).to(chunk.dtype) if len(factors) > 0 else chunk
 
 
 @triton.jit

@@ -8,6 +8,7 @@ from isa_triton.backend.kernels.common import (
     LOWEST,
     across,
     biased,
+    by_rows,
     divisor,
     down,
     dropped,
@@ -15,6 +16,7 @@ from isa_triton.backend.kernels.common import (
     groups_of,
     items_of,
     kept,
+    lengths_inverted,
     load,
     load_bias,
     locate,
@@ -52,10 +54,12 @@ def forward_kernel(
     if ONE_BLOCK:
         key = locate(item, head, 0, axes, valid, BLOCK_N)
         k_rows = rows(k, shared(key, SHARE))
-        product = similarities(q_rows, k_rows, K, BLOCK_K, PRECISION, COSINE)[0]  # [BLOCK_M, BLOCK_N]
-        score = scores(product, scale, bias, down(query), across(key))
+        product, of_q, _ = similarities(q_rows, k_rows, (), K, BLOCK_K, PRECISION, COSINE)  # [BLOCK_M, BLOCK_N]
+        score = scores(product, by_rows(scale, of_q), bias, down(query), across(key))
         weight, _, row_max, row_sum = fold_softmax(score, row_max, row_sum, bias)
         weight = dropped(weight, kept(dropout, heads, query, key, axes))
+    else:
+        of_q = lengths_inverted(q_rows, K, BLOCK_K, COSINE)
 
     for chunk in range(0, V, BLOCK_V):
         acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
@@ -67,8 +71,8 @@ def forward_kernel(
             for start in range(0, tokens, BLOCK_N):
                 key = locate(item, head, start, axes, valid, BLOCK_N)
                 k_rows = rows(k, shared(key, SHARE))
-                product = similarities(q_rows, k_rows, K, BLOCK_K, PRECISION, COSINE)[0]
-                score = scores(product, scale, bias, down(query), across(key))
+                product = similarities(q_rows, k_rows, of_q, K, BLOCK_K, PRECISION, COSINE)[0]
+                score = scores(product, by_rows(scale, of_q), bias, down(query), across(key))
                 weight, shrink, row_max, row_sum = fold_softmax(score, row_max, row_sum, bias)
                 weight = dropped(weight, kept(dropout, heads, query, key, axes))
                 values = load(rows(v, shared(key, SHARE)), chunk, V, BLOCK_V)
@@ -97,8 +101,8 @@ def forward_group_kernel(
     for item in tl.range(first, last, slots, num_stages=1):
         token = locate(item, head, 0, axes, valid, BLOCK)
         q_rows, k_rows = rows(q, token), rows(k, shared(token, SHARE))
-        product = similarities(q_rows, k_rows, K, BLOCK_K, PRECISION, COSINE)[0]
-        score = biased(product, scale, bias_block, across(token))
+        product, of_q, _of_k = similarities(q_rows, k_rows, (), K, BLOCK_K, PRECISION, COSINE)
+        score = biased(product, by_rows(scale, of_q), bias_block, across(token))
         weight, row_max = weigh(score, LOWEST, bias)
         row_sum = tl.sum(weight, 1)
         weight = dropped(weight, kept(dropout, heads, token, token, axes))
