@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from isa_triton import Partition, dropout_mask, partitioned_attention_with_lse
@@ -58,6 +59,7 @@ class Case:
     forbids: bool = False  # the bias is minus infinity for some keys, and for all of some queries
     table_dtype: torch.dtype | None = None  # of the bias and the scales, where it is not that of q
     scales: bool = False  # each head has its own
+    cosine: bool = False  # scores are of vectors of length 1
     valid: bool = False  # some pixels are not
     extra: int = 0  # keys for all pixels
     dropout: float = 0.0  # the part of the weights that is dropped
@@ -80,6 +82,7 @@ class Case:
         said = {
             f"{self.share} a key": self.share > 1, bias: self.bias, "scales": self.scales,
             f"tables of {tables}": self.table_dtype is not None and (self.bias or self.scales), "valid": self.valid,
+            "cosines": self.cosine,
             f"{self.extra} extra keys{weighted}": self.extra > 0, f"{self.dropout:.0%} dropped": self.dropout > 0,
         }  # fmt: skip
         return "".join(f", {words}" for words, is_so in said.items() if is_so)
@@ -106,8 +109,8 @@ class Case:
 
     @property
     def scale(self) -> float:
-        """Makes the scores of standard normal q and k about `logits` large."""
-        return self.logits * self.widths[0] ** -0.5
+        """Makes the scores of standard normal q and k about `logits` large, and those of cosines at most."""
+        return self.logits if self.cosine else self.logits * self.widths[0] ** -0.5
 
     def attended(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """out and lse by the formula, and by groups of pixels that are said without the library."""
@@ -133,12 +136,16 @@ class Case:
         whole = tuple(axis.tokens for axis in self.partition)
         q, k, v, bias, scale = (*(inputs[name] for name in "qkv"), inputs.get("bias"), inputs.get("scale", self.scale))
         more = {name: inputs.get(name) for name in ("valid", "extra_k", "extra_v", "extra_weight", "factors")}
+        if self.cosine:
+            q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+            more["extra_k"] = None if more["extra_k"] is None else F.normalize(more["extra_k"], dim=-1)
         return attention_of_groups(q, k, v, bias, scale, self.groups(), whole, shift, **more)
 
     def arguments(self, inputs: dict[str, Tensor]) -> dict[str, Any]:
         """What `partitioned_attention` is called with for inputs."""
         given = {name: inputs[name] for name in ("q", "k", "v", *OPTIONS) if name in inputs}
-        return {"partition": self.partition, "scale": self.scale, "dropout_p": self.dropout} | given
+        numbers = {"scale": self.scale, "dropout_p": self.dropout, "cosine": self.cosine}
+        return {"partition": self.partition} | numbers | given
 
     def groups(self) -> Iterator[Group]:
         """The pixels of every group, windows cut on the edges, said without the library."""
@@ -257,6 +264,7 @@ def strategy(
             forbids=bias and draw(rarely),
             table_dtype=draw(st.sampled_from((None, None, *dtypes, torch.float64))),
             scales=draw(rarely),
+            cosine=draw(rarely),
             valid=draw(rarely),
             extra=extra,
             dropout=draw(st.sampled_from((0.0, 0.0, 0.0, 0.1, 0.5))),
@@ -292,7 +300,7 @@ def parts(case: Case, inputs: dict[str, Tensor], got: dict[str, Tensor]) -> dict
     if not all(result[~none[name]].isfinite().all() for name, result in eager.items()):
         eager = derivatives(converted(inputs, torch.float32), case)  # fp16 has overflowed where a backend need not
     scale = case.scale if "scale" not in inputs else float(inputs["scale"].abs().max())
-    natural = natural_scales(inputs, scale, case.maps * case.partition.groups)
+    natural = natural_scales(inputs, scale, case.maps * case.partition.groups, case.cosine)
     of_scores = torch.finfo(case.rounded_to if case.tf32 else torch.float32)  # which are sums of products
     uncertain = of_scores.eps * float(exact["lse"].masked_fill(none["lse"], 0).abs().max())
     tables = max(case.rounded_to, case.table_dtype or case.rounded_to, key=lambda dtype: torch.finfo(dtype).eps)

@@ -88,6 +88,8 @@ def named_cases(large: bool, tf32: bool = False) -> list[Case]:
         for case in (
             replace(a_map, bias=True, per_map=True, forbids=True, table_dtype=torch.float32),
             replace(a_line, bias=True, one_head=True, scales=True, share=3),
+            replace(a_map, bias=True, cosine=True, share=2),
+            replace(a_line, extra=2, weights="keys", valid=True, scales=True, cosine=True),
             replace(whole_volume, bias=True, per_map=True, one_head=True, valid=True, share=2),
             replace(a_map, extra=2, weights="keys", scales=True, dropout=0.5, table_dtype=torch.float32),
             replace(whole_volume, extra=3, weights="maps", valid=True, shift=(1, 1, 2), cyclic=(True, False, True)),

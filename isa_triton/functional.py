@@ -14,6 +14,7 @@ from . import _tracing, ops, replays
 from .axis import along, whole
 from .backend import check_backend, choose
 from .backend.contract import Call, Inputs
+from .backend.cosine import normalised
 from .batch import PartitionBatch
 from .dropout import factors, rows_of
 from .partition import Partition, check_partition, flat_index
@@ -36,6 +37,7 @@ def partitioned_attention(
     extra_weight: Tensor | None = None,
     dropout_p: float = 0.0,
     seed: Tensor | int | None = None,
+    cosine: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """Softmax attention among the tokens of every group of a feature map, without moving a pixel.
@@ -71,6 +73,10 @@ def partitioned_attention(
             and key stand, so all backends and derivatives have the same, and recomputation too, and nothing is stored.
         seed: of dropout, an int64 tensor of no dimensions on q's device, or an integer; drawn from PyTorch's generator
             of that device by default (`torch.manual_seed`).
+        cosine: whether vectors of q, k and extra_k are divided by their lengths (or by 1e-12, if that is more), as
+            `F.normalize` does: scores are cosines times `scale` (Swin V2, arXiv 2111.09883), whose default is K**-0.5
+            still. The kernels do it on the way: nothing is written, and nothing more is kept for backward. Squares are
+            summed in fp32 (fp64 for fp64), and must be finite there.
         backend: "triton" (the kernels), "eager" (PyTorch, any device and dtype) or "auto": the kernels for CUDA, ROCm
             and XPU tensors of the dtypes they take (fp16, bf16, fp32) where triton is installed, eager otherwise.
 
@@ -88,7 +94,7 @@ def partitioned_attention(
         >>> partitioned_attention(q, k, v, Partition.interlaced((16, 24), stride=(8, 8))).shape
         torch.Size([1, 16, 24, 1, 32])
     """
-    options = bias, scale, valid, (extra_k, extra_v, extra_weight), dropout_p, seed, backend
+    options = bias, scale, valid, (extra_k, extra_v, extra_weight), dropout_p, seed, cosine, backend
     return _attention(q, k, v, partition, *options, with_lse=False)[0]
 
 
@@ -106,6 +112,7 @@ def partitioned_attention_with_lse(
     extra_weight: Tensor | None = None,
     dropout_p: float = 0.0,
     seed: Tensor | int | None = None,
+    cosine: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """As `partitioned_attention`, with the log-sum-exp of every pixel's scores.
@@ -123,6 +130,7 @@ def partitioned_attention_with_lse(
         extra_weight: [n] or [B or 1, H, W, n], as how many copies they count.
         dropout_p: probability that a weight is zeroed; lse is that without dropout.
         seed: of dropout, an integer or an int64 tensor of no dimensions.
+        cosine: whether scores are cosines, times the scale.
         backend: "triton", "eager" or "auto".
 
     Returns:
@@ -140,7 +148,7 @@ def partitioned_attention_with_lse(
         >>> partitioned_attention_with_lse(q, k, v, Partition.local((16, 24), window=(8, 8)))[1].shape
         torch.Size([1, 16, 24, 1])
     """
-    options = bias, scale, valid, (extra_k, extra_v, extra_weight), dropout_p, seed, backend
+    options = bias, scale, valid, (extra_k, extra_v, extra_weight), dropout_p, seed, cosine, backend
     return _attention(q, k, v, partition, *options, with_lse=True)
 
 
@@ -223,6 +231,7 @@ def _attention(
     extra: Extra,
     dropout_p: float,
     seed: Tensor | int | None,
+    cosine: bool,
     backend: str,
     with_lse: bool,
     table: Tensor | None = None,
@@ -230,11 +239,11 @@ def _attention(
     if isinstance(partition, PartitionBatch):
         _check_packed(q, k, v, valid, partition, bias, extra, dropout_p)
         valid = valid if valid is None else valid[None]
-        rest = bias, scale, valid, extra, dropout_p, seed, backend, with_lse, partition.table
+        rest = bias, scale, valid, extra, dropout_p, seed, cosine, backend, with_lse, partition.table
         out, lse = _attention(q[None], k[None], v[None], partition.line, *rest)
         return out[0], lse[0] if with_lse else lse
     drops = seed is not None or type(dropout_p) not in (float, int) or dropout_p != 0
-    plain = valid is None and extra == (None, None, None) and not drops and table is None
+    plain = valid is None and extra == (None, None, None) and not drops and table is None and cosine is False
     key = replays.key(q, k, v, bias, partition, scale, backend, with_lse) if plain else None
     if key is not None and (results := replays.again(key, q, k, v, bias)) is not None:
         return results
@@ -254,7 +263,9 @@ def _attention(
     if valid is not None:
         _check_valid(valid, q)
     dropout_p, seeds = _checked_dropout(dropout_p, seed, q)
-    call = Call(factor, partition, with_lse or extra != (None, None, None), choose(backend, q), dropout_p)
+    if type(cosine) is not bool:
+        raise TypeError(f"cosine must be True or False, got {cosine!r}")
+    call = Call(factor, partition, with_lse or extra != (None, None, None), choose(backend, q), dropout_p, cosine)
     inputs = Inputs(q, k, v, bias, scales, valid, seeds, table)
     with torch.autocast(kind, enabled=False) if casts else nullcontext():  # no further: what is fp32 inside stays so
         results = ops.attention(inputs, call)
@@ -272,7 +283,10 @@ def _with_extra(
     q, _, _, _, scales, valid, seed, _ = inputs
     if valid is not None:  # whatever others hold
         q = q.masked_fill(~valid[..., None, None], 0)
-    s = call.scale * torch.einsum("b...hk,bnhk->b...hn", q.to(lse.dtype), tensors["extra_k"].to(lse.dtype))
+    q, k = q.to(lse.dtype), tensors["extra_k"].to(lse.dtype)
+    if call.cosine:
+        q, k = normalised(q), normalised(k)
+    s = call.scale * torch.einsum("b...hk,bnhk->b...hn", q, k)
     if scales is not None:
         s = s * scales[:, None]
     if (weight := tensors.get("extra_weight")) is not None:

@@ -270,4 +270,4 @@ def decompose(program: ExportedProgram) -> ExportedProgram:
 def _plain_forward(*tensors_and_call: Any) -> tuple[Tensor, Tensor]:
     n = len(Inputs._fields)
     call = Call.unflatten(*tensors_and_call[n:])
-    return plain.attention(Inputs(*tensors_and_call[:n]), call.scale, call.partition, call.dropout_p)
+    return plain.attention(Inputs(*tensors_and_call[:n]), call.scale, call.partition, call.dropout_p, call.cosine)

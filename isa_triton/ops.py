@@ -39,13 +39,13 @@ def gradients(
 
 
 def _plain_attention(inputs: Inputs, call: Call) -> tuple[Tensor, Tensor]:
-    return plain.attention(inputs, call.scale, call.partition, call.dropout_p)
+    return plain.attention(inputs, call.scale, call.partition, call.dropout_p, call.cosine)
 
 
 # -- operators: what a compiler keeps in its graph instead of the loop over chunks or the kernels ----------------------
 
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? scales, Tensor? valid, Tensor? seed, Tensor? table"
-_CALL = "float scale, SymInt[] axes, bool with_lse, str backend, float dropout_p=0.0"
+_CALL = "float scale, SymInt[] axes, bool with_lse, str backend, float dropout_p=0.0, bool cosine=False"
 _BESIDE = 4  # tensors that backward takes beside the inputs
 _library = torch.library.Library("isa_triton", "DEF")
 _library.define(f"forward({_INPUTS}, {_CALL}) -> (Tensor, Tensor)")

@@ -40,22 +40,33 @@ def allowed_error(
     return (3 if name.startswith("d") else 2) * error_of_eager + rounding
 
 
-def natural_scales(inputs: dict[str, Tensor], scale: float, groups: int) -> dict[str, float]:
+def natural_scales(inputs: dict[str, Tensor], scale: float, groups: int, cosine: bool = False) -> dict[str, float]:
     """How large the terms are whose sums the gradients through the softmax are.
 
     Args:
         inputs: q, k, v and the gradients do and dlse; extra_k and extra_v, where there are such.
         scale: of the scores, the largest.
         groups: over all maps.
+        cosine: whether vectors of queries and keys are divided by their lengths, and gradients therefore too.
     """
     q, k, v, do, dlse = (inputs[name].double() for name in ("q", "k", "v", "do", "dlse"))
     lengths = {"k": k, "v": v} | {name: inputs[name].double() for name in EXTRA if name in inputs}
+    inverse = dict[str, float]()  # of the shortest
+    if cosine:
+        of_keys = {"q": q} | {name: x for name, x in lengths.items() if name.endswith("k")}
+        inverse = {name: 1 / float(x.norm(dim=-1).min()) for name, x in of_keys.items()}
+        q, *keys = (x / x.norm(dim=-1, keepdim=True) for x in of_keys.values())
+        lengths |= zip(list(of_keys)[1:], keys, strict=True)
     value = max(float(x.norm(dim=-1).max()) for name, x in lengths.items() if name.endswith("v"))
     largest = max(float(x.abs().max()) for name, x in lengths.items() if name.endswith("k"))
     ds, scale = float(do.norm(dim=-1).max()) * value + float(dlse.abs().max()), abs(scale)
     dk, queries = scale * ds * float(q.abs().max()), dlse[..., 0].numel() ** 0.5
     dscale = ds * float(q.norm(dim=-1).max()) * largest * queries  # a sum of q dq
-    return {
+    natural = {
         "dq": scale * ds * largest, "dk": dk, "dbias": ds * groups**0.5,
         "dscale": dscale, "dextra_k": dk * queries,
     }  # fmt: skip
+    if cosine:  # whose scores have some roundings more than the plain formula's, and weights and their sums then too
+        arriving = float(do.abs().max())
+        natural |= {"out": value, "dv": arriving, "dextra_v": arriving * queries}
+    return {name: size * inverse.get(name.removeprefix("d"), 1.0) for name, size in natural.items()}

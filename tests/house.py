@@ -25,11 +25,13 @@ ARROWS = {
     "isa_triton.tiles": set(),
     "isa_triton.backend.contract": {"isa_triton.partition"},
     "isa_triton.backend.packed": {"isa_triton.backend.contract"},
+    "isa_triton.backend.cosine": {"isa_triton.backend.contract"},
     "isa_triton.backend.plain": {
         "isa_triton.axis",
         "isa_triton.dropout",
         "isa_triton.partition",
         "isa_triton.backend.contract",
+        "isa_triton.backend.cosine",
         "isa_triton.backend.packed",
     },
     "isa_triton.backend.eager": {
@@ -37,6 +39,7 @@ ARROWS = {
         "isa_triton.dropout",
         "isa_triton.partition",
         "isa_triton.backend.contract",
+        "isa_triton.backend.cosine",
         "isa_triton.backend.packed",
     },
     "isa_triton.backend.kernels": {
@@ -51,6 +54,7 @@ ARROWS = {
         "isa_triton.partition",
         "isa_triton.tiles",
         "isa_triton.backend.contract",
+        "isa_triton.backend.cosine",
         "isa_triton.backend.kernels",
     },
     "isa_triton.backend": {"isa_triton.backend"},

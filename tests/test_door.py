@@ -32,8 +32,11 @@ FEATURES: dict[str, tuple[str, ...]] = {
     "extra keys": ("extra",),
     "weighted keys": ("extra", "weight"),
     "weighted by pixel": ("extra", "pixel-weight"),
-    "all": ("map-bias", "scales", "valid", "shared", "extra", "pixel-weight"),
+    "cosines": ("cosine",),
+    "scaled cosines": ("cosine", "scales", "bias"),
+    "all": ("map-bias", "scales", "valid", "shared", "extra", "pixel-weight", "cosine"),
     "all but extra": ("bias", "scales", "valid", "shared"),
+    "all but extra, of cosines": ("bias", "scales", "valid", "shared", "cosine"),
 }
 
 
@@ -47,7 +50,7 @@ every_case = pytest.mark.parametrize("partition", CASES.values(), ids=CASES.keys
 every_feature = pytest.mark.parametrize("features", FEATURES.values(), ids=FEATURES.keys())
 
 
-def drawn(partition: Partition, features: tuple[str, ...], dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+def drawn(partition: Partition, features: tuple[str, ...], dtype: torch.dtype = torch.float64) -> dict[str, Any]:
     """Random arguments; of three maps, and with rows of the bias that forbid all keys."""
     maps, heads, tokens, size = 3, HEADS, partition.tokens, partition.size
     key_heads = 3 if "shared" in features else heads
@@ -75,15 +78,17 @@ def drawn(partition: Partition, features: tuple[str, ...], dtype: torch.dtype = 
         given["extra_weight"] = torch.tensor([3.0, 0.0])
     if "pixel-weight" in features:
         given["extra_weight"] = torch.randint(0, 3, (maps, *size, 2)).double()
+    if "cosine" in features:
+        given["cosine"] = True
     return given
 
 
-def formula(partition: Partition, given: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+def formula(partition: Partition, given: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Dense attention over all pixels and all extra keys, in fp64, with a loop over maps and heads; out and lse.
 
     `kept` [B, *size, heads, tokens + n] says by what the weights of a pixel are multiplied.
     """
-    given = {name: x.double() if x.is_floating_point() else x for name, x in given.items()}
+    given = in_fp64(given)
     q, k, v, size = given["q"], given["k"], given["v"], partition.size
     group, token = torch.tensor([partition.seat(*pixel) for pixel in product(*map(range, size))]).T
     outs, lses = [], []
@@ -93,13 +98,18 @@ def formula(partition: Partition, given: dict[str, Tensor]) -> tuple[Tensor, Ten
         valid = given["valid"][b].flatten() if "valid" in given else torch.ones(len(queries), dtype=torch.bool)
         scale = given["scale"][h] if "scale" in given else queries.shape[-1] ** -0.5
         queries, keys, values = (x.masked_fill(~valid[:, None], 0) for x in (queries, keys, values))
+        more_keys = given["extra_k"][b, :, h] if "extra_k" in given else keys[:0]
+        if given.get("cosine"):
+            queries, keys, more_keys = (
+                x / x.norm(dim=-1, keepdim=True).clamp(min=1e-12) for x in (queries, keys, more_keys)
+            )
         scores = scale * queries @ keys.mT
         if (bias := given.get("bias")) is not None:
             table = bias[b] if bias.dim() == 4 else bias
             scores = scores + table[h if len(table) > 1 else 0][token[:, None], token]
         scores = scores.masked_fill((group[:, None] != group) | ~valid, -torch.inf)
         if "extra_k" in given:
-            more = scale * queries @ given["extra_k"][b, :, h].mT
+            more = scale * queries @ more_keys.mT
             weight = given.get("extra_weight", torch.ones(more.shape[-1]))
             weight = weight if weight.dim() == 1 else weight[b].flatten(0, -2)
             scores = torch.cat([scores, more + weight.log()], -1)
@@ -117,30 +127,35 @@ def formula(partition: Partition, given: dict[str, Tensor]) -> tuple[Tensor, Ten
     return torch.stack(outs).view(*shape, -1).movedim(1, -2), torch.stack(lses).view(shape).movedim(1, -1)
 
 
-def gradients(
-    outputs: tuple[Tensor, Tensor], given: dict[str, Tensor], create_graph: bool = False
-) -> dict[str, Tensor]:
+def gradients(outputs: tuple[Tensor, Tensor], given: dict[str, Any], create_graph: bool = False) -> dict[str, Tensor]:
     """Of all arguments that have one, from random gradients that arrive; lse of no keys has none."""
     generator = torch.Generator().manual_seed(3)
     upstream = [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype) for x in outputs]
     upstream[1] = upstream[1].masked_fill(outputs[1].isinf(), 0)
-    leaves = {name: x for name, x in given.items() if x.requires_grad}
+    leaves = {name: x for name, x in given.items() if isinstance(x, Tensor) and x.requires_grad}
     found = torch.autograd.grad(outputs, list(leaves.values()), upstream, create_graph=create_graph)
     return dict(zip(leaves, found, strict=True))
 
 
-def learned(given: dict[str, Tensor]) -> dict[str, Tensor]:
+def in_fp64(given: dict[str, Any]) -> dict[str, Any]:
+    return {name: x.double() if is_real(x) else x for name, x in given.items()}
+
+
+def learned(given: dict[str, Any]) -> dict[str, Any]:
     return {
-        name: x.detach().requires_grad_() if x.is_floating_point() and name != "extra_weight" else x
-        for name, x in given.items()
+        name: x.detach().requires_grad_() if is_real(x) and name != "extra_weight" else x for name, x in given.items()
     }
 
 
+def is_real(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()
+
+
 def compared(
-    partition: Partition, given: dict[str, Tensor], tolerance: float, backend: str = "eager", **dropout: Any
+    partition: Partition, given: dict[str, Any], tolerance: float, backend: str = "eager", **dropout: Any
 ) -> None:
     """Output, lse and all gradients are the formula's."""
-    given, exact = learned(given), learned({n: x.double() if x.is_floating_point() else x for n, x in given.items()})
+    given, exact = learned(given), learned(in_fp64(given))
     options: dict[str, Any] = {name: x for name, x in given.items() if name not in ("q", "k", "v")} | dropout
     if dropout:
         (maps, *_, heads, _), n = given["q"].shape, given["extra_k"].shape[1] if "extra_k" in given else 0
@@ -237,14 +252,14 @@ def test_missing_tokens_are_counted_group_by_group() -> None:
         assert missing_tokens(partition).flatten().tolist() == expected
 
 
-@pytest.mark.parametrize("features", [FEATURES["all"], FEATURES["all but extra"]], ids=["all", "all but extra"])
-def test_every_derivative_is_that_of_the_formula(features: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("name", [name for name in FEATURES if name.startswith("all")])
+def test_every_derivative_is_that_of_the_formula(name: str) -> None:
     """Second ones, and forward mode; operators and graphs too."""
     partition = Partition.local((3, 4), window=(2, 3), shift=(1, 1))
-    given = drawn(partition, features)
+    given = drawn(partition, FEATURES[name])
     given["bias"] = torch.randn_like(given["bias"])  # finite: all of these are smooth
     given["valid"][0] = True
-    names = [name for name in given if given[name].is_floating_point() and name != "extra_weight"]
+    names = [name for name in given if is_real(given[name]) and name != "extra_weight"]
     leaves = [given[name].requires_grad_() for name in names]
 
     def f(*tensors: Tensor) -> Tensor:

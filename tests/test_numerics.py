@@ -191,6 +191,22 @@ def test_sums_of_halves_are_not_taken_in_halves(monkeypatch: pytest.MonkeyPatch)
 
 
 @both_backends
+def test_sums_of_dk_may_be_beyond_halves_on_their_way(backend: str) -> None:
+    """Two heads share keys, whose gradient is 96000 from the one and -48000 from the other."""
+    partition = Partition.rows((3, 2))
+    q, k, v = torch.full((1, 3, 2, 2, 16), 16.0), torch.zeros(1, 3, 2, 1, 16), torch.zeros(1, 3, 2, 1, 16)
+    v[:, :, 1], do = 10, torch.zeros_like(q)
+    do[:, :, 0] = torch.tensor([100.0, -50.0])[:, None]
+    k, v = (x.half().requires_grad_() for x in (k, v))
+    with np.errstate(all="ignore"):
+        out = partitioned_attention(q.half(), k, v, partition, scale=1.5, backend=backend)
+        dk, dv = torch.autograd.grad(out, (k, v), do.half())
+    expected = torch.tensor([-48000.0, 48000.0]).view(2, 1, 1).expand(dk.shape)
+    assert relative_error(dk.float(), expected) < 2e-3
+    assert relative_error(dv.float(), torch.full_like(dv, 25).float()) < 2e-3
+
+
+@both_backends
 def test_sums_of_dbias_may_be_beyond_halves_on_their_way(backend: str) -> None:
     """Every group's share is beyond fp16, and half of the groups have the other's negated: nothing is left."""
     partition = Partition.local((4, 6), window=(1, 2))

@@ -52,12 +52,14 @@ class Problem:
     dtype: str = "bfloat16"
     maps: int = 2
     name: str = ""
+    cosine: bool = False  # whether scores are cosines; its tiles are those of any other
 
     def __str__(self) -> str:
         size = "x".join(map(str, self.partition.size))
         return (
             f"{self.kind}, {self.partition.tokens} tokens, K = {self.key_width}, V = {self.value_width}, "
-            f"{self.heads} heads{', bias' * self.bias}, {self.dtype}, {self.maps} maps of {size}"
+            f"{self.heads} heads{', bias' * self.bias}{', cosines' * self.cosine}, {self.dtype}, "
+            f"{self.maps} maps of {size}"
         )
 
     @property
@@ -230,7 +232,7 @@ class Tensors:
         """Launch the forward pass."""
         partition, precision = self.problem.partition, self.problem.precision
         q, k, v, bias, *_, out, lse = self.of_forward(plan.keeps_bias(tile, partition), with_lse)
-        launch.forward(q, k, v, bias, out, lse, self.scale, partition, tile, precision)
+        launch.forward(q, k, v, bias, out, lse, self.scale, partition, tile, precision, cosine=self.problem.cosine)
 
     def partials(self, tiles: BackwardTiles) -> Tensor | None:
         """Where a backward pass with these tiles sums dbias, if there is a bias."""
@@ -246,24 +248,24 @@ class Tensors:
     def backward(self, tiles: BackwardTiles, partials: Tensor | None) -> None:
         """Launch the backward pass."""
         run: Any = launch.backward
-        in_one_kernel = plan.in_one_kernel(tiles, self.problem.partition)
-        q, k, v, bias, _, _, _, _, *rest = self.of_backward(in_one_kernel, partials)
-        run(q, k, v, bias, *rest, self.scale, self.problem.partition, tiles, self.problem.precision)
+        problem = self.problem
+        q, k, v, bias, _, _, _, _, *rest = self.of_backward(plan.in_one_kernel(tiles, problem.partition), partials)
+        run(q, k, v, bias, *rest, self.scale, problem.partition, tiles, problem.precision, cosine=problem.cosine)
 
 
 def forward_launches(target: str, problem: Problem, tile: Tile, with_lse: bool = False) -> list[Launch]:
     """The launch of the forward pass."""
     tensors, partition = Tensors(problem), problem.partition
     given = _layouts(tensors.of_forward(plan.keeps_bias(tile, partition), with_lse))
-    planned = plan.forward(given, tensors.scale, partition, tile, problem.precision)
+    planned = plan.forward(given, tensors.scale, partition, tile, problem.precision, cosine=problem.cosine)
     return [Launch.of(each, target, problem) for each in planned]
 
 
 def backward_launches(target: str, problem: Problem, tiles: BackwardTiles) -> list[Launch]:
     """The launches of the backward pass."""
     tensors = Tensors(problem)
-    given = tensors.of_backward(plan.in_one_kernel(tiles, problem.partition), tensors.partials(tiles))
-    planned = plan.backward(_layouts(given), tensors.scale, problem.partition, tiles, problem.precision)
+    given = _layouts(tensors.of_backward(plan.in_one_kernel(tiles, problem.partition), tensors.partials(tiles)))
+    planned = plan.backward(given, tensors.scale, problem.partition, tiles, problem.precision, cosine=problem.cosine)
     return [Launch.of(each, target, problem) for each in planned]
 
 

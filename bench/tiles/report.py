@@ -36,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = f"a problem of tiles verify instead, of {', '.join(SHAPES)}; --maps and --dtype say more of it"
     add("--shape", choices=SHAPES, metavar="SHAPE", help=what)
     what = f"tiles of one kernel, as {','.join(f'{name}=N' for name in TILE)}; what one leaves out is as shipped"
+    add("--cosine", action="store_true", help="of queries and keys that the kernels normalise")
     add("--tiles", nargs="+", type=options.tile, metavar="TILE", help=what)
     add("--step", choices=STEPS, help="the kernel that --tiles is for (default: the pass's first)")
     add("--vs", type=options.tile, metavar="TILE", help="what --tiles stands beside, as 'shipped' (default: its first)")
@@ -86,11 +87,11 @@ def run(args: argparse.Namespace) -> None:
 def _problem(args: argparse.Namespace) -> Problem:
     """The problem that --shape names, or the one that --tokens and the rest say."""
     if args.shape is None:
-        return options.problem(args)
+        return replace(options.problem(args), cosine=args.cosine)
     if described := options.given(args, but=("maps", "dtype")):
         raise argparse.ArgumentError(None, f"--shape names a problem, and {described} describes another: give one")
     more = {name: getattr(args, name) for name in ("maps", "dtype") if hasattr(args, name)}
-    return replace(SHAPES[args.shape], **{"dtype": "bfloat16"} | more)
+    return replace(SHAPES[args.shape], **{"dtype": "bfloat16", "cosine": args.cosine} | more)
 
 
 def _executed(found: Sequence[Kernel], programs: int) -> list[Counted]:

@@ -14,7 +14,7 @@ k and v, and dk and dv, may have fewer heads, which divide those of q.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -69,6 +69,7 @@ class Call(NamedTuple):
         with_lse: whether lse is wanted too.
         backend: "eager" or "triton".
         dropout_p: the share of weights that is dropped, by the seed among the inputs.
+        cosine: whether the vectors of q and k are first made of length 1, as `cosine.normalised` does.
 
     Examples:
         >>> call = Call(0.25, Partition.rows((4, 6)), with_lse=False, backend="eager")
@@ -81,15 +82,16 @@ class Call(NamedTuple):
     with_lse: bool
     backend: str
     dropout_p: float = 0.0
+    cosine: bool = False
 
-    def flat(self) -> tuple[float, list[int], bool, str, float]:
+    def flat(self) -> tuple[float, list[int], bool, str, float, bool]:
         """As `torch.library` takes it, which knows numbers, lists of them and strings."""
-        return self.scale, self.partition.flat(), self.with_lse, self.backend, self.dropout_p
+        return self.scale, self.partition.flat(), self.with_lse, self.backend, self.dropout_p, self.cosine
 
     @classmethod
-    def unflatten(cls, scale: float, axes: Sequence[int], with_lse: bool, backend: str, dropout_p: float = 0.0) -> Call:
+    def unflatten(cls, scale: float, axes: Sequence[int], with_lse: bool, backend: str, *rest: Any) -> Call:
         """The inverse of `flat`."""
-        return cls(scale, Partition.unflatten(axes), with_lse, backend, dropout_p)
+        return cls(scale, Partition.unflatten(axes), with_lse, backend, *rest)
 
     def checked(self, q: Tensor, table: Tensor | None = None) -> Call:
         """The call, for q [B, H, W, heads, K], of an operator, which may stand in anybody's graph.
@@ -127,6 +129,7 @@ class Backend(Protocol):
     def forward(self, inputs: Inputs, call: Call) -> tuple[Tensor, Tensor]:
         """``out = softmax(scale q k^T + bias) v`` inside every group, and lse, the log-sum-exp of its scores.
 
+        Of a call with `cosine`, q and k are of length 1 there.
         With dropout the softmax is multiplied by `dropout.factors`, and lse is what it is without.
         0 and minus infinity for a query without a key, because none is valid or its bias is minus infinity for every
         key in the map, and for one that is not valid; its gradients are 0.
@@ -153,6 +156,16 @@ def lse_dtype(dtype: torch.dtype) -> torch.dtype:
         torch.float32
     """
     return torch.promote_types(dtype, torch.float32)
+
+
+def unfinished_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of gradients that are yet to be added or divided: fp16 may hold the results and not what they are made of.
+
+    Examples:
+        >>> [unfinished_dtype(dtype) for dtype in (torch.float16, torch.bfloat16)]
+        [torch.float32, torch.bfloat16]
+    """
+    return torch.float32 if dtype == torch.float16 else dtype
 
 
 def empty_outputs(inputs: Inputs, with_lse: bool) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,8 @@ from ..axis import Run
 from ..dropout import factors, rows_of
 from ..partition import Partition
 from . import packed
-from .contract import Call, Gradients, Inputs, empty_gradients, empty_outputs, lse_dtype
+from .contract import Call, Gradients, Inputs, empty_gradients, empty_outputs, lse_dtype, unfinished_dtype
+from .cosine import inverse_length, pulled_back
 
 OPAQUE = False  # PyTorch's own operators, which modes may look into
 
@@ -49,12 +50,12 @@ def _forward(inputs: Inputs, call: Call, numbers: dict[str, Tensor]) -> tuple[Te
     scale, partition, with_lse, *_ = call
     inputs = _spread(inputs)
     (q, k, v, bias, _, valid, *_), (out, lse) = inputs, empty_outputs(inputs, with_lse)
-    if not with_lse and _sdpa_is_faster(inputs):
+    if not with_lse and _sdpa_is_faster(inputs, call):
         _sdpa_forward(q, k, v, bias, call, out)
         return out, lse
     maps = {"q": q, "k": k, "v": v, "out": out} | ({"lse": lse[..., None]} if with_lse else {})
     for chunk in _chunks(partition, maps | numbers, inputs):
-        qs, ks, vs = chunk.load("q"), chunk.load("k"), chunk.load("v")  # [n, T, width]
+        qs, ks, vs = chunk.load("q", call.cosine), chunk.load("k", call.cosine), chunk.load("v")  # [n, T, width]
         o, l = chunk.scratch("o", vs.shape), lse.new_empty(vs.shape[:2])
         for rows in chunk.query_blocks:
             s, p = chunk.softmax_scores(qs[:, rows], ks, rows, scale)  # [n, rows, T]
@@ -105,7 +106,7 @@ def backward(
     ``P = softmax(S)``, ``dv = P^T do``, ``dP = do v^T``, ``dS = P (dP - rowsum(P dP) + dlse)``,
     ``dq = scale dS k``, ``dk = scale dS^T q``, dbias is dS summed over the groups, and over the batch if all maps share
     it; dscales is S's part without them times dS, ``q . dq`` before dq has its head's. With dropout dv and dP have its
-    factors.
+    factors, and with cosines q and k are of length 1 here and dq and dk are pulled back.
     """
     if (table := inputs.table) is not None:
         dlse = None if dlse is None else packed.gather(dlse, table)
@@ -122,9 +123,11 @@ def _backward(inputs: Inputs, do: Tensor, dlse: Tensor | None, call: Call, numbe
         found = _backward(inputs, _roll(do, call.partition), dlse, unrolled, numbers)
         dq, dk, dv = (_roll_back(x, call.partition) for x in found[:3])
         return found._replace(dq=dq, dk=dk, dv=dv)
-    scale, partition, of_keys = call.scale, call.partition, inputs.k.shape[-2]
+    scale, partition, of_keys, shared = call.scale, call.partition, inputs.k.shape[-2], inputs.share > 1
     inputs = _spread(inputs)
     (q, k, v, _, _, valid, *_), (dq, dk, dv, dbias, dscales) = inputs, empty_gradients(inputs)
+    if shared:
+        dk, dv = (x.to(unfinished_dtype(x.dtype)) for x in (dk, dv))
     if valid is not None:
         do = do.masked_fill(~valid[..., None, None], 0)
         dlse = None if dlse is None else dlse.masked_fill(~valid[..., None], 0)
@@ -134,7 +137,8 @@ def _backward(inputs: Inputs, do: Tensor, dlse: Tensor | None, call: Call, numbe
     if dlse is not None:
         maps["dlse"] = dlse[..., None]
     for chunk in _chunks(partition, maps, inputs):
-        qs, ks, vs, dos = chunk.load("q"), chunk.load("k"), chunk.load("v"), chunk.load("do")  # [n, T, width]
+        qs, ks = chunk.load("q", call.cosine), chunk.load("k", call.cosine)  # [n, T, width]
+        vs, dos = chunk.load("v"), chunk.load("do")
         dqs, dks, dvs = (chunk.scratch(name, x.shape) for name, x in (("dqs", qs), ("dks", ks), ("dvs", vs)))
         dls = None if dlse is None else chunk.load("dlse")  # [n, T, 1]
         db = None if chunk.bias is None else dbias_sum.new_empty(chunk.bias.shape)  # [b or 1, 1, heads, T, T]
@@ -160,12 +164,16 @@ def _backward(inputs: Inputs, do: Tensor, dlse: Tensor | None, call: Call, numbe
             dscales_sum[chunk.heads] += products
             for gradient in (dqs, dks):
                 chunk.by_heads(gradient).mul_(chunk.scales)
+        if call.cosine:
+            for name, gradient in (("q", dqs), ("k", dks)):
+                gradient.copy_(pulled_back(chunk.load(name), gradient))
         for name, gradient in (("dq", dqs), ("dk", dks), ("dv", dvs)):
             chunk.store(name, gradient)
         if db is not None:
             view = chunk.view_bias(dbias_sum)
             view.add_(db.view(view.shape))
-    dk, dv = (x.unflatten(-2, (of_keys, -1)).sum(-2) if of_keys < x.shape[-2] else x for x in (dk, dv))
+    if shared:
+        dk, dv = (x.unflatten(-2, (of_keys, -1)).sum(-2).to(q.dtype) for x in (dk, dv))
     return Gradients(dq, dk, dv, dbias.copy_(dbias_sum), dscales.copy_(dscales_sum))
 
 
@@ -244,10 +252,11 @@ class _Chunk:
         start, step, pixel = (self._views[name].reshape(-1, self._tokens) for name in ("start", "step", "pixel"))
         return factors(start[:, rows, None], step[:, rows, None], pixel[:, None], dropout_p, self.scratch.dtype)
 
-    def load(self, name: str) -> Tensor:
-        """The chunk of a map as [n, T, width], copied to scratch memory."""
+    def load(self, name: str, cosine: bool = False) -> Tensor:
+        """The chunk of a map as [n, T, width], copied to scratch memory, with `cosine` made of length 1 there."""
         view = self._views[name]
-        return self.scratch(name, view.shape).copy_(view).view(-1, self._tokens, view.shape[-1])
+        x = self.scratch(name, view.shape).copy_(view).view(-1, self._tokens, view.shape[-1])
+        return x.mul_(inverse_length(x)) if cosine else x
 
     def store(self, name: str, values: Tensor) -> None:
         """Write values [n, T, width] to their pixels of a map."""
@@ -335,15 +344,15 @@ def _boxes(extents: Sequence[int], volume: int) -> Iterator[tuple[slice, ...]]:
         yield tuple(slice(start, start + step) for start, step in zip(corner, steps, strict=True))
 
 
-def _sdpa_is_faster(inputs: Inputs) -> bool:
+def _sdpa_is_faster(inputs: Inputs, call: Call) -> bool:
     """Whether torch's scaled_dot_product_attention beats matmul, softmax, matmul on a chunk [n, T, width] in cache.
 
     Its kernels want equal widths. On CPUs it was up to a width of 128 (and slower at ISA's own 256 and 512). Elsewhere
-    it saves the scores' way through memory. It has one scale and another dropout, and its mask would have to be made
-    for every group.
+    it saves the scores' way through memory. It has one scale, no cosines and another dropout, and its mask would have
+    to be made for every group.
     """
     q, _, v, bias, scales, valid, seed, _ = inputs
-    if any(x is not None for x in (scales, valid, seed)) or (bias is not None and bias.dim() == 4):
+    if call.cosine or any(x is not None for x in (scales, valid, seed)) or (bias is not None and bias.dim() == 4):
         return False
     return q.shape[-1] == v.shape[-1] and (q.device.type != "cpu" or q.shape[-1] <= 128)
 

@@ -16,12 +16,15 @@ from ..dropout import factors, rows_of
 from ..partition import Partition, flat_index
 from . import packed
 from .contract import Inputs, lse_dtype
+from .cosine import normalised
 
 
-def attention(inputs: Inputs, scale: float, partition: Partition, dropout_p: float = 0.0) -> tuple[Tensor, Tensor]:
+def attention(
+    inputs: Inputs, scale: float, partition: Partition, dropout_p: float = 0.0, cosine: bool = False
+) -> tuple[Tensor, Tensor]:
     """out and lse, as `contract.Backend.forward` returns them."""
     if (table := inputs.table) is not None:
-        out, lse = attention(packed.gathered(inputs), scale, partition)
+        out, lse = attention(packed.gathered(inputs), scale, partition, cosine=cosine)
         return packed.scatter(out, table, inputs.q), packed.scatter_lse(lse, table, inputs.q)
     q, k, v, bias, scales, valid, seed, _ = inputs
     size, device, n = partition.size, q.device, len(partition)
@@ -29,6 +32,8 @@ def attention(inputs: Inputs, scale: float, partition: Partition, dropout_p: flo
         k, v = (x.repeat_interleave(inputs.share, -2) for x in (k, v))
     if valid is not None:
         q, k, v = (x.masked_fill(~valid[..., None, None], 0) for x in (q, k, v))
+    if cosine:
+        q, k = normalised(q), normalised(k)
     q, k, v = (x.expand(-1, *size, -1, -1) for x in (q, k, v))  # refuses other sizes where a graph meets them
     group, token = torch.arange(partition.groups, device=device), torch.arange(partition.tokens, device=device)
     axes, partition = tuple(partition), Partition(*(_of_tensors(axis, device) for axis in partition))

@@ -20,7 +20,8 @@ from torch import Tensor
 from .. import tiles
 from .._tracing import constant_in_graphs, is_fake
 from ..partition import Partition
-from .contract import Call, Gradients, Inputs, empty_gradients, empty_outputs
+from .contract import Call, Gradients, Inputs, empty_gradients, empty_outputs, unfinished_dtype
+from .cosine import normalised, pulled_back
 
 OPAQUE = True
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -66,7 +67,7 @@ def forward(inputs: Inputs, call: Call) -> tuple[Tensor, Tensor]:
     with _on(q.device):
         launch.forward(
             q, k, v, bias, out, kept_lse, call.scale, call.partition, tile, precision, call.dropout_p,
-            scales=scales, valid=valid, seed=seed, table=table,
+            scales=scales, valid=valid, seed=seed, table=table, cosine=call.cosine,
         )  # fmt: skip
     return out, lse
 
@@ -80,8 +81,11 @@ def backward(
     q, k, v, bias, scales, valid, seed, table = inputs = _readable(inputs)
     do, dlse, key_heads = _in_memory(do), _in_memory(dlse), k.shape[-2]
     dq, dk, dv, dbias, dscales = empty_gradients(inputs)
+    wide = unfinished_dtype(q.dtype)
+    if call.cosine:  # of vectors of length 1, and then divided
+        dq, dk = dq.to(wide), dk.to(wide)
     if inputs.share > 1:  # of every head of q, and then added
-        dk, dv = (x.new_empty(*q.shape[:-1], x.shape[-1]) for x in (dk, dv))
+        dk, dv = (x.new_empty(*q.shape[:-1], x.shape[-1], dtype=wide) for x in (dk, dv))
     if valid is not None or table is not None:
         for gradient in (dq, dk, dv):
             gradient.zero_()
@@ -95,22 +99,25 @@ def backward(
     with _on(q.device):
         launch.backward(
             q, k, v, bias, out, lse, do, dlse, dq, dk, dv, delta, partials, call.scale, call.partition, chosen,
-            precision, call.dropout_p, scales=scales, valid=valid, seed=seed, table=table,
+            precision, call.dropout_p, scales=scales, valid=valid, seed=seed, table=table, cosine=call.cosine,
         )  # fmt: skip
     if partials is not None:
         dbias.copy_(partials.sum(0).view(dbias.shape))
-    if scales is not None:  # dq is without them
-        dscales.copy_((q.float() * dq.float()).sum(tuple({*range(q.dim())} - {q.dim() - 2})))
+    if scales is not None:  # dq is without them, and zero where q may hold anything
+        products = (normalised(q) if call.cosine else q).float() * dq.float()
+        dscales.copy_(products.masked_fill_(dq == 0, 0).sum(tuple({*range(q.dim())} - {q.dim() - 2})))
         dq *= scales[:, None].to(dq.dtype)
     if inputs.share > 1:
         dk, dv = (x.unflatten(-2, (key_heads, -1)).sum(-2) for x in (dk, dv))
-    return Gradients(dq, dk, dv, dbias, dscales)
+    if call.cosine:
+        dq, dk = pulled_back(q, dq), pulled_back(k, dk)
+    return Gradients(dq, dk.to(k.dtype), dv.to(v.dtype), dbias, dscales)
 
 
 class Replay:
     """`forward` made again, for tensors that differ from these in what they hold only: nothing is chosen again.
 
-    Of calls with as many heads of k and v as of q, without scales or dropout and with all pixels valid.
+    Of calls with as many heads of k and v as of q, without scales, cosines or dropout and with all pixels valid.
 
     Attributes:
         backward: `BackwardReplay`s of its results, by what tells them apart; the caller's.

@@ -32,21 +32,28 @@ from isa_triton.backend.kernels.common import (
     LOWEST,
     across,
     anywhere,
+    by_columns,
+    by_rows,
     divisor,
     down,
     dropped,
     exp,
     inner_products,
+    inverse_lengths,
     items_of,
     kept,
+    lengths_inverted,
     load,
     locate,
+    normalised,
     pairs,
     rows,
     scale_of,
     scores,
     shared,
+    similarities,
     store,
+    sums_of_squares,
     tokens_of,
     unit,
     unravel,
@@ -71,7 +78,7 @@ def store_sum(partials, index, query, key, values):
 def backward_group_kernel(
     q, k, v, bias, scales, valid, dropout, do, dlse, dq, dk, dv, partials, scale, heads, items, slots, maps, axes,
     K: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    SHARE: tl.constexpr, PRECISION: tl.constexpr,
+    SHARE: tl.constexpr, COSINE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Every gradient of groups that fit in one block, from q, k, v and bias alone.
 
@@ -85,8 +92,8 @@ def backward_group_kernel(
         token = locate(item, head, 0, axes, valid, BLOCK)
         q_rows, do_rows, as_key = rows(q, token), rows(do, token), shared(token, SHARE)
         k_rows, v_rows = rows(k, as_key), rows(v, as_key)
-        product = inner_products(q_rows, k_rows, K, BLOCK_K, PRECISION)
-        score = scores(product, factor, bias, down(token), across(token))  # [BLOCK, BLOCK]
+        product, of_q, of_k = similarities(q_rows, k_rows, (), K, BLOCK_K, PRECISION, COSINE)
+        score = scores(product, by_rows(factor, of_q), bias, down(token), across(token))  # [BLOCK, BLOCK]
         weight = weigh(score, LOWEST, bias)[0]
         p = weight / divisor(tl.sum(weight, 1))  # a query outside the map has one too, but its do is zero
         factors = kept(dropout, heads, token, token, axes)
@@ -107,6 +114,7 @@ def backward_group_kernel(
             ds_sum += ds
         for chunk in range(0, K, BLOCK_K):
             q_chunk, k_chunk = load(q_rows, chunk, K, BLOCK_K), load(k_rows, chunk, K, BLOCK_K)
+            q_chunk, k_chunk = normalised(q_chunk, of_q), normalised(k_chunk, of_k)
             dq_chunk = tl.dot(ds.to(k_chunk.dtype), k_chunk, input_precision=PRECISION)
             dk_chunk = tl.dot(ds.to(q_chunk.dtype).T, q_chunk, input_precision=PRECISION)
             store(rows(dq, token), chunk, dq_chunk * scale, K, BLOCK_K)
@@ -173,7 +181,7 @@ def backward_queries_kernel(
     q, k, v, bias, scales, valid, dropout, out, lse, do, dlse, dq, delta, scale, heads, axes,
     K: tl.constexpr, V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    WIDTH_K: tl.constexpr, SHARE: tl.constexpr, ONE_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+    WIDTH_K: tl.constexpr, SHARE: tl.constexpr, COSINE: tl.constexpr, ONE_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq, and delta for the passes that follow. A program takes BLOCK_M queries, as in forward."""
     tokens = tokens_of(axes)
@@ -187,7 +195,8 @@ def backward_queries_kernel(
     if ONE_BLOCK:
         key = locate(item, head, 0, axes, valid, BLOCK_N)
         k_rows, v_rows = rows(k, shared(key, SHARE)), rows(v, shared(key, SHARE))
-        product = inner_products(q_rows, k_rows, K, BLOCK_K, PRECISION)
+        product, of_q, of_k = similarities(q_rows, k_rows, (), K, BLOCK_K, PRECISION, COSINE)
+        factor = by_rows(factor, of_q)
         p = finite_probabilities(product, factor, bias, lse_m[:, None], down(query), across(key))  # [BLOCK_M, BLOCK_N]
         packed = pack(p.to(dtype))
         dp = inner_products(do_rows, v_rows, V, BLOCK_V, PRECISION)
@@ -205,18 +214,20 @@ def backward_queries_kernel(
     if ONE_BLOCK:
         ds = (unpack(packed, dtype, 2) * (dp - delta_m[:, None])).to(dtype)
         for chunk in range(0, K, BLOCK_K):
-            dq_chunk = tl.dot(ds, load(k_rows, chunk, K, BLOCK_K), input_precision=PRECISION)
+            k_chunk = normalised(load(k_rows, chunk, K, BLOCK_K), of_k)
+            dq_chunk = tl.dot(ds, k_chunk, input_precision=PRECISION)
             store(rows(dq, query), chunk, dq_chunk * scale, K, BLOCK_K)
     else:
         acc = tl.zeros([BLOCK_M, WIDTH_K], tl.float32)
+        of_q = lengths_inverted(q_rows, K, BLOCK_K, COSINE)
         for start in range(0, tokens, BLOCK_N):
             key = locate(item, head, start, axes, valid, BLOCK_N)
             k_rows, v_rows = rows(k, shared(key, SHARE)), rows(v, shared(key, SHARE))
-            product = inner_products(q_rows, k_rows, K, BLOCK_K, PRECISION)
-            p = finite_probabilities(product, factor, bias, lse_m[:, None], down(query), across(key))
+            product, _, of_k = similarities(q_rows, k_rows, of_q, K, BLOCK_K, PRECISION, COSINE)
+            p = finite_probabilities(product, by_rows(factor, of_q), bias, lse_m[:, None], down(query), across(key))
             dp = inner_products(do_rows, v_rows, V, BLOCK_V, PRECISION)
             ds = p * (dropped(dp, kept(dropout, heads, query, key, axes)) - delta_m[:, None])
-            keys = load(k_rows, 0, K, WIDTH_K)
+            keys = normalised(load(k_rows, 0, K, WIDTH_K), of_k)
             acc = tl.dot(ds.to(keys.dtype), keys, acc, input_precision=PRECISION)
         store(rows(dq, query), 0, acc * scale, K, WIDTH_K)
 
@@ -226,7 +237,7 @@ def backward_keys_kernel(
     q, k, v, bias, scales, valid, dropout, lse, delta, do, dk, dv, scale, heads, axes,
     K: tl.constexpr, V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    WIDTH_K: tl.constexpr, WIDTH_V: tl.constexpr, SHARE: tl.constexpr, ONE_BLOCK: tl.constexpr,
+    WIDTH_K: tl.constexpr, WIDTH_V: tl.constexpr, SHARE: tl.constexpr, COSINE: tl.constexpr, ONE_BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk and dv, or the one of them that is not None. A program takes BLOCK_N keys; its p and ds are transposed."""
@@ -241,8 +252,9 @@ def backward_keys_kernel(
         query = locate(item, head, 0, axes, valid, BLOCK_M)
         q_rows, do_rows = rows(q, query), rows(do, query)
         lse_m = load_lse(lse, query, bias)
-        product = inner_products(k_rows, q_rows, K, BLOCK_K, PRECISION)
-        p = probabilities(product, factor, bias, lse_m[None, :], across(query), down(key))  # [BLOCK_N, BLOCK_M]
+        product, of_k, of_q = similarities(k_rows, q_rows, (), K, BLOCK_K, PRECISION, COSINE)
+        score_factor = by_rows(factor, of_k)
+        p = probabilities(product, score_factor, bias, lse_m[None, :], across(query), down(key))  # [BLOCK_N, BLOCK_M]
         packed = pack(p.to(dtype))
         factors = kept(dropout, heads, query, key, axes, True)
         if dv is not None:
@@ -254,19 +266,24 @@ def backward_keys_kernel(
             dp = dropped(inner_products(v_rows, do_rows, V, BLOCK_V, PRECISION), factors)
             ds = (unpack(packed, dtype, 2) * (dp - one_each(delta, query, 0.0)[None, :])).to(dtype)
             for chunk in range(0, K, BLOCK_K):
-                dk_chunk = tl.dot(ds, load(q_rows, chunk, K, BLOCK_K), input_precision=PRECISION)
+                q_chunk = normalised(load(q_rows, chunk, K, BLOCK_K), of_q)
+                dk_chunk = tl.dot(ds, q_chunk, input_precision=PRECISION)
                 store(rows(dk, key), chunk, dk_chunk * factor, K, BLOCK_K)
     else:
         if dk is not None:
             dk_acc = tl.zeros([BLOCK_N, WIDTH_K], tl.float32)
         if dv is not None:
             dv_acc = tl.zeros([BLOCK_N, WIDTH_V], tl.float32)
+        of_k = lengths_inverted(k_rows, K, BLOCK_K, COSINE)
+        score_factor = by_rows(factor, of_k)
         for start in range(0, tokens, BLOCK_M):
             query = locate(item, head, start, axes, valid, BLOCK_M)
             q_rows, do_rows = rows(q, query), rows(do, query)
             lse_m = load_lse(lse, query, bias)
-            product = inner_products(k_rows, q_rows, K, BLOCK_K, PRECISION)
-            p = probabilities(product, factor, bias, lse_m[None, :], across(query), down(key))  # [BLOCK_N, BLOCK_M]
+            product, _, of_q = similarities(k_rows, q_rows, of_k, K, BLOCK_K, PRECISION, COSINE)
+            p = probabilities(
+                product, score_factor, bias, lse_m[None, :], across(query), down(key)
+            )  # [BLOCK_N, BLOCK_M]
             factors = kept(dropout, heads, query, key, axes, True)
             if dv is not None:
                 gradients = load(do_rows, 0, V, WIDTH_V)
@@ -274,7 +291,7 @@ def backward_keys_kernel(
             if dk is not None:
                 dp = dropped(inner_products(v_rows, do_rows, V, BLOCK_V, PRECISION), factors)
                 ds = p * (dp - one_each(delta, query, 0.0)[None, :])
-                queries = load(q_rows, 0, K, WIDTH_K)
+                queries = normalised(load(q_rows, 0, K, WIDTH_K), of_q)
                 dk_acc = tl.dot(ds.to(queries.dtype), queries, dk_acc, input_precision=PRECISION)
         if dk is not None:
             store(rows(dk, key), 0, dk_acc * factor, K, WIDTH_K)
@@ -287,7 +304,7 @@ def backward_pairs_kernel(
     q, k, v, bias, scales, valid, dropout, lse, delta, do, partials, scale, heads, items, slots, maps, axes,
     K: tl.constexpr, V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    SHARE: tl.constexpr, PRECISION: tl.constexpr,
+    SHARE: tl.constexpr, COSINE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Partial sums of dbias. A program takes BLOCK_M x BLOCK_N pairs in one head of every `slots`-th of the items."""
     tokens = tokens_of(axes)
@@ -302,8 +319,9 @@ def backward_pairs_kernel(
         query = locate(item, head, query_start, axes, valid, BLOCK_M)
         key = locate(item, head, key_start, axes, valid, BLOCK_N)
         lse_m, delta_m = load_lse(lse, query, bias), one_each(delta, query, 0.0)
-        product = inner_products(rows(q, query), rows(k, shared(key, SHARE)), K, BLOCK_K, PRECISION)
-        p = probabilities(product, factor, bias, lse_m[:, None], down(query), across(key))
+        q_rows, k_rows = rows(q, query), rows(k, shared(key, SHARE))
+        product, of_q, _of_k = similarities(q_rows, k_rows, (), K, BLOCK_K, PRECISION, COSINE)
+        p = probabilities(product, by_rows(factor, of_q), bias, lse_m[:, None], down(query), across(key))
         dp = inner_products(rows(do, query), rows(v, shared(key, SHARE)), V, BLOCK_V, PRECISION)
         acc += p * (dropped(dp, kept(dropout, heads, query, key, axes)) - delta_m[:, None])
     query, key = locate(0, 0, query_start, axes, None, BLOCK_M), locate(0, 0, key_start, axes, None, BLOCK_N)
@@ -315,7 +333,7 @@ def backward_columns_kernel(
     q, k, v, bias, scales, valid, dropout, out, lse, do, dlse, dq, dk, dv, delta, scale, heads, axes,
     K: tl.constexpr, V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    SHARE: tl.constexpr, PRECISION: tl.constexpr,
+    SHARE: tl.constexpr, COSINE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq, dk and dv at once, of groups whose queries fit in one block with all of their width, but whose scores do not.
 
@@ -327,6 +345,7 @@ def backward_columns_kernel(
     factor = scale_of(scale, scales, head)
     query = locate(item, head, 0, axes, valid, BLOCK_M)
     queries, gradients = load(rows(q, query), 0, K, BLOCK_K), load(rows(do, query), 0, V, BLOCK_V)
+    of_q = inverse_lengths(sums_of_squares(queries)) if COSINE else ()
     lse_m = load_lse(lse, query, bias)
     outputs = load(rows(out, query), 0, V, BLOCK_V)
     delta_m = tl.sum(gradients.to(tl.float32) * outputs.to(tl.float32), 1)
@@ -340,14 +359,16 @@ def backward_columns_kernel(
         key = locate(item, head, start, axes, valid, BLOCK_N)
         as_key = shared(key, SHARE)
         keys, values = load(rows(k, as_key), 0, K, BLOCK_K), load(rows(v, as_key), 0, V, BLOCK_V)
-        product = tl.dot(queries, keys.T, input_precision=PRECISION)
-        p = probabilities(product, factor, bias, lse_m[:, None], down(query), across(key))  # [BLOCK_M, BLOCK_N]
+        of_k = inverse_lengths(sums_of_squares(keys)) if COSINE else ()
+        product = by_columns(tl.dot(queries, keys.T, input_precision=PRECISION), of_k)
+        score_factor = by_rows(factor, of_q)
+        p = probabilities(product, score_factor, bias, lse_m[:, None], down(query), across(key))  # [BLOCK_M, BLOCK_N]
         packed, factors = pack(p.to(dtype)), kept(dropout, heads, query, key, axes)
         dv_block = tl.dot(dropped(unpack(packed, dtype, 1), factors).T, gradients, input_precision=PRECISION)
         store(rows(dv, key), 0, dv_block, V, BLOCK_V)
         dp = dropped(tl.dot(gradients, values.T, input_precision=PRECISION), factors)
         ds = (unpack(packed, dtype, 2) * (dp - delta_m[:, None])).to(dtype)
-        dk_block = tl.dot(ds.T, queries, input_precision=PRECISION)
+        dk_block = tl.dot(ds.T, normalised(queries, of_q), input_precision=PRECISION)
         store(rows(dk, key), 0, dk_block * factor, K, BLOCK_K)
-        acc = tl.dot(ds, keys, acc, input_precision=PRECISION)
+        acc = tl.dot(ds, normalised(keys, of_k), acc, input_precision=PRECISION)
     store(rows(dq, query), 0, acc * scale, K, BLOCK_K)

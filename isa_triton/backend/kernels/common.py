@@ -223,6 +223,75 @@ def inner_products(a, b, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl
     return product  # [rows of a, rows of b]
 
 
+# Cosines are products of vectors as they are, times a factor a row and one a column, which make vectors of length 1.
+# Factors are a tuple, of one, or of nothing where there are none: Triton 3.6 cannot return None.
+
+
+@triton.jit
+def sums_of_squares(chunk):
+    """Of every row, in fp32."""
+    wide = chunk.to(tl.float32)
+    return tl.sum(wide * wide, 1)
+
+
+@triton.jit
+def inverse_lengths(squares):
+    """From sums of squares; what is shorter than 1e-12 counts as that."""
+    return (tl.rsqrt(tl.maximum(squares, 1e-24)),)
+
+
+@triton.jit
+def lengths_inverted(a, WIDTH: tl.constexpr, BLOCK: tl.constexpr, COSINE: tl.constexpr):
+    """Those of rows, for the `similarities` of all columns."""
+    if COSINE:
+        squares = tl.zeros([a.inside.shape[0]], tl.float32)
+        for start in range(0, WIDTH, BLOCK):
+            squares += sums_of_squares(load(a, start, WIDTH, BLOCK))
+        return inverse_lengths(squares)
+    else:  # noqa: RET505
+        return ()
+
+
+@triton.jit
+def similarities(a, b, of_a, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr, COSINE: tl.constexpr):
+    """a b^T, a chunk of the width at a time, and the factors of a and of b, where it is of cosines: b's are in it.
+
+    Factors of a that are given are not found again.
+    """
+    if COSINE:
+        product = tl.zeros([a.inside.shape[0], b.inside.shape[0]], tl.float32)
+        a_squares, b_squares = tl.zeros([a.inside.shape[0]], tl.float32), tl.zeros([b.inside.shape[0]], tl.float32)
+        for start in range(0, WIDTH, BLOCK):
+            a_chunk, b_chunk = load(a, start, WIDTH, BLOCK), load(b, start, WIDTH, BLOCK)
+            if len(of_a) == 0:
+                a_squares += sums_of_squares(a_chunk)
+            b_squares += sums_of_squares(b_chunk)
+            product = tl.dot(a_chunk, b_chunk.T, product, input_precision=PRECISION)
+        if len(of_a) == 0:
+            of_a = inverse_lengths(a_squares)
+        of_b = inverse_lengths(b_squares)
+        return by_columns(product, of_b), of_a, of_b
+    else:  # noqa: RET505
+        return inner_products(a, b, WIDTH, BLOCK, PRECISION), (), ()
+
+
+@triton.jit
+def by_columns(product, factors):
+    return product if len(factors) == 0 else product * factors[0][None, :]
+
+
+@triton.jit
+def by_rows(x, factors):
+    """A number, or a matrix, times the factors of rows."""
+    return x if len(factors) == 0 else x * factors[0][:, None]
+
+
+@triton.jit
+def normalised(chunk, factors):
+    """Rows of length 1."""
+    return by_rows(chunk.to(tl.float32), factors).to(chunk.dtype) if len(factors) > 0 else chunk
+
+
 @triton.jit
 def pairs(numbers, start, query, key):
     """Pointers to the numbers of every query and key of a table that begins so many units on, and which exist."""

@@ -8,14 +8,15 @@ from isa_triton.backend.kernels.common import (
     LOWEST,
     across,
     biased,
+    by_rows,
     divisor,
     down,
     dropped,
     fold_softmax,
     groups_of,
-    inner_products,
     items_of,
     kept,
+    lengths_inverted,
     load,
     load_bias,
     locate,
@@ -24,6 +25,7 @@ from isa_triton.backend.kernels.common import (
     scale_of,
     scores,
     shared,
+    similarities,
     store,
     tokens_of,
     unravel,
@@ -36,7 +38,7 @@ def forward_kernel(
     q, k, v, bias, scales, valid, dropout, out, lse, scale, heads, axes,
     K: tl.constexpr, V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    SHARE: tl.constexpr, ONE_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+    SHARE: tl.constexpr, COSINE: tl.constexpr, ONE_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out = softmax(scale * q k^T + bias) v and lse = log sum exp, within every group.
 
@@ -51,10 +53,13 @@ def forward_kernel(
     row_max, row_sum = tl.full([BLOCK_M], LOWEST, tl.float32), tl.zeros([BLOCK_M], tl.float32)
     if ONE_BLOCK:
         key = locate(item, head, 0, axes, valid, BLOCK_N)
-        product = inner_products(q_rows, rows(k, shared(key, SHARE)), K, BLOCK_K, PRECISION)  # [BLOCK_M, BLOCK_N]
-        score = scores(product, scale, bias, down(query), across(key))
+        k_rows = rows(k, shared(key, SHARE))
+        product, of_q, _ = similarities(q_rows, k_rows, (), K, BLOCK_K, PRECISION, COSINE)  # [BLOCK_M, BLOCK_N]
+        score = scores(product, by_rows(scale, of_q), bias, down(query), across(key))
         weight, _, row_max, row_sum = fold_softmax(score, row_max, row_sum, bias)
         weight = dropped(weight, kept(dropout, heads, query, key, axes))
+    else:
+        of_q = lengths_inverted(q_rows, K, BLOCK_K, COSINE)
 
     for chunk in range(0, V, BLOCK_V):
         acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
@@ -65,8 +70,9 @@ def forward_kernel(
             row_max, row_sum = tl.full([BLOCK_M], LOWEST, tl.float32), tl.zeros([BLOCK_M], tl.float32)
             for start in range(0, tokens, BLOCK_N):
                 key = locate(item, head, start, axes, valid, BLOCK_N)
-                product = inner_products(q_rows, rows(k, shared(key, SHARE)), K, BLOCK_K, PRECISION)
-                score = scores(product, scale, bias, down(query), across(key))
+                k_rows = rows(k, shared(key, SHARE))
+                product = similarities(q_rows, k_rows, of_q, K, BLOCK_K, PRECISION, COSINE)[0]
+                score = scores(product, by_rows(scale, of_q), bias, down(query), across(key))
                 weight, shrink, row_max, row_sum = fold_softmax(score, row_max, row_sum, bias)
                 weight = dropped(weight, kept(dropout, heads, query, key, axes))
                 values = load(rows(v, shared(key, SHARE)), chunk, V, BLOCK_V)
@@ -81,7 +87,7 @@ def forward_kernel(
 def forward_group_kernel(
     q, k, v, bias, scales, valid, dropout, out, lse, scale, heads, items, slots, maps, axes,
     K: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    SHARE: tl.constexpr, PRECISION: tl.constexpr,
+    SHARE: tl.constexpr, COSINE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The same for groups with a bias that fit in one block: the bias stays on chip from one group to the next.
 
@@ -94,8 +100,9 @@ def forward_group_kernel(
     bias_block = load_bias(bias, down(token), across(token))  # [BLOCK, BLOCK]
     for item in tl.range(first, last, slots, num_stages=1):
         token = locate(item, head, 0, axes, valid, BLOCK)
-        product = inner_products(rows(q, token), rows(k, shared(token, SHARE)), K, BLOCK_K, PRECISION)
-        score = biased(product, scale, bias_block, across(token))
+        q_rows, k_rows = rows(q, token), rows(k, shared(token, SHARE))
+        product, of_q, _of_k = similarities(q_rows, k_rows, (), K, BLOCK_K, PRECISION, COSINE)
+        score = biased(product, by_rows(scale, of_q), bias_block, across(token))
         weight, row_max = weigh(score, LOWEST, bias)
         row_sum = tl.sum(weight, 1)
         weight = dropped(weight, kept(dropout, heads, token, token, axes))

@@ -50,7 +50,7 @@ _INTERPRETER = Lock()
 def forward(
     q: Any, k: Any, v: Any, bias: Any | None, out: Any, lse: Any | None, scale: float, partition: Partition, tile: Tile,
     precision: str = "ieee", dropout_p: float = 0.0, *, scales: Any | None = None, valid: Any | None = None,
-    seed: Any | None = None, table: Any | None = None,
+    seed: Any | None = None, table: Any | None = None, cosine: bool = False,
 ) -> None:  # fmt: skip
     """Write out = softmax(scale * q k^T + bias) v within every group, and lse where it is not None.
 
@@ -61,16 +61,17 @@ def forward(
         precision: of products of fp32, as `tl.dot` names it: "ieee", "tf32" or "tf32x3".
         dropout_p: the share of weights that is dropped, by `seed`.
         table: of packed maps, where the tokens of the partition's groups lie.
+        cosine: whether q and k are divided by their lengths.
     """
     tensors = q, k, v, bias, scales, valid, seed, table, out, lse
-    _launch(plan.forward, tensors, scale, partition, tile, precision, dropout_p)
+    _launch(plan.forward, tensors, scale, partition, tile, precision, dropout_p, cosine)
 
 
 def backward(
     q: Any, k: Any, v: Any, bias: Any | None, out: Any | None, lse: Any | None, do: Any, dlse: Any | None,
     dq: Any, dk: Any, dv: Any, delta: Any | None, dbias_partials: Any | None, scale: float, partition: Partition,
     tiles: BackwardTiles, precision: str = "ieee", dropout_p: float = 0.0, *, scales: Any | None = None,
-    valid: Any | None = None, seed: Any | None = None, table: Any | None = None,
+    valid: Any | None = None, seed: Any | None = None, table: Any | None = None, cosine: bool = False,
 ) -> None:  # fmt: skip
     """Write dq, dk, dv and partial sums of dbias, which the caller adds over their first dimension.
 
@@ -81,9 +82,10 @@ def backward(
         dbias_partials: of the shape that `plan.bias_partials_shape` says, or None where dbias is not wanted.
         precision, dropout_p, valid, seed, table: as in `forward`.
         scales: likewise; dq is written without them, for their own gradient.
+        cosine: likewise; dq and dk are written as of vectors of length 1, for that of the scales too.
     """
     tensors = q, k, v, bias, scales, valid, seed, table, out, lse, do, dlse, dq, dk, dv, delta, dbias_partials
-    _launch(plan.backward, tensors, scale, partition, tiles, precision, dropout_p)
+    _launch(plan.backward, tensors, scale, partition, tiles, precision, dropout_p, cosine)
 
 
 class Replay:

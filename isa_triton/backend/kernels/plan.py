@@ -119,10 +119,16 @@ class Launch(NamedTuple):
 
 
 def forward(
-    layouts: Layouts, scale: float, partition: Partition, tile: Tile, precision: str, dropout_p: float = 0.0
+    layouts: Layouts,
+    scale: float,
+    partition: Partition,
+    tile: Tile,
+    precision: str,
+    dropout_p: float = 0.0,
+    cosine: bool = False,
 ) -> Iterator[Launch]:
     """The launch of the forward pass; its tensors are `FORWARD`."""
-    given = _given(FORWARD, layouts, scale, partition, precision, dropout_p)
+    given = _given(FORWARD, layouts, scale, partition, precision, dropout_p, cosine)
     maps, heads = layouts[0].shape[0], layouts[0].shape[-2]
     items = maps * partition.groups
     if given["bias"] is not None and keeps_bias(tile, partition):
@@ -136,10 +142,16 @@ def forward(
 
 
 def backward(
-    layouts: Layouts, scale: float, partition: Partition, tiles: BackwardTiles, precision: str, dropout_p: float = 0.0
+    layouts: Layouts,
+    scale: float,
+    partition: Partition,
+    tiles: BackwardTiles,
+    precision: str,
+    dropout_p: float = 0.0,
+    cosine: bool = False,
 ) -> Iterator[Launch]:
     """The launches of the backward pass; its tensors are `BACKWARD`."""
-    given = _given(BACKWARD, layouts, scale, partition, precision, dropout_p)
+    given = _given(BACKWARD, layouts, scale, partition, precision, dropout_p, cosine)
     maps, heads = layouts[0].shape[0], layouts[0].shape[-2]
     items, partials, tokens = maps * partition.groups, layouts[-1], partition.tokens
     if partials is None:  # a program an item
@@ -238,7 +250,13 @@ def _launch(kernel: Any, programs: int, given: dict[str, Any], tile: Tile) -> It
 
 
 def _given(
-    names: tuple[str, ...], layouts: Layouts, scale: float, partition: Partition, precision: str, dropout_p: float
+    names: tuple[str, ...],
+    layouts: Layouts,
+    scale: float,
+    partition: Partition,
+    precision: str,
+    dropout_p: float,
+    cosine: bool,
 ) -> Any:
     """What all kernels are given, by the names of their arguments."""
 
@@ -263,7 +281,8 @@ def _given(
     tensors["dropout"] = seed = tensors.pop("seed")
     if seed is not None:
         tensors["dropout"] = _dropout(seed, layouts[names.index("seed")].shape[0], dropout_p)
-    return tensors | numbers | {"K": key_width, "V": value_width, "SHARE": share, "PRECISION": precision}
+    constants = {"K": key_width, "V": value_width, "SHARE": share, "COSINE": cosine, "PRECISION": precision}
+    return tensors | numbers | constants
 
 
 def _dropout(seed: Pointer, calls: int, dropout_p: float) -> Dropout:

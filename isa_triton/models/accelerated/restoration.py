@@ -57,12 +57,13 @@ class CosineWindowsOfMaps(WindowsOfMaps):
     q_bias: nn.Parameter | None
     v_bias: nn.Parameter | None
     qkv: Any
+    cosine = True
 
     def heads(self, x: Tensor) -> tuple[Tensor, ...]:
         q, k, v = split(F.linear(x, self.qkv.weight), self.num_heads)
         if self.q_bias is not None and self.v_bias is not None:
             q, v = q + self.q_bias.view(q.shape[-2:]), v + self.v_bias.view(v.shape[-2:])
-        return F.normalize(q, dim=-1), F.normalize(k, dim=-1), v
+        return q, k, v
 
     def factor(self) -> Tensor:
         return self.logit_scale.clamp(max=MOST_LOG_SCALE).exp().flatten()

@@ -25,13 +25,13 @@ class _CosineAttention(GivenPartitions):
     proj_drop: nn.Module
     logit_scale: nn.Parameter
     num_heads: int
+    cosine = True
 
     def qkv_of(self, x: Tensor) -> Tensor:
         return project(self.qkv, x)
 
     def heads(self, x: Tensor) -> tuple[Tensor, ...]:
-        q, k, v = split(self.qkv_of(x), self.num_heads)
-        return F.normalize(q, dim=-1), F.normalize(k, dim=-1), v
+        return split(self.qkv_of(x), self.num_heads)
 
     def factor(self) -> Tensor:
         return self.logit_scale.clamp(max=math.log(100.0)).exp().flatten()

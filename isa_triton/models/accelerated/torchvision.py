@@ -87,6 +87,7 @@ class AcceleratedShiftedWindowAttentionV2(_InWindows, ShiftedWindowAttentionV2):
 
     cpb_mlp: nn.Module
     logit_scale: nn.Parameter
+    cosine = True
 
     @leaf_of_fx
     def forward(self, x: Tensor) -> Tensor:
@@ -96,8 +97,7 @@ class AcceleratedShiftedWindowAttentionV2(_InWindows, ShiftedWindowAttentionV2):
         bias = self.qkv.bias
         if bias is not None:  # there is none of keys
             bias = bias * bias.new_tensor([1, 0, 1]).repeat_interleave(bias.shape[0] // 3)
-        q, k, v = split(F.linear(x, self.qkv.weight, bias), self.num_heads)
-        return F.normalize(q, dim=-1), F.normalize(k, dim=-1), v
+        return split(F.linear(x, self.qkv.weight, bias), self.num_heads)
 
     def factor(self) -> Tensor:
         return self.logit_scale.clamp(max=math.log(100.0)).exp().flatten()

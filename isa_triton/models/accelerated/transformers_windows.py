@@ -10,7 +10,6 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...partition import Partition
@@ -57,13 +56,10 @@ class SelfAttentionOnMaps(GivenPartitions):
 class CosineSelfAttentionOnMaps(SelfAttentionOnMaps):
     """That of SwinV2: cosines of queries and keys, and an MLP of distances."""
 
+    cosine = True
     logit_scale: nn.Parameter
     continuous_position_bias_mlp: nn.Module
     relative_coords_table: Tensor
-
-    def heads(self, x: Tensor) -> tuple[Tensor, ...]:
-        q, k, v = super().heads(x)
-        return F.normalize(q, dim=-1), F.normalize(k, dim=-1), v
 
     def factor(self) -> Tensor:
         return self.logit_scale.clamp(max=math.log(100.0)).exp().flatten()

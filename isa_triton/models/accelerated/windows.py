@@ -20,10 +20,11 @@ from ...partition import Partition
 class OnMaps(nn.Module):
     """Stands before an attention class of theirs and says what that does to tokens, wherever they lie.
 
-    Ours has `heads`, and of `position_bias`, `factor`, `output`, `dropout_p` what differs.
+    Ours has `heads`, and of `position_bias`, `factor`, `cosine`, `output`, `dropout_p` what differs.
     """
 
     proj: nn.Module
+    cosine = False  # whether scores are of vectors of length 1
 
     def heads(self, x: Tensor) -> tuple[Tensor, ...]:
         """q, k and v [..., heads, width] of pixels or tokens [..., C]."""
@@ -82,6 +83,7 @@ def attend(attn: OnMaps, x: Tensor, partition: Partition, backend: str, *, bias:
         bias=attn.position_bias(partition) if bias is None else bias,
         scale=attn.factor(),
         dropout_p=_dropout_p(attn),
+        cosine=attn.cosine,
         backend=backend,
     )
     return attn.output(context.flatten(-2))
@@ -108,6 +110,7 @@ def attend_with_zeros(attn: OnMaps, x: Tensor, partition: Partition, backend: st
         extra_k=of_zero.flatten(1, -3).expand(x.shape[0], -1, -1, -1),  # [B, 1, heads, width]
         extra_v=value.flatten(1, -3).expand(x.shape[0], -1, -1, -1),
         extra_weight=missing_tokens(partition, x.device)[None, ..., None].to(x.dtype),  # [1, *size, 1]
+        cosine=attn.cosine,
         backend=backend,
     )
     return attn.output(out.flatten(-2))
@@ -118,6 +121,8 @@ def _attend_gathered(attn: OnMaps, x: Tensor, partition: Partition, bias: Tensor
     pixels, axes = partition.view(x), len(partition)  # [B, *groups, *tokens, ...]
     tokens = pixels.reshape(-1, partition.tokens, *x.shape[1 + axes :])  # [n, T, ...]
     q, k, v = (t.transpose(1, 2) for t in attn.heads(tokens))  # [n, heads, T, width]
+    if attn.cosine:
+        q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
     bias, factor = attn.position_bias(partition) if bias is None else bias, attn.factor()
     if isinstance(factor, Tensor):
         q, factor = q * factor[:, None, None], 1.0
