@@ -10,17 +10,15 @@ MOST_AXES = 3
 
 
 def along(group, token, axis):  # type: ignore[no-untyped-def]  # ints, arrays or tl.tensors alike
-    """The pixel of each (group, token) of one axis, and whether it lies inside: the equation.
-
-    An axis without a size, as kernels may have it, has all of them inside.
-    """
+    """The pixel of each (group, token) of one axis, and whether it lies inside: the equation."""
     place = group * axis.group_stride + token * axis.token_stride
     pixel = axis.origin + place
     if axis.cyclic:
         pixel += (pixel < 0) * axis.size
+    if axis.all_inside:
+        inside = place == place  # true of each, and to a compiler a constant
+    elif axis.cyclic:
         inside = place < axis.size
-    elif axis.size is None:
-        inside = place == place  # true, where they are true
     else:
         inside = pixel < axis.size
         if axis.origin < 0:
@@ -109,6 +107,11 @@ class Axis(NamedTuple):
     def divides(self) -> bool:
         """Whether every token of every group lies inside the map."""
         return self.groups * self.tokens == self.size
+
+    @property
+    def all_inside(self) -> bool:
+        """Whether `along` need not test it: a constant of kernels, where it `divides`; sizes here may be symbols."""
+        return False
 
     @property
     def wraps(self) -> bool:

@@ -56,6 +56,19 @@ class Pairs(NamedTuple):
     unit: Any
 
 
+class Places(NamedTuple):
+    """An `isa_triton.axis.Axis` as kernels take it: what all maps of a layer have in common is a constant."""
+
+    size: int
+    groups: int
+    tokens: int
+    group_stride: int
+    token_stride: int
+    origin: Any
+    cyclic: Any  # whether a group lies across the seam
+    all_inside: Any  # whether no token of the map lies outside, so that none is tested
+
+
 class Table(NamedTuple):
     """In the place of axes: where the tokens of packed maps lie, [groups, tokens], -1 for none."""
 

@@ -23,7 +23,7 @@ from isa_triton.backend.kernels.backward import (
     backward_pairs_kernel,
     backward_queries_kernel,
 )
-from isa_triton.backend.kernels.common import Dropout, Pairs, Pixels, Table
+from isa_triton.backend.kernels.common import Dropout, Pairs, Pixels, Places, Table
 from isa_triton.backend.kernels.forward import forward_group_kernel, forward_kernel
 from isa_triton.dropout import threshold
 from isa_triton.partition import Partition
@@ -271,9 +271,7 @@ def _given(
     (maps, *_, heads, key_width), (*_, key_heads, value_width) = layouts[0].shape, layouts[2].shape
     bias = layouts[names.index("bias")]
     per_map = bias is not None and len(bias.shape) == 4
-    numbered = layouts[names.index("seed")] is not None  # pixels, whose weights are drawn by their numbers
-    sized = numbered or not partition.divides or any(axis.wraps for axis in partition)
-    axes: tuple[Any, ...] = tuple(_axis(axis, partition.groups == 1, sized) for axis in partition)
+    axes: tuple[Any, ...] = tuple(_axis(axis, partition.groups == 1, partition.divides) for axis in partition)
     if (table := tensors.pop("table")) is not None:
         axes = (Table(table, partition.groups, partition.tokens),)
     numbers = {"scale": float(scale), "heads": _one(heads), "maps": maps if per_map else None, "axes": axes}
@@ -296,7 +294,7 @@ def _one(n: int) -> Any:
 
 
 @lru_cache(maxsize=1024)
-def _axis(axis: Axis, whole: bool, sized: bool) -> Any:
+def _axis(axis: Axis, whole: bool, all_inside: bool) -> Places:
     """An axis as kernels take it: the origin is a constant, so that only shifted windows test for pixels >= 0.
 
     So is whether they go on at the other end of the axis.
@@ -304,14 +302,14 @@ def _axis(axis: Axis, whole: bool, sized: bool) -> Any:
     Args:
         axis: of a partition.
         whole: the map is one group.
-        sized: kernels ask for its size; else none is tested whether it is inside, for which every column of scores
-            would be divided into its places on the axes.
+        all_inside: the partition divides the map: to test a token, every column of scores would be divided into its
+            places on the axes.
     """
     groups = _one(axis.groups) if whole else axis.groups
     group_stride, token_stride = _one(axis.group_stride), _one(axis.token_stride)
     origin, cyclic = tl.constexpr(axis.origin), tl.constexpr(axis.wraps)
-    given: Any = Axis  # whose fields are a kernel's constants and integers
-    return given(axis.size if sized else None, groups, axis.tokens, group_stride, token_stride, origin, cyclic)
+    of_map = axis.size, groups, axis.tokens, group_stride, token_stride
+    return Places(*of_map, origin, cyclic, tl.constexpr(all_inside))
 
 
 def _pointer(name: str, of: Layout) -> Pointer:
