@@ -116,7 +116,10 @@ def test_the_formula_group_by_group_is_that_pixel_by_pixel(case: Case) -> None:
     case = replace(case, dropout=0.0)  # whose formula is that of test_dropout.py
     inputs = cases.converted(case.inputs(), torch.float64)
     given: dict[str, Any] = {name: inputs[name] for name in ("q", "k", "v", *cases.OPTIONS) if name in inputs}
-    given |= {"cosine": case.cosine, "scale": given.get("scale", torch.full((case.heads,), case.scale).double())}
+    given |= {
+        "cosine": case.cosine,
+        "scale": given.get("scale", torch.full((case.heads,), case.scale, dtype=torch.float64)),
+    }
     if case.weights == "pixels":
         given["extra_weight"] = given["extra_weight"].expand(case.maps, *case.size, -1)
     for found, wanted in zip(case.attended(inputs), formula(case.partition, given), strict=True):

@@ -206,7 +206,7 @@ def test_a_bias_of_another_dtype_is_read_as_it_is(backend: str) -> None:
     assert torch.equal(again, out)
 
 
-@pytest.mark.parametrize("more", [(), ("scales",), ("scales", "cosine")], ids=str)
+@pytest.mark.parametrize("more", [(), ("scales",), ("scales", "cosine")], ids="-".join)
 @pytest.mark.parametrize("backend", ["eager", "triton"])
 def test_what_pixels_that_are_not_valid_hold_is_no_matter(backend: str, more: tuple[str, ...]) -> None:
     partition = PARTITIONS["shifted"]
