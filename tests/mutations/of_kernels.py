@@ -340,15 +340,15 @@ OTHERS = (
     Defect(
         "dq that changes lengths",
         "isa_triton/backend/cosine.py",
-        "(g - y * along)",
-        "g",
+        "found = g - x * (along.masked_fill(length < SHORTEST, 0) * inverse)",
+        "found = g.clone()",
         f"{COSINE}every_kernel_has_cosines[whole groups]",
     ),
     Defect(
         "the gradient of scales by what invalid pixels hold",
         "isa_triton/backend/triton.py",
-        "products.masked_fill_(dq == 0, 0)",
-        "products",
+        "if hidden and (call",
+        "if False and (call",
         "test_door.py::test_what_pixels_that_are_not_valid_hold_is_no_matter[triton-scales]",
     ),
     Defect(
