@@ -58,7 +58,7 @@ def drawn(partition: Partition, features: tuple[str, ...], dtype: torch.dtype = 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, dtype=dtype)
 
-    given = {
+    given: dict[str, Any] = {
         "q": normal(maps, *size, heads, 5),
         "k": normal(maps, *size, key_heads, 5),
         "v": normal(maps, *size, key_heads, 4),
