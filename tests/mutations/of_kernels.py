@@ -335,7 +335,7 @@ OTHERS = (
         f"{KERNELS}/backward.py",
         "k_chunk = normalised(load(k_rows, chunk, K, BLOCK_K), of_k)",
         "k_chunk = load(k_rows, chunk, K, BLOCK_K)",
-        f"{COSINE}every_kernel_has_cosines[one block]",
+        f"{COSINE}every_kernel_has_cosines[whole groups]",
     ),
     Defect(
         "dq that changes lengths",
