@@ -155,8 +155,9 @@ def test_what_loses_an_index_is_beyond_the_budget(defect: str, monkeypatch: pyte
     def wrong(k: torch.Tensor, v: torch.Tensor, **given: Any) -> Any:
         if where == "share":  # 0 1 2 0 1 2 in place of 0 0 1 1 2 2
             k, v = (x.repeat(*[1] * (x.dim() - 2), given["q"].shape[-2] // x.shape[-2], 1) for x in (k, v))
-        x: Any = given.get(name := "bias" if where == "per_map" else where)
-        if isinstance(x, torch.Tensor | bool) and not (where == "per_map" and x.dim() < 4):
+        x = given.get(name := "bias" if where == "per_map" else where)
+        of_all = where == "per_map" and isinstance(x, torch.Tensor) and x.dim() < 4
+        if isinstance(x, torch.Tensor | bool) and not of_all:
             given[name] = becomes(x)
         return attend(k=k, v=v, **given)
 
