@@ -165,6 +165,12 @@ ATTENTION: list[Row] = [
         TypeError,
         "scale must be a number, a tensor [heads] or None, got '1'",
     ),
+    (lambda: attend(Q, Q, Q, WINDOWS, cosine=1), TypeError, "cosine must be True or False, got 1"),
+    (
+        lambda: attend(Q, Q, Q, WINDOWS, cosine=torch.tensor(True)),
+        TypeError,
+        "cosine must be True or False, got tensor",
+    ),
     (lambda: attend(Q, Q, Q, WINDOWS, backend="cuda"), ValueError, "backend must be one of 'auto'"),
     (lambda: attend(Q, Q, Q, None), TypeError, "partition must be a Partition, got NoneType"),
     (lambda: attend(Q, Q, Q, Partition(None, None)), TypeError, "partition.h must be an Axis of integers, got None"),

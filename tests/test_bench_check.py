@@ -96,14 +96,17 @@ def test_cases_cover_every_kind_and_their_groups_are_the_partition_s(large: bool
 WITH_OPTIONS = [case for case in named_cases(large=False) if case.dtype == torch.float32 and (case.heads == 6)]
 
 
+OPTIONS = ("per_map", "one_head", "forbids", "scales", "valid", "extra", "cosine")
+
+
 def test_every_option_is_in_a_named_case_alone_and_beside_others() -> None:
     features = [
-        {name for name in ("per_map", "one_head", "forbids", "scales", "valid", "extra") if getattr(case, name)}
+        {name for name in OPTIONS if getattr(case, name)}
         | {f"weights {case.weights}"} | ({"share"} if case.share > 1 else set[str]()) | {f"{len(case.size)} axes"}
         for case in WITH_OPTIONS
     ]  # fmt: skip
     assert set.union(*features) == {
-        "per_map", "one_head", "forbids", "scales", "valid", "extra", "share", "1 axes", "2 axes", "3 axes",
+        *OPTIONS, "share", "1 axes", "2 axes", "3 axes",
         *(f"weights {of}" for of in cases.WEIGHTS),
     }  # fmt: skip
 
@@ -112,7 +115,11 @@ def test_every_option_is_in_a_named_case_alone_and_beside_others() -> None:
 def test_the_formula_group_by_group_is_that_pixel_by_pixel(case: Case) -> None:
     case = replace(case, dropout=0.0)  # whose formula is that of test_dropout.py
     inputs = cases.converted(case.inputs(), torch.float64)
-    given = {name: inputs[name] for name in ("q", "k", "v", *cases.OPTIONS) if name in inputs}
+    given: dict[str, Any] = {name: inputs[name] for name in ("q", "k", "v", *cases.OPTIONS) if name in inputs}
+    given |= {
+        "cosine": case.cosine,
+        "scale": given.get("scale", torch.full((case.heads,), case.scale, dtype=torch.float64)),
+    }
     if case.weights == "pixels":
         given["extra_weight"] = given["extra_weight"].expand(case.maps, *case.size, -1)
     for found, wanted in zip(case.attended(inputs), formula(case.partition, given), strict=True):
@@ -123,7 +130,7 @@ def of_all_maps(x: torch.Tensor) -> torch.Tensor:
     return x[:1].expand(x.shape)
 
 
-DEFECTS: dict[str, tuple[str, Callable[[torch.Tensor], torch.Tensor]]] = {  # an argument, and what becomes of it
+DEFECTS: dict[str, tuple[str, Callable[[Any], Any]]] = {  # an argument, and what becomes of it
     "the bias of the first map serves all": ("per_map", of_all_maps),
     "the bias is rounded to fp16": ("bias", lambda given: given.half()),
     "the heads' scales are those of their neighbours": ("scale", lambda given: given.roll(1)),
@@ -135,6 +142,7 @@ DEFECTS: dict[str, tuple[str, Callable[[torch.Tensor], torch.Tensor]]] = {  # an
     "extra values are the first map's": ("extra_v", of_all_maps),
     "extra keys weigh the same": ("extra_weight", torch.ones_like),
     "extra keys are weighted as on the first map": ("extra_weight", of_all_maps),
+    "vectors keep their lengths": ("cosine", lambda given: not given),
     "extra keys have the next one's weight": ("extra_weight", lambda given: given.roll(1, -1)),
 }
 
@@ -148,7 +156,8 @@ def test_what_loses_an_index_is_beyond_the_budget(defect: str, monkeypatch: pyte
         if where == "share":  # 0 1 2 0 1 2 in place of 0 0 1 1 2 2
             k, v = (x.repeat(*[1] * (x.dim() - 2), given["q"].shape[-2] // x.shape[-2], 1) for x in (k, v))
         x = given.get(name := "bias" if where == "per_map" else where)
-        if isinstance(x, torch.Tensor) and not (where == "per_map" and x.dim() < 4):
+        of_all = where == "per_map" and isinstance(x, torch.Tensor) and x.dim() < 4
+        if isinstance(x, torch.Tensor | bool) and not of_all:
             given[name] = becomes(x)
         return attend(k=k, v=v, **given)
 

@@ -58,7 +58,7 @@ def drawn(partition: Partition, features: tuple[str, ...], dtype: torch.dtype = 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, dtype=dtype)
 
-    given = {
+    given: dict[str, Any] = {
         "q": normal(maps, *size, heads, 5),
         "k": normal(maps, *size, key_heads, 5),
         "v": normal(maps, *size, key_heads, 4),
@@ -206,10 +206,11 @@ def test_a_bias_of_another_dtype_is_read_as_it_is(backend: str) -> None:
     assert torch.equal(again, out)
 
 
+@pytest.mark.parametrize("more", [(), ("scales",), ("scales", "cosine")], ids="-".join)
 @pytest.mark.parametrize("backend", ["eager", "triton"])
-def test_what_pixels_that_are_not_valid_hold_is_no_matter(backend: str) -> None:
+def test_what_pixels_that_are_not_valid_hold_is_no_matter(backend: str, more: tuple[str, ...]) -> None:
     partition = PARTITIONS["shifted"]
-    given = drawn(partition, ("valid", "shared", "extra", "bias"), torch.float32)
+    given = drawn(partition, ("valid", "shared", "extra", "bias", *more), torch.float32)
     options: dict[str, Any] = {name: x for name, x in given.items() if name not in ("q", "k", "v")}
 
     def results(value: float) -> list[Tensor]:
@@ -217,10 +218,11 @@ def test_what_pixels_that_are_not_valid_hold_is_no_matter(backend: str) -> None:
             given[name].masked_fill(~given["valid"][..., None, None], value).requires_grad_()
             for name in ("q", "k", "v")
         ]
-        options["extra_k"] = given["extra_k"].detach().requires_grad_()
+        others = {name: given[name].detach().requires_grad_() for name in ("extra_k", "scale") if name in given}
+        options.update(others)
         q, k, v = leaves
         out = partitioned_attention(q, k, v, partition, **options, backend=backend)
-        return [out, *torch.autograd.grad(out.square().sum(), [*leaves, options["extra_k"]])]
+        return [out, *torch.autograd.grad(out.square().sum(), [*leaves, *others.values()])]
 
     for clean, dirty in zip(results(0.0), results(torch.nan), strict=True):
         assert torch.equal(clean, dirty)

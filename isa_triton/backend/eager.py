@@ -166,7 +166,7 @@ def _backward(inputs: Inputs, do: Tensor, dlse: Tensor | None, call: Call, numbe
                 chunk.by_heads(gradient).mul_(chunk.scales)
         if call.cosine:
             for name, gradient in (("q", dqs), ("k", dks)):
-                gradient.copy_(pulled_back(chunk.load(name), gradient))
+                gradient.copy_(pulled_back(chunk.load(name), gradient)[0])
         for name, gradient in (("dq", dqs), ("dk", dks), ("dv", dvs)):
             chunk.store(name, gradient)
         if db is not None:

@@ -21,7 +21,7 @@ from .. import tiles
 from .._tracing import constant_in_graphs, is_fake
 from ..partition import Partition
 from .contract import Call, Gradients, Inputs, empty_gradients, empty_outputs, unfinished_dtype
-from .cosine import normalised, pulled_back
+from .cosine import pulled_back
 
 OPAQUE = True
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -86,7 +86,7 @@ def backward(
         dq, dk = dq.to(wide), dk.to(wide)
     if inputs.share > 1:  # of every head of q, and then added
         dk, dv = (x.new_empty(*q.shape[:-1], x.shape[-1], dtype=wide) for x in (dk, dv))
-    if valid is not None or table is not None:
+    if hidden := valid is not None or table is not None:
         for gradient in (dq, dk, dv):
             gradient.zero_()
     chosen = _backward_tiles(*_problem(q, v, bias, call.partition))
@@ -103,14 +103,17 @@ def backward(
         )  # fmt: skip
     if partials is not None:
         dbias.copy_(partials.sum(0).view(dbias.shape))
-    if scales is not None:  # dq is without them, and zero where q may hold anything
-        products = (normalised(q) if call.cosine else q).float() * dq.float()
-        dscales.copy_(products.masked_fill_(dq == 0, 0).sum(tuple({*range(q.dim())} - {q.dim() - 2})))
-        dq *= scales[:, None].to(dq.dtype)
     if inputs.share > 1:
         dk, dv = (x.unflatten(-2, (key_heads, -1)).sum(-2) for x in (dk, dv))
+    if hidden and (call.cosine or scales is not None):  # whatever q and k hold where none arrives
+        q, k = (x.masked_fill(~gradient.any(-1, keepdim=True), 0) for x, gradient in ((q, dq), (k, dk)))
+    products = None
     if call.cosine:
-        dq, dk = pulled_back(q, dq), pulled_back(k, dk)
+        (dq, products), (dk, _) = pulled_back(q, dq), pulled_back(k, dk)
+    if scales is not None:  # dq is without them
+        products = q.float() * dq.float() if products is None else products
+        dscales.copy_(products.sum(tuple({*range(q.dim())} - {q.dim() - 2})))
+        dq *= scales[:, None].to(dq.dtype)
     return Gradients(dq, dk.to(k.dtype), dv.to(v.dtype), dbias, dscales)
 
 

@@ -10,6 +10,7 @@ LIMITS = "test_kernel_limits.py::test_"
 STRIDES = f"{LIMITS}strides_that_nothing_divides_are_taken"
 OFFSETS = f"{LIMITS}offsets_may_exceed_31_bits"
 BACKEND = "test_backend_triton.py::test_"
+COSINE = "test_cosine.py::test_"
 
 # What such kernels are known for: `tests/test_planted_defects.py` plants them too.
 KNOWN = (
@@ -296,10 +297,75 @@ OTHERS = (
     Defect(
         "backward in another precision",
         "isa_triton/backend/triton.py",
-        "precision, call.dropout_p, scales=scales, valid=valid, seed=seed, table=table,\n        )  # fmt: skip",
-        '"ieee", call.dropout_p, scales=scales, valid=valid, seed=seed, table=table,\n        )  # fmt: skip',
+        "chosen,\n            precision, call.dropout_p",
+        'chosen,\n            "ieee", call.dropout_p',
         f"{BACKEND}both_passes_multiply_with_the_same_precision",
     ),
+    # -- cosines
+    Defect(
+        "squares summed in halves",
+        f"{KERNELS}/common.py",
+        "wide = chunk.to(tl.float32)",
+        "wide = chunk",
+        f"{COSINE}only_directions_matter[torch.float16-triton]",
+    ),
+    Defect(
+        "zeros divided by their length",
+        f"{KERNELS}/common.py",
+        "tl.rsqrt(tl.maximum(squares, 1e-24))",
+        "tl.rsqrt(squares)",
+        f"{COSINE}a_vector_of_zeros_is_like_every_other[torch.float32-triton]",
+    ),
+    Defect(
+        "lengths of the last chunk of keys",
+        f"{KERNELS}/common.py",
+        "b_squares += sums",
+        "b_squares = sums",
+        f"{COSINE}lengths_are_those_of_all_chunks_of_the_width[32]",
+    ),
+    Defect(
+        "lengths of the last chunk of queries, block by block",
+        f"{KERNELS}/common.py",
+        "            squares += sums",
+        "            squares = sums",
+        f"{COSINE}lengths_are_those_of_all_chunks_of_the_width[16]",
+    ),
+    Defect(
+        "dq of keys with their lengths",
+        f"{KERNELS}/backward.py",
+        "k_chunk = normalised(load(k_rows, chunk, K, BLOCK_K), of_k)",
+        "k_chunk = load(k_rows, chunk, K, BLOCK_K)",
+        f"{COSINE}every_kernel_has_cosines[whole groups]",
+    ),
+    Defect(
+        "dq that changes lengths",
+        "isa_triton/backend/cosine.py",
+        "found = g - x * (along.masked_fill(length < SHORTEST, 0) * inverse)",
+        "found = g.clone()",
+        f"{COSINE}every_kernel_has_cosines[whole groups]",
+    ),
+    Defect(
+        "the gradient of scales by what invalid pixels hold",
+        "isa_triton/backend/triton.py",
+        "if hidden and (call",
+        "if False and (call",
+        "test_door.py::test_what_pixels_that_are_not_valid_hold_is_no_matter[triton-scales]",
+    ),
+    Defect(
+        "sums of dk in halves",
+        "isa_triton/backend/triton.py",
+        "x.shape[-1], dtype=wide)",
+        "x.shape[-1])",
+        "test_numerics.py::test_sums_of_dk_may_be_beyond_halves_on_their_way[triton]",
+    ),
+    Defect(
+        "extra keys with their lengths",
+        "isa_triton/functional.py",
+        "q, k = normalised(q), normalised(k)",
+        "q = normalised(q)",
+        f"{COSINE}dropout_is_of_the_same_weights",
+    ),
+    # -- dropout
     Defect(
         "kept weights of the transposed mask",
         "isa_triton/backend/kernels/common.py",

@@ -14,6 +14,9 @@ z_ij do_i . v_j.
 
 Where heads have a `scale` each, a tensor, dq is left without it: the caller needs it so for the gradient of the scales.
 
+With cosines q and k stand for vectors of length 1 above: products have a factor a row and one a column, chunks that ds
+is multiplied by are normalised, and dq and dk are those of such vectors: the caller makes those of q and k of them.
+
 dlse enters through delta, for d lse_i / d s_ij = p_ij. A group that fits in one block has all its p and dp on chip: one
 kernel forms the five products, takes delta from the first form, and needs neither out nor lse. Longer groups go in
 passes that each own the rows they write: queries (dq, delta), keys (dk, dv) and pairs (dbias).
