@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -162,9 +163,9 @@ def gradients_of_affine(dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> 
 
 
 def _runs(x: Tensor) -> int:
-    """Into how many runs the pixels of x [B, C, H, W] are divided: of few pixels each, and not too many."""
-    B, _, H, W = x.shape
-    return min((H * W, W, H, B), key=lambda runs: runs + B * H * W // runs)
+    """Into how many runs the pixels of x [B, C, H, W] are divided: of at most as many pixels; of one, if prime."""
+    pixels = x.numel() // x.shape[1]
+    return pixels // next(run for run in range(math.isqrt(pixels), 0, -1) if pixels % run == 0)
 
 
 def _in_runs(x: Tensor, runs: int) -> Tensor:
