@@ -54,6 +54,15 @@ def test_normalised_pixels_are_the_same_on_any_number_of_axes_and_no_view(size: 
     assert_same({name: x.flatten(2) if x.dim() > 2 else x for name, x in actual.items()}, expected, 1e-6)
 
 
+def test_lines_keep_their_layout_in_evaluation() -> None:
+    norm, line = BATCH_NORMS[1](8).eval(), torch.randn(2, 600, 8).mT  # channels last
+    nn.init.uniform_(norm.running_var, 0.5, 1.5), nn.init.normal_(norm.running_mean)
+    assert norm(line).stride() == line.stride()
+    theirs = nn.BatchNorm1d(8).eval()
+    theirs.load_state_dict(norm.state_dict())
+    assert relative_error(norm(line), theirs(line)) < 1e-6
+
+
 @every_size
 @pytest.mark.parametrize("padding", ["zeros", "mask"])
 @pytest.mark.parametrize("order", ["long-short", "short-long"])
