@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,13 +16,21 @@ MANY = 256  # pixels of a channel: the sum of fewer, one after the other, is wit
 
 
 def as_map(x: Tensor) -> Tensor:
-    """A line [B, C, L] or a volume [B, C, D, H, W] as a map of the same pixels, a view; a map as it is."""
-    return x if x.dim() == 4 else x.unsqueeze(2) if x.dim() == 3 else x.flatten(2, 3)
+    """A line [B, C, L] or a volume [B, C, D, H, W] as a map of the same pixels, a view; a map as it is.
+
+    It is made with the channels last, or PyTorch invents a stride for a batch of one, by which its operators take the
+    map for one of another layout, and copy it there and back.
+    """
+    if x.dim() == 5:
+        return x.permute(0, 2, 3, 4, 1).flatten(1, 2).permute(0, 3, 1, 2)
+    return x.unsqueeze(2) if x.dim() == 3 else x
 
 
 def from_map(y: Tensor, size: Sequence[int]) -> Tensor:
     """The inverse of `as_map`, for lines, maps or volumes of this size."""
-    return y if len(size) == 2 else y.squeeze(2) if len(size) == 1 else y.unflatten(2, tuple(size[:2]))
+    if len(size) == 3:
+        return y.permute(0, 2, 3, 1).unflatten(1, tuple(size[:2])).permute(0, 4, 1, 2, 3)
+    return y.squeeze(2) if len(size) == 1 else y
 
 
 class _BatchNormOfRuns(nn.modules.batchnorm._BatchNorm):
@@ -30,11 +39,14 @@ class _BatchNormOfRuns(nn.modules.batchnorm._BatchNorm):
     @leaf_of_fx
     def forward(self, x: Tensor) -> Tensor:
         if not self._sums_in_runs(x):
+            if x.dim() == 3 and not self.training and self.running_mean is not None:  # torch keeps no layout of lines
+                moments = self.running_mean, self.running_var
+                return from_map(F.batch_norm(as_map(x), *moments, self.weight, self.bias, eps=self.eps), x.shape[2:])
             return super().forward(x)
-        y, mean, var = _BatchNorm.apply(as_map(x), self.weight, self.bias, self.eps)
+        y, mean, var = _BatchNorm.apply(x, self.weight, self.bias, self.eps)
         if self.training and self.track_running_stats and self.running_mean is not None:
             self._remember(mean, var, x.numel() // x.shape[1])
-        return from_map(y, x.shape[2:])
+        return y
 
     def _sums_in_runs(self, x: Tensor) -> bool:
         if torch.compiler.is_compiling() or wants_torch_operators() or type(x) not in (Tensor, nn.Parameter):
@@ -90,28 +102,35 @@ BATCH_NORMS: dict[int, type[nn.Module]] = {1: BatchNorm1d, 2: BatchNorm2d, 3: Ba
 
 
 class _BatchNorm(torch.autograd.Function):
-    """x [B, C, H, W] channels_last -> y, and the mean and the biased variance [C] of its pixels."""
+    """x [B, C, H, W] channels_last -> y, and the mean and the biased variance [C] of its pixels; x may be no map.
+
+    Views of it are within: autograd copies a view, its base and the gradients of both where an activation writes to it.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, ...]:
-        var, mean = var_mean(x)
+        pixels = as_map(x)
+        var, mean = var_mean(pixels)
         ctx.save_for_backward(x, weight, mean, (var + eps).rsqrt_())
         ctx.eps = eps
         ctx.mark_non_differentiable(mean, var)
         ctx.set_materialize_grads(False)
-        return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps), mean, var
+        y = F.batch_norm(pixels, mean, var, weight, bias, False, 0.0, eps)
+        return from_map(y, x.shape[2:]).detach(), mean, var
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, *_: None) -> tuple[Tensor | None, ...]:
         x, weight, mean, invstd = ctx.saved_tensors
-        needed = [*ctx.needs_input_grad[:3]]
-        dy = dy.contiguous(memory_format=torch.channels_last)
+        needed, size = [*ctx.needs_input_grad[:3]], x.shape[2:]
+        x, dy = as_map(x), as_map(dy).contiguous(memory_format=torch.channels_last)
         native = torch.ops.aten.native_batch_norm_backward
         if torch.is_grad_enabled():  # PyTorch knows its derivative
-            return *native(dy, x, weight, None, None, mean, invstd, True, ctx.eps, needed), None
+            dx, *of_affine = native(dy, x, weight, None, None, mean, invstd, True, ctx.eps, needed)
+            return from_map(dx, size), *of_affine, None
         dx = dweight = dbias = None
         if needed[0]:
             dx, *_ = native(dy, x, weight, None, None, mean, invstd, True, ctx.eps, [True, False, False])
+            dx = from_map(dx, size)
         if needed[1] or needed[2]:
             dweight, dbias = gradients_of_affine(dy, x, mean, invstd)
         return dx, dweight if needed[1] else None, dbias if needed[2] else None, None
@@ -147,9 +166,9 @@ def gradients_of_affine(dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> 
 
 
 def _runs(x: Tensor) -> int:
-    """Into how many runs the pixels of x [B, C, H, W] are divided: of few pixels each, and not too many."""
-    B, _, H, W = x.shape
-    return min((H * W, W, H, B), key=lambda runs: runs + B * H * W // runs)
+    """Into how many runs the pixels of x [B, C, H, W] are divided: of at most as many pixels; of one, if prime."""
+    pixels = x.numel() // x.shape[1]
+    return pixels // next(run for run in range(math.isqrt(pixels), 0, -1) if pixels % run == 0)
 
 
 def _in_runs(x: Tensor, runs: int) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import reference
 from isa_triton import InterlacedSparseSelfAttention, ISAModule, SelfAttention1d, SelfAttention2d, SelfAttention3d
 from isa_triton.inference import FoldedAttention, fuse
+from isa_triton.norm import BATCH_NORMS, as_map, from_map
 from isa_triton.sharding import parallel
 from tests.cases import assert_same, outputs_and_gradients, relative_error
 
@@ -31,6 +32,35 @@ def randomised(module: nn.Module) -> nn.Module:
         if "norm" in name and x.is_floating_point():
             nn.init.uniform_(x, 0.5, 1.5)
     return module.double()
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_volumes_are_maps_of_the_same_pixels_and_back_in_their_layout(batch: int) -> None:
+    x = torch.randn(batch, 5, 3, 4, 6).to(memory_format=torch.channels_last_3d)
+    as_it_lies = as_map(x)
+    assert as_it_lies.stride() == torch.empty(as_it_lies.shape).to(memory_format=torch.channels_last).stride()
+    back = from_map(as_it_lies, x.shape[2:])
+    assert (back.stride(), back.data_ptr()) == (x.stride(), x.data_ptr())
+    assert torch.equal(back, x)
+
+
+@pytest.mark.parametrize("size", [(600,), (20, 30), (6, 10, 10)], ids=str)
+def test_normalised_pixels_are_the_same_on_any_number_of_axes_and_no_view(size: tuple[int, ...]) -> None:
+    line, norm = torch.randn(1, 600, 8).mT, BATCH_NORMS[len(size)]  # channels last
+    x = line.unflatten(2, size)
+    assert not norm(8)(x.clone().requires_grad_())._is_view()  # autograd copies views that are written to
+    actual = outputs_and_gradients(nn.Sequential(norm(8), nn.ReLU(inplace=True)), x)
+    expected = outputs_and_gradients(nn.Sequential(nn.BatchNorm1d(8), nn.ReLU()).double(), line.double())
+    assert_same({name: x.flatten(2) if x.dim() > 2 else x for name, x in actual.items()}, expected, 1e-6)
+
+
+def test_lines_keep_their_layout_in_evaluation() -> None:
+    norm, line = BATCH_NORMS[1](8).eval(), torch.randn(2, 600, 8).mT  # channels last
+    nn.init.uniform_(norm.running_var, 0.5, 1.5), nn.init.normal_(norm.running_mean)
+    assert norm(line).stride() == line.stride()
+    theirs = nn.BatchNorm1d(8).eval()
+    theirs.load_state_dict(norm.state_dict())
+    assert relative_error(norm(line), theirs(line)) < 1e-6
 
 
 @every_size

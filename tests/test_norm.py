@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 from isa_triton import InterlacedSparseSelfAttention, ISAHead, ISAModule
 from isa_triton.inference import fuse
 from isa_triton.maps import RELU
-from isa_triton.norm import BatchNorm2d
+from isa_triton.norm import BatchNorm2d, _runs
 from tests.cases import outputs_and_gradients
 
 EPS = torch.finfo(torch.float32).eps
@@ -54,6 +54,11 @@ def test_numbers_are_exact_to_some_roundings(size: tuple[int, ...], mean: float)
     x = channels_last(*size, mean=mean)
     exact = passes(norm(nn.BatchNorm2d), x, torch.float64)
     assert max(errors(passes(norm(BatchNorm2d), x), exact).values()) < 8 * EPS
+
+
+@pytest.mark.parametrize("size", [(1, 4096), (4096, 1), (64, 64)], ids=str)
+def test_as_many_pixels_as_runs_on_maps_of_one_row_too(size: tuple[int, int]) -> None:
+    assert _runs(channels_last(1, 3, *size)) == 64
 
 
 @pytest.mark.parametrize(
