@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from isa_triton import Partition, dropout_mask, partitioned_attention_with_lse
+from isa_triton import Partition, PartitionBatch, dropout_mask, partitioned_attention_with_lse
 from reference.attention import Group, attention_of_groups, long_range_groups, short_range_groups
 from reference.budget import allowed_error, natural_scales
 
@@ -64,6 +64,8 @@ class Case:
     extra: int = 0  # keys for all pixels
     dropout: float = 0.0  # the part of the weights that is dropped
     weights: str = ""  # of extra keys, one of `WEIGHTS`: none, for all, for every pixel, for every pixel of every map
+    packed: tuple[Size, ...] = ()  # sizes of maps one after another on a line of `size`, whose end may be nobody's
+    on_device: bool = False  # the host is not told the sizes of packed maps
 
     def __str__(self) -> str:
         K, V = self.widths
@@ -71,6 +73,9 @@ class Case:
         p += f" moved by {'x'.join(map(str, self.shift))}" if any(self.shift) else ""
         p += f", axes {', '.join(str(i) for i, is_so in enumerate(self.cyclic) if is_so)} cyclic," * any(self.cyclic)
         maps = "x".join(map(str, (self.maps, *self.size)))
+        if self.packed:
+            maps = f"{' '.join('x'.join(map(str, size)) for size in self.packed)} packed in {maps}"
+            maps += ", sizes on the device" * self.on_device
         return f"{self.kind}{p} of {maps}, {self.heads} heads {K}/{V}{self._options}, {self.layout}"
 
     @property
@@ -99,6 +104,9 @@ class Case:
 
     @property
     def partition(self) -> Partition:
+        """Of a map; of packed maps, that of their groups' tokens."""
+        if self.packed:
+            return self.batch("cpu").line
         if self.kind == "interlaced":
             return Partition.interlaced(self.size, stride=self.p)
         if self.kind == "grid":
@@ -107,6 +115,23 @@ class Case:
             return Partition.local(self.size, self.p, self.shift or None, cyclic=self.cyclic or False)
         return getattr(Partition, self.kind)(self.size)  # rows, columns, dense
 
+    def batch(self, device: torch.device | str) -> PartitionBatch:
+        """The partitions of packed maps; of sizes on the device, a map that is none among them and a group to spare."""
+        make, p = (PartitionBatch.local, "window") if self.kind == "local" else (PartitionBatch.interlaced, "grid")
+        options: dict[str, Any] = {p: self.p, "pixels": self.size[0], "device": device}
+        if self.shift:
+            options["shift"] = self.shift
+        if not self.on_device:
+            return make(self.packed, **options)
+        groups = sum(1 for map_ in self.maps_alone() for _ in map_.groups())
+        first, *rest = self.packed
+        sizes = torch.tensor([first, (0,) * len(first), *rest], device=device)
+        return make(sizes, groups=groups + 1, **options)
+
+    def maps_alone(self) -> Iterator[Case]:
+        """Of each packed map, the case of it alone, which may be smaller than its window or grid."""
+        return (replace(self, size=size, packed=()) for size in self.packed)
+
     @property
     def scale(self) -> float:
         """Makes the scores of standard normal q and k about `logits` large, and those of cosines at most."""
@@ -114,6 +139,8 @@ class Case:
 
     def attended(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """out and lse by the formula, and by groups of pixels that are said without the library."""
+        if self.packed:
+            return self._attended_one_by_one(inputs)
         if "seed" in inputs and "factors" not in inputs:
             drawn: dict[str, Any] = {
                 "maps": self.maps,
@@ -133,7 +160,7 @@ class Case:
             results = replace(self, shift=rest, cyclic=()).attended(rolled)
             out, lse = (x.roll([-n for n in by], axes) for x in results)
             return out, lse
-        whole = tuple(axis.tokens for axis in self.partition)
+        whole = self.p if self.kind in ("local", "grid") else tuple(axis.tokens for axis in self.partition)
         q, k, v, bias, scale = (*(inputs[name] for name in "qkv"), inputs.get("bias"), inputs.get("scale", self.scale))
         more = {name: inputs.get(name) for name in ("valid", "extra_k", "extra_v", "extra_weight", "factors")}
         if self.cosine:
@@ -141,11 +168,23 @@ class Case:
             more["extra_k"] = None if more["extra_k"] is None else F.normalize(more["extra_k"], dim=-1)
         return attention_of_groups(q, k, v, bias, scale, self.groups(), whole, shift, **more)
 
+    def _attended_one_by_one(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Of packed maps; 0 and minus infinity of pixels behind the last."""
+        on_map, start = ("q", "k", "v", "valid"), 0
+        out = inputs["v"].new_zeros(*inputs["q"].shape[:-1], self.widths[1])
+        lse = torch.full_like(out[..., 0], -torch.inf)
+        for alone in self.maps_alone():
+            here = slice(start, start := start + math.prod(alone.size))
+            given = {n: x[here].unflatten(0, alone.size)[None] if n in on_map else x for n, x in inputs.items()}
+            out[here], lse[here] = (x.flatten(0, len(alone.size)) for x in alone.attended(given))
+        return out, lse
+
     def arguments(self, inputs: dict[str, Tensor]) -> dict[str, Any]:
         """What `partitioned_attention` is called with for inputs."""
         given = {name: inputs[name] for name in ("q", "k", "v", *OPTIONS) if name in inputs}
         numbers = {"scale": self.scale, "dropout_p": self.dropout, "cosine": self.cosine}
-        return {"partition": self.partition} | numbers | given
+        partition = self.batch(inputs["q"].device) if self.packed else self.partition
+        return {"partition": partition} | numbers | given
 
     def groups(self) -> Iterator[Group]:
         """The pixels of every group, windows cut on the edges, said without the library."""
@@ -158,7 +197,10 @@ class Case:
         return short_range_groups(size, p, self.shift or None)
 
     def inputs(self, device: str = "cpu") -> dict[str, Tensor]:
-        """q, k, v, those of `OPTIONS` that there are, and the gradients do and dlse that arrive."""
+        """q, k, v, those of `OPTIONS` that there are, and the gradients do and dlse that arrive.
+
+        Those of packed maps have no axis of maps.
+        """
         generator = torch.Generator(device).manual_seed(self.seed)
 
         def normal(*sizes: int, dtype: torch.dtype = self.dtype) -> Tensor:
@@ -193,6 +235,8 @@ class Case:
             made["extra_weight"] = copies[drawn]
         if self.dropout:
             made["seed"] = torch.tensor((self.seed << 20) + 1, device=device)  # more than 32 bits
+        if self.packed:
+            made |= {name: made[name][0] for name in ("q", "k", "v", "do", "dlse", "valid") if name in made}
         return made
 
 
@@ -243,6 +287,10 @@ def strategy(
         kind = draw(st.sampled_from([kind for kind in KINDS if axes > 1 or kind not in ("rows", "columns")]))
         moves = kind == "local" and draw(st.booleans())
         bias, (share, extra) = draw(st.booleans()), draw(st.tuples(shares, extras))
+        packs = kind in ("local", "grid") and draw(st.booleans())
+        packed = (size, *draw(st.lists(st.tuples(*[sides[axes]] * axes), max_size=3))) if packs else ()
+        if packs:  # which takes no more than these
+            size, extra = (sum(map(math.prod, packed)) + draw(st.integers(0, 3)),), 0
         return Case(
             kind=kind,
             size=size,
@@ -251,15 +299,15 @@ def strategy(
             heads=share * draw(tiny),
             bias=bias,
             dtype=(dtype := draw(st.sampled_from(dtypes))),
-            maps=draw(st.integers(0, 2)),
+            maps=1 if packs else draw(st.sampled_from((1, 2, 1, 2, 0))),
             layout=draw(st.sampled_from(LAYOUTS)),
             logits=draw(st.sampled_from((1.0, 0.0, -2.0, 30.0, 1e3, 1e4))),
             seed=draw(st.integers(0, 2**31)),
             shift=tuple(draw(st.integers(0, side - 1)) for side in p) if moves else (),
-            cyclic=tuple(draw(st.booleans()) for _ in p) if moves else (),
+            cyclic=tuple(draw(st.booleans()) for _ in p) if moves and not packs else (),
             tf32=tf32 and dtype == torch.float32 and draw(st.booleans()),
             share=share,
-            per_map=bias and draw(rarely),
+            per_map=bias and not packs and draw(rarely),
             one_head=bias and draw(rarely),
             forbids=bias and draw(rarely),
             table_dtype=draw(st.sampled_from((None, None, *dtypes, torch.float64))),
@@ -267,8 +315,10 @@ def strategy(
             cosine=draw(rarely),
             valid=draw(rarely),
             extra=extra,
-            dropout=draw(st.sampled_from((0.0, 0.0, 0.0, 0.1, 0.5))),
+            dropout=0.0 if packs else draw(st.sampled_from((0.0, 0.0, 0.0, 0.1, 0.5))),
             weights=draw(st.sampled_from(WEIGHTS)) if extra else "",
+            packed=packed,
+            on_device=packs and draw(st.booleans()),
         )
 
     return draw_case()

@@ -97,6 +97,15 @@ def named_cases(large: bool, tf32: bool = False) -> list[Case]:
             replace(a_line, extra=1, weights="pixels", valid=True, bias=True, forbids=True, share=2, scales=True),
         )
     ]
+    sizes = ((40, 61), (5, 70), (1, 3)) if large else ((5, 6), (1, 3), (7, 2))
+    found += [
+        replace(case, dtype=dtype)
+        for dtype in dtypes
+        for case in (
+            Case("local", (4099,) if large else (60,), p, (24, 40), 3, bias=True, maps=1, shift=shift, packed=sizes),
+            Case("grid", (4099,) if large else (60,), p, (64, 64), 3, valid=True, maps=1, packed=sizes, on_device=True),
+        )
+    ]
     return found + [replace(case, tf32=True) for case in found if tf32 and case.dtype == torch.float32]
 
 

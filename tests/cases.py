@@ -31,7 +31,7 @@ PARTITIONS = {
     "volume": Partition.local((4, 6, 8), window=(2, 3, 4)),
     "volume-shifted-ragged": Partition.local((3, 5, 4), window=(2, 4, 3), shift=(1, 2, 0)),
     "volume-interlaced-ragged": Partition.interlaced((3, 4, 5), stride=(2, 3, 2)),
-    "volume-mixed": Partition(Axis.interlaced(5, 2), Axis.local(4, 3), Axis.each(3)),
+    "volume-mixed": Partition(Axis.interlaced(5, 2), Axis.local(4, 3), Axis.each(2)),
     "cyclic": Partition.local((6, 8), window=(3, 4), shift=(1, 3), cyclic=(False, True)),
     "cyclic-ragged": Partition.local((4, 5, 7), window=(2, 3, 4), shift=(1, 2, 1), cyclic=(True, False, True)),
 }

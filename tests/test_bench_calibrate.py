@@ -82,7 +82,7 @@ def test_a_point_is_called_as_it_was_measured(compiling: None) -> None:
 @pytest.mark.slow
 def test_predictions_are_no_further_from_what_was_measured_than_they_were(tmp_path: Path) -> None:
     out = tmp_path / "points.json"
-    done = run_compiling("-m", "bench", "tiles", "calibrate", "--cache", str(tmp_path), "--json", str(out))
+    done = run_compiling("-m", "bench", "tiles", "calibrate", "--quick", "--cache", str(tmp_path), "--json", str(out))
     assert done.returncode == 0, done.stdout + done.stderr
     line = r"^(\w+), ([\w ]+), \d+ points: .* off by ([\d.]+)% in the mean, ([\d.]+)% at worst"
     said = re.findall(line, done.stdout, re.MULTILINE)

@@ -83,8 +83,8 @@ def test_cases_cover_every_kind_and_their_groups_are_the_partition_s(large: bool
     assert {case.kind for case in found} == {"interlaced", "grid", "local", "rows", "columns", "dense"}
     assert {case.partition.divides for case in found} == {case.bias for case in found} == {False, True}
     for case in {(case.kind, case.size): case for case in found}.values():
-        if case.partition.wraps:
-            continue  # its groups are those of a map that is rolled
+        if case.packed or case.partition.wraps:
+            continue  # its groups are those of maps alone, or of a map that is rolled
         assert sum(1 for _ in case.groups()) == case.partition.groups
         for group, pixels in enumerate(case.groups()):
             grid = torch.meshgrid(*map(torch.arange, case.size), indexing="ij")
@@ -205,6 +205,28 @@ def test_lse_of_a_query_without_keys_is_minus_infinity(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(cases, "derivatives", wrong)
     assert not errors(case, "eager")["lse"] <= 1
+
+
+PACKED = [case for case in named_cases(large=False) if case.packed and case.dtype == torch.float32]
+PACKED_DEFECTS: dict[str, Callable[[Case], Case]] = {  # which partitions packed maps have instead of theirs
+    "the last map comes first": lambda case: replace(case, packed=case.packed[-1:] + case.packed[:-1]),
+    "maps are transposed": lambda case: replace(case, packed=tuple(size[::-1] for size in case.packed)),
+    "the last map is none": lambda case: replace(case, packed=case.packed[:-1]),
+    "a pixel behind the last map is one": lambda case: replace(case, packed=(*case.packed, (1, 1))),
+    "maps are one": lambda case: replace(case, packed=((sum(h * w for h, w in case.packed), 1),)),
+    "windows are not moved, or grids are windows": lambda case: replace(case, kind="local", shift=()),
+}
+
+
+@pytest.mark.parametrize("case", PACKED, ids=lambda case: case.kind)
+@pytest.mark.parametrize("defect", PACKED_DEFECTS)
+def test_packed_maps_of_another_partition_are_beyond_the_budget(
+    defect: str, case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert max(errors(case, "eager").values()) <= 1
+    wrong, batch = PACKED_DEFECTS[defect](case), Case.batch
+    monkeypatch.setattr(Case, "batch", lambda case, device: batch(wrong, device))
+    assert max(errors(case, "eager").values()) > 1
 
 
 # -- on a GPU ----------------------------------------------------------------------------------------------------------

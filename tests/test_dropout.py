@@ -293,10 +293,8 @@ def test_compiled_programs_draw_seeds() -> None:
 @pytest.mark.parametrize("backend", ["eager", "triton"])
 def test_vmap_is_one_call_after_another(backend: str) -> None:
     """With one seed for all calls and with one for each, also nested; the heads of a call are counted from 0."""
-    partition, dtype = (
-        PARTITIONS["rows" if backend == "triton" else "local-ragged"],
-        torch.float64 if backend == "eager" else torch.float32,
-    )
+    eager = backend == "eager"
+    partition, dtype = (PARTITIONS["local-ragged"], torch.float64) if eager else (Partition.rows((3, 4)), torch.float32)
     q, k, v = torch.randn(3, 3, 2, *partition.size, 2, 4, dtype=dtype)
 
     def call(q: Tensor, k: Tensor, v: Tensor, seed: Any) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 
 from bench import arguments, measure
 from bench.arguments import add_out, number
-from bench.certify import conduct, page
+from bench.certify import conduct
 from bench.certify.parts import PARTS
 from bench.certify.problems import distinct
 from bench.certify.rows import Certificate, Setting, left
@@ -58,6 +58,8 @@ def run(args: argparse.Namespace) -> None:
     todo = left(items, certificate)
     with said.progress("items", len(todo)) as bar:
         without_time = conduct.conduct(todo, setting, certificate, args.out / "log.txt", 60 * args.minutes, bar)
+    from bench.certify import page  # draws, which no process of a part does
+
     judged = page.Judged(certificate, without_time)
     written = page.write(args.out, setting, judged, f"python -m bench certify --device {args.device}")
     for outcome in ("failed", "slower"):

@@ -134,7 +134,7 @@ def disassembly(kernel: Any) -> str:
     """The machine code as text, with lines of source."""
     if "amdgcn" in kernel.asm:
         return str(kernel.asm["amdgcn"])
-    return _nvidia_tool(knobs.nvidia.nvdisasm.path, "-c", "-gi", binary=kernel.asm["cubin"])
+    return _nvidia_tool(knobs.nvidia.nvdisasm.path, "-c", "-gi", "-ndf", binary=kernel.asm["cubin"])
 
 
 def resource_usage(cubin: bytes) -> dict[str, int]:

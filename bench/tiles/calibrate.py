@@ -40,6 +40,10 @@ TILES = (  # (queries, keys, warps, stages) that a published kernel may have bee
     (128, 64, 4, 3), (128, 128, 8, 3), (128, 64, 8, 3), (64, 64, 4, 3), (128, 64, 4, 2), (128, 32, 4, 2),
     (64, 32, 8, 2),
 )  # fmt: skip
+FASTEST = {  # of these, by width, those that are predicted to be fastest for a point
+    32: ((128, 64, 4, 3), (64, 64, 4, 3)), 64: ((128, 64, 4, 3),), 128: ((128, 128, 8, 3), (128, 64, 8, 3)),
+    256: ((64, 32, 8, 2),),
+}  # fmt: skip
 GROUPS = {  # of points: those whose text and compiler are the textbook's, and all
     "Triton": ("Triton", "FlexAttention"),
     "all": ("Triton", "FlexAttention", "FlashAttention-2", "FlashWindowAttention-2"),
@@ -83,23 +87,23 @@ class Point:
         seconds, bias = 1e-6 * float(row["us"]), row["bias"] == "bias"
         return cls(row["half"], row["whose"], gpu, tokens, width, heads, maps * windows, bias, seconds, row["source"])
 
-    def calls(self) -> Iterator[ForeignCall]:
-        """The textbook's kernel with every tile that is not larger than the group."""
+    def calls(self, quick: bool = False) -> Iterator[ForeignCall]:
+        """The textbook's kernel with every tile, or with each of `FASTEST`, that is not larger than the group."""
         rows = Tensor("fp16", self.items * self.heads * self.tokens * self.width)
         tensors = {**dict.fromkeys(("q", "k", "v", "out"), rows), "bias": None}
         if self.bias:
             tensors["bias"] = Tensor("fp16", self.heads * self.tokens**2)
         numbers = {"scale": self.width**-0.5, "tokens": self.tokens, "heads": self.heads, "WIDTH": self.width}
-        for m, n, warps, stages in TILES:
+        for m, n, warps, stages in FASTEST[self.width] if quick else TILES:
             if m <= max(64, self.tokens):
                 blocks = {"BLOCK_M": m, "BLOCK_N": n, "RAGGED": bool(self.tokens % m or self.tokens % n)}
                 grid = ceil_div(self.tokens, m), self.items * self.heads
                 options = {"num_warps": warps, "num_stages": stages}
                 yield ForeignCall(self.gpu.target, TEXTBOOK, "attend", grid, tensors | numbers | blocks, options)
 
-    def predicted(self, binaries: Binaries) -> Prediction:
+    def predicted(self, binaries: Binaries, quick: bool = False) -> Prediction:
         """Of the fastest tile; those that spill come last."""
-        found = [(call, *read(call, binaries)) for call in self.calls()]
+        found = [(call, *read(call, binaries)) for call in self.calls(quick)]
         fits = [(bool(wrong), predict(call, binary, self.gpu)) for call, binary, wrong in found if binary.ctas_per_sm]
         return min(fits, key=lambda each: (each[0], each[1].seconds))[1]
 
@@ -126,13 +130,15 @@ def scores(found: Sequence[Point], predictions: Sequence[Prediction]) -> dict[tu
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all points there")
+    parser.add_argument("--quick", action="store_true",
+                        help="only tiles that are known to be fastest for some point: a quarter of them")  # fmt: skip
     options.add_compilers(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     said, found, predictions = Terminal(args), points(), list[Prediction]()
     with options.compilers(args, said) as binaries:
-        predictions += (point.predicted(binaries) for point in found)
+        predictions += (point.predicted(binaries, args.quick) for point in found)
     header = ("by", "on", "binary", "tokens", "width", "heads", "items", "PREDICTED us", "published us", "ratio",
               "half", "bound by")  # fmt: skip
     rows = list[list[object]]()
