@@ -25,8 +25,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 def fresh_processes() -> ForkServerContext:
     """A context whose processes begin with what takes long to import, and with nothing of ours."""
     context = multiprocessing.get_context("forkserver")
-    slow = ["torch.distributed.tensor.parallel", "torchmetrics", "torchvision", "matplotlib.pyplot", "triton", "pytest"]
-    context.set_forkserver_preload(slow)
+    context.set_forkserver_preload(["torch.distributed.tensor.parallel", "matplotlib.pyplot", "triton", "pytest"])
     return context
 
 

@@ -12,6 +12,7 @@ import pytest
 from bench.ptx_machine import counts
 from bench.ptx_machine.counts import Requests, Wavefronts
 from bench.tiles import assembly
+from isa_triton import tiles
 from tests.compiling import run_compiling
 from tests.ptx_kernels import registers, run
 
@@ -191,7 +192,9 @@ def test_a_report_counts_what_a_launch_asks_for(target: str, tmp_path: Path) -> 
     (kernel,) = json.loads(file.read_text())
     counted, sizes = kernel["executed"], {"load q": 64, "load k": 64, "load v": 128, "store out": 128}
     assert (counted["programs"], counted["warps"]) == (programs, programs * kernel["warps"])
-    assert counted["flops"] == programs * 2 * 64 * 64 * (64 + 128)
+    tile = tiles.lookup(target, "forward", 64, 128, "bfloat16", 64, False)
+    chunks = (-(-width // block) * block for width, block in ((64, tile.block_k), (128, tile.block_v)))
+    assert counted["flops"] == programs * 2 * 64 * 64 * sum(chunks)
     assert kernel["flops_done"] == counted["flops"] * kernel["programs"] / programs
     requests = {f"{each['kind']} {each['of']}": each for each in counted["requests"]}
     assert {*requests} == {*sizes}

@@ -17,7 +17,9 @@ KNOWN = (
     Defect(
         "mask off by one", f"{KERNELS}/common.py", "(number < tokens_of(axes)", "(number <= tokens_of(axes)", WINDOWS
     ),
-    Defect("h and w exchanged", "isa_triton/partition.py", "token // last.tokens", "token // axes[0].tokens", WINDOWS),
+    Defect(
+        "h and w exchanged", "isa_triton/partition.py", "token // axes[-1].tokens", "token // axes[0].tokens", WINDOWS
+    ),
     Defect(
         "stride of the wrong tensor",
         f"{KERNELS}/plan.py",
