@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
+from bench.models.memory import Traffic
 from isa_triton import Partition, PartitionBatch, partitioned_attention, partitioned_attention_with_lse, replays
 from isa_triton.backend import triton
 from isa_triton.backend.contract import Call
+from isa_triton.backend.cosine import pulled_back
 from isa_triton.inference import decompose
 from isa_triton.tiles import Tile
 from tests import test_door
@@ -212,3 +216,29 @@ def test_flops_are_those_of_the_products() -> None:
             partitioned_attention(q, q, q, partition, cosine=cosine, backend="triton").sum().backward()
         counts.append(counter.get_total_flops())
     assert counts[0] == counts[1] == 2 * 7 * 2 * 8 * partition.pairs
+
+
+# -- what it costs: the table of kernels/README.md ---------------------------------------------------------------------
+
+
+def moved(attend: Callable[..., Tensor], **options: Any) -> tuple[float, float]:
+    """What operators move forward and backward, in tensors like q."""
+    with FakeTensorMode(), Traffic() as traffic:
+        q, k, v = (torch.empty(32, 64, 64, 3, 32, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+        made = traffic.moved_bytes
+        out = attend(q, k, v, Partition.local((64, 64), (8, 8)), scale=torch.ones(3), backend="triton", **options)
+        forward = traffic.moved_bytes
+        out.backward(out.detach())
+        return (forward - made) / q.nbytes, (traffic.moved_bytes - forward) / q.nbytes
+
+
+def test_lengths_move_nothing_forward_and_backward_about_what_they_do_outside() -> None:
+    """Behind backward kernels lengths are PyTorch's, inside of an operator: counted here, of q and of k."""
+    alone, outer, inner = moved(partitioned_attention), moved(outside), moved(partitioned_attention, cosine=True)
+    assert (outer[0], inner[0], alone[0]) == pytest.approx((10.25, 4.0, 4.0), abs=0.01)
+    assert outer[1] - alone[1] == pytest.approx(40.75, abs=0.01)
+    with FakeTensorMode(), Traffic() as traffic:
+        q, dy = torch.empty(2, 32, 64, 64, 3, 32, dtype=torch.bfloat16)
+        traffic.moved_bytes = 0
+        pulled_back(q, dy)
+        assert 2 * traffic.moved_bytes / q.nbytes == pytest.approx(38.2, abs=0.05)
