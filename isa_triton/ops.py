@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import _tracing
-from .backend import BY_NAME, plain
+from .backend import BY_NAME, eager, plain
 from .backend.contract import Call, Gradients, Inputs, empty_gradients, empty_outputs
 
 Tensors = tuple[Tensor, ...]
@@ -104,6 +104,7 @@ def _matmul_flops(inputs: Any, call: Call, of_keys: int, of_values: int) -> int:
 def _register_flop_formulas(flop_counter: ModuleType) -> None:
     flop_counter.register_flop_formula(torch.ops.isa_triton.forward)(_forward_flops)
     flop_counter.register_flop_formula(torch.ops.isa_triton.backward)(_backward_flops)
+    eager.register_flop_formulas(flop_counter)
 
 
 _tracing.when_imported("torch.utils.flop_counter", _register_flop_formulas)  # which imports Triton

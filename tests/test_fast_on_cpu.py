@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
+from torch.utils.flop_counter import FlopCounterMode
 
 import reference
 from isa_triton import InterlacedSparseSelfAttention, SelfAttention2d
@@ -84,9 +85,10 @@ def test_large_products_are_multiplied_one_by_one(transposed: str, beta: int, mo
     expected = 0.7 * (a.double() @ b.double()) + beta * out.double()
     for least in (1, 2**40):
         monkeypatch.setattr(eager, "_WORTH_A_CALL", least)
-        with patch.object(eager.F, "conv2d", wraps=eager.F.conv2d) as conv2d:
+        with patch.object(eager, "_LINEAR", wraps=eager._LINEAR) as linear, FlopCounterMode(display=False) as counter:
             eager._product(a, b, out=(actual := out.clone()), alpha=0.7, beta=beta)
-        assert conv2d.call_count == (3 if least == 1 else 0)
+        assert linear.call_count == (3 if least == 1 else 0)
+        assert counter.get_total_flops() == 2 * 3 * 20 * 12 * 16
         assert relative_error(actual.double(), expected) < 1e-6
 
 
