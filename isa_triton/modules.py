@@ -119,13 +119,10 @@ class SelfAttention(Attends):
         padded = pads(self.pattern, self.padding)
         if padded:
             x = pad_to_multiple(x, self.partition_size)
-        recompute = self.recompute and torch.is_grad_enabled() and not torch.compiler.is_compiling()
         if x.is_cpu and self._backend != "triton" and not is_exported():  # three products and the values read it
             x = from_map(as_map(x).contiguous(memory_format=torch.channels_last), x.shape[2:])
-        q, k = (recomputed(f, x) if recompute else f(x) for f in (self.query, self.key))
-        partition, folds = self.partition(x.shape[2:]), self._folds(x)
-        values, dropout_p = x if folds else self.value(x), self.attention_dropout if self.training else 0.0
-        context = attend_maps(q, k, values, partition, self.num_heads, self._backend, dropout_p)
+        folds = self._folds(x)
+        context = self._context(x, folds)
         output: Any = self.output
         if folds:
             matrix = output.conv.matrix() @ self.value.matrix()
@@ -133,6 +130,13 @@ class SelfAttention(Attends):
         else:
             y = output(context)
         return crop(y, size) if padded else y
+
+    def _context(self, x: Tensor, folds: bool) -> Tensor:
+        """Attention over x. What it has read, q, k and values, is gone when the output is formed."""
+        recompute = self.recompute and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        q, k = (recomputed(f, x) if recompute else f(x) for f in (self.query, self.key))
+        values, dropout_p = x if folds else self.value(x), self.attention_dropout if self.training else 0.0
+        return attend_maps(q, k, values, self.partition(x.shape[2:]), self.num_heads, self._backend, dropout_p)
 
     def _folds(self, x: Tensor) -> bool:
         """Whether values and output are one product, ``W_o (A (W_v x)) = (W_o W_v) (A x)``, as in `inference.fuse`.

@@ -103,3 +103,12 @@ def test_a_block_in_training_needs_the_bytes_of_fused_dense_attention() -> None:
     dense, isa, ours = (measure.count(partial(measure.step, provider, workload))[1] for provider in providers)
     assert ours <= 1.02 * dense
     assert isa > 1.3 * dense
+
+
+def test_a_block_in_inference_lets_go_of_what_attention_has_read() -> None:
+    """Counted, by the kernels: beside weights no more than five maps of V, of which one is the block's input."""
+    workload, block = Workload("module", "forward", 128, 128), PROVIDERS["isa-triton"]
+    assert block.module is not None
+    weights = sum(x.nbytes for x in block.module(workload).state_dict().values())
+    peak = measure.count(partial(measure.step, block, workload))[1]
+    assert peak - weights <= 5.01 * 4 * workload.pixels * workload.value_channels

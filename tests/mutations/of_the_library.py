@@ -227,8 +227,8 @@ DEFECTS = (
     Defect(
         "one head always",
         "isa_triton/modules.py",
-        "values, partition, self.num_heads, self._backend",
-        "values, partition, 1, self._backend",
+        "values, self.partition(x.shape[2:]), self.num_heads, self._backend",
+        "values, self.partition(x.shape[2:]), 1, self._backend",
         "test_num_heads.py::test_layers_pass_their_heads_on_and_fold_exactly[stage]",
     ),
     Defect("another dropout", "isa_triton/modules.py", "dropout: float = 0.1,", "dropout: float = 0.05,", PINNED),
