@@ -277,8 +277,8 @@ OTHERS = (
     Defect(
         "dq without the scale, many blocks",
         f"{KERNELS}/backward.py",
-        "store(rows(dq, query), 0, acc * scale, K, WIDTH_K)",
-        "store(rows(dq, query), 0, acc, K, WIDTH_K)",
+        "store(rows(dq, to), 0, acc * scale, K, WIDTH_K)",
+        "store(rows(dq, to), 0, acc, K, WIDTH_K)",
         f"{NAMED}[windows of many blocks]",
     ),
     Defect(

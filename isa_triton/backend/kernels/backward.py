@@ -34,6 +34,7 @@ import triton.language as tl
 from isa_triton.backend.kernels.common import (
     LOWEST,
     across,
+    anew,
     anywhere,
     by_columns,
     by_rows,
@@ -189,7 +190,8 @@ def backward_queries_kernel(
     """dq, and delta for the passes that follow. A program takes BLOCK_M queries, as in forward."""
     tokens = tokens_of(axes)
     block, head, item = unravel(tl.program_id(0), tl.cdiv(tokens, BLOCK_M), heads)
-    query = locate(item, head, block * BLOCK_M, axes, valid, BLOCK_M)
+    first = block * BLOCK_M
+    query = locate(item, head, first, axes, valid, BLOCK_M)
     q_rows, do_rows = rows(q, query), rows(do, query)
     dtype: tl.constexpr = q.data.dtype.element_ty
     factor = scale_of(scale, scales, head)
@@ -232,7 +234,8 @@ def backward_queries_kernel(
             ds = p * (dropped(dp, kept(dropout, heads, query, key, axes)) - delta_m[:, None])
             keys = normalised(load(k_rows, 0, K, WIDTH_K), of_k)
             acc = tl.dot(ds.to(keys.dtype), keys, acc, input_precision=PRECISION)
-        store(rows(dq, query), 0, acc * scale, K, WIDTH_K)
+        to = locate(item, head, anew(first, 0, 1), axes, valid, BLOCK_M)
+        store(rows(dq, to), 0, acc * scale, K, WIDTH_K)
 
 
 @triton.jit
@@ -246,7 +249,8 @@ def backward_keys_kernel(
     """dk and dv, or the one of them that is not None. A program takes BLOCK_N keys; its p and ds are transposed."""
     tokens = tokens_of(axes)
     block, head, item = unravel(tl.program_id(0), tl.cdiv(tokens, BLOCK_N), heads)
-    key = locate(item, head, block * BLOCK_N, axes, valid, BLOCK_N)
+    first = block * BLOCK_N
+    key = locate(item, head, first, axes, valid, BLOCK_N)
     k_rows, v_rows = rows(k, shared(key, SHARE)), rows(v, shared(key, SHARE))
     dtype: tl.constexpr = q.data.dtype.element_ty
     factor = scale_of(scale, scales, head)
@@ -296,10 +300,11 @@ def backward_keys_kernel(
                 ds = p * (dp - one_each(delta, query, 0.0)[None, :])
                 queries = normalised(load(q_rows, 0, K, WIDTH_K), of_q)
                 dk_acc = tl.dot(ds.to(queries.dtype), queries, dk_acc, input_precision=PRECISION)
+        to = locate(item, head, anew(first, 0, 1), axes, valid, BLOCK_N)
         if dk is not None:
-            store(rows(dk, key), 0, dk_acc * factor, K, WIDTH_K)
+            store(rows(dk, to), 0, dk_acc * factor, K, WIDTH_K)
         if dv is not None:
-            store(rows(dv, key), 0, dv_acc, V, WIDTH_V)
+            store(rows(dv, to), 0, dv_acc, V, WIDTH_V)
 
 
 @triton.jit
@@ -374,4 +379,4 @@ def backward_columns_kernel(
         dk_block = tl.dot(ds.T, normalised(queries, of_q), input_precision=PRECISION)
         store(rows(dk, key), 0, dk_block * factor, K, BLOCK_K)
         acc = tl.dot(ds, normalised(keys, of_k), acc, input_precision=PRECISION)
-    store(rows(dq, query), 0, acc * scale, K, BLOCK_K)
+    store(rows(dq, locate(item, head, anew(0, 0, 1), axes, valid, BLOCK_M)), 0, acc * scale, K, BLOCK_K)

@@ -156,6 +156,15 @@ def locate(item, head, start, axes, valid, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def anew(number, step, TIME: tl.constexpr):
+    """The number, in a step of a loop, which to compilers is another a second TIME (1 or 2): grids have one axis.
+
+    They would keep the pixels of a block of tokens in registers while a loop goes on that has no use for them.
+    """
+    return number + (step + 1) * tl.program_id(TIME)
+
+
+@triton.jit
 def items_of(blocks, heads, items, slots, maps):
     """Block, map and head of a program that takes items in turns, and which: from the first on, before the last.
 

@@ -7,6 +7,7 @@ import triton.language as tl
 from isa_triton.backend.kernels.common import (
     LOWEST,
     across,
+    anew,
     biased,
     by_rows,
     divisor,
@@ -48,7 +49,8 @@ def forward_kernel(
     """
     tokens = tokens_of(axes)
     block, head, item = unravel(tl.program_id(0), tl.cdiv(tokens, BLOCK_M), heads)
-    query = locate(item, head, block * BLOCK_M, axes, valid, BLOCK_M)
+    first = block * BLOCK_M
+    query = locate(item, head, first, axes, valid, BLOCK_M)
     q_rows, scale = rows(q, query), scale_of(scale, scales, head)
     row_max, row_sum = tl.full([BLOCK_M], LOWEST, tl.float32), tl.zeros([BLOCK_M], tl.float32)
     if ONE_BLOCK:
@@ -66,8 +68,10 @@ def forward_kernel(
         if ONE_BLOCK:
             values = load(rows(v, shared(key, SHARE)), chunk, V, BLOCK_V)  # [BLOCK_N, BLOCK_V]
             acc = tl.dot(weight.to(values.dtype), values, acc, input_precision=PRECISION)
+            to = query
         else:
             row_max, row_sum = tl.full([BLOCK_M], LOWEST, tl.float32), tl.zeros([BLOCK_M], tl.float32)
+            q_rows = rows(q, locate(item, head, anew(first, chunk, 1), axes, valid, BLOCK_M))
             for start in range(0, tokens, BLOCK_N):
                 key = locate(item, head, start, axes, valid, BLOCK_N)
                 k_rows = rows(k, shared(key, SHARE))
@@ -77,7 +81,8 @@ def forward_kernel(
                 weight = dropped(weight, kept(dropout, heads, query, key, axes))
                 values = load(rows(v, shared(key, SHARE)), chunk, V, BLOCK_V)
                 acc = tl.dot(weight.to(values.dtype), values, acc * shrink[:, None], input_precision=PRECISION)
-        store(rows(out, query), chunk, acc / divisor(row_sum), V, BLOCK_V)
+            to = locate(item, head, anew(first, chunk, 2), axes, valid, BLOCK_M)
+        store(rows(out, to), chunk, acc / divisor(row_sum), V, BLOCK_V)
 
     if lse is not None:
         tl.store(rows(lse, query).pointer, log_sum_exp(row_max, row_sum, bias), query.inside)
