@@ -45,7 +45,7 @@ def test_a_constant_added_to_the_bias_is_added_to_lse_and_changes_nothing_else(f
 @pytest.mark.usefixtures("interpreter")
 @pytest.mark.parametrize(("kind", "form"), [("local", FORMS[0]), ("interlaced", FORMS[1]), ("local", FORMS[2])])
 def test_programs_in_any_order_give_the_same_bits(kind: str, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan, "PARTIAL_SUMS", 4)  # of dbias: a program sums over several groups
+    monkeypatch.setattr(plan, "IN_TURNS", 4)  # of dbias: a program sums over several groups
     case = of_groups(kind, TOKENS[form], (1, 3), (0, 2), (24, 39), heads=2, bias=True, dtype=torch.float16)
     inputs, tiles = inputs_of(case), tiles_of(form, case.partition.tokens)
     in_order = launched(case, tiles, inputs)
@@ -139,7 +139,7 @@ def test_partial_sums_of_dbias_stay_bounded() -> None:
         partition = Partition.local(size, window)
         slots, heads, *pairs = plan.bias_partials_shape(64, 8, partition, tiles)
         programs = slots * heads * prod(ceil(n / 64) for n in pairs)
-        assert slots == 1 or programs <= plan.PARTIAL_SUMS
+        assert slots == 1 or programs <= plan.IN_TURNS
 
 
 @pytest.mark.usefixtures("interpreter")
@@ -166,7 +166,7 @@ def test_a_group_as_large_as_its_block_is_loaded_as_if_it_were_smaller() -> None
 @pytest.mark.parametrize("form", FORMS)
 def test_more_heads_than_partial_sums_have_one_each(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Forward with a bias, backward of a group, the pass over pairs: none has a grid of no programs."""
-    monkeypatch.setattr(plan, "PARTIAL_SUMS", 1)
+    monkeypatch.setattr(plan, "IN_TURNS", 1)
     case = of_groups("local", TOKENS[form], (1, 2), heads=3, bias=True)
     assert_within_budget(case, tiles_of(form, case.partition.tokens))
 

@@ -52,7 +52,7 @@ def errors(work: Work) -> dict[str, float]:
     inputs["q"][:, :, :, 1:] /= case.logits  # a peaked softmax hides what a flat one shows, and the other way round
     if not work.dlse:
         inputs["dlse"] = torch.zeros_like(inputs["dlse"])
-    with patch.object(plan, "PARTIAL_SUMS", work.partial_sums):
+    with patch.object(plan, "IN_TURNS", work.partial_sums):
         results = launched(work, inputs)
     exact = derivatives({name: x.double() for name, x in inputs.items()}, case)
     rounded = torch.float16 if work.arithmetic == "tf32" else case.dtype  # tf32 has as many bits
@@ -89,7 +89,7 @@ def launched(work: Work, inputs: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
         partials = torch.full(plan.bias_partials_shape(case.maps, case.heads, partition, tiles), nan)
     passes: list[tuple[Tensor, Tensor | None]] = [(out, lse)] if work.entries else [(out, lse), (alone, None)]
     for to, logs in passes:
-        rows = in_whole_rows(bias, plan.keeps_bias(work.forward, partition))
+        rows = in_whole_rows(bias, plan.in_one_block(work.forward, partition))
         launch.forward(q, k, v, rows, to, logs, case.scale, partition, work.forward, precision)
     saved = (None, None, None) if plan.in_one_kernel(tiles, partition) else (out, lse, delta)
     rows = in_whole_rows(bias, plan.in_one_kernel(tiles, partition))

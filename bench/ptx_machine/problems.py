@@ -25,7 +25,7 @@ class Work:
     """One check: a case, how it is multiplied, and with which tiles.
 
     Attributes:
-        partial_sums: as `plan.PARTIAL_SUMS`: of fewer than there are groups and heads each program takes several.
+        partial_sums: as `plan.IN_TURNS`: of fewer than there are groups and heads each program takes several.
         entries: the lines of the target's file that it runs, as (step, number).
     """
 

@@ -231,7 +231,7 @@ class Tensors:
     def forward(self, tile: Tile, with_lse: bool = True) -> None:
         """Launch the forward pass."""
         partition, precision = self.problem.partition, self.problem.precision
-        q, k, v, bias, *_, out, lse = self.of_forward(plan.keeps_bias(tile, partition), with_lse)
+        q, k, v, bias, *_, out, lse = self.of_forward(plan.in_one_block(tile, partition), with_lse)
         launch.forward(q, k, v, bias, out, lse, self.scale, partition, tile, precision, cosine=self.problem.cosine)
 
     def partials(self, tiles: BackwardTiles) -> Tensor | None:
@@ -256,7 +256,7 @@ class Tensors:
 def forward_launches(target: str, problem: Problem, tile: Tile, with_lse: bool = False) -> list[Launch]:
     """The launch of the forward pass."""
     tensors, partition = Tensors(problem), problem.partition
-    given = _layouts(tensors.of_forward(plan.keeps_bias(tile, partition), with_lse))
+    given = _layouts(tensors.of_forward(plan.in_one_block(tile, partition), with_lse))
     planned = plan.forward(given, tensors.scale, partition, tile, problem.precision, cosine=problem.cosine)
     return [Launch.of(each, target, problem) for each in planned]
 

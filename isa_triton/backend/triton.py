@@ -63,7 +63,7 @@ def forward(inputs: Inputs, call: Call) -> tuple[Tensor, Tensor]:
         lse.fill_(-torch.inf)
     kept_lse, precision = lse if call.with_lse else None, precision_of(q.dtype, q.device)
     tile = _forward_tile(*_problem(q, v, bias, call.partition))
-    bias = in_whole_rows(bias, plan.keeps_bias(tile, call.partition))
+    bias = in_whole_rows(bias, plan.in_one_block(tile, call.partition))
     with _on(q.device):
         launch.forward(
             q, k, v, bias, out, kept_lse, call.scale, call.partition, tile, precision, call.dropout_p,
@@ -133,7 +133,7 @@ class Replay:
         out, lse = empty_outputs(Inputs(q, k, v), call.with_lse)
         tile, precision = _forward_tile(*_problem(q, v, bias, call.partition)), precision_of(q.dtype, q.device)
         with _on(q.device):
-            self.keeps_bias = plan.keeps_bias(tile, call.partition)
+            self.keeps_bias = plan.in_one_block(tile, call.partition)
             bias = in_whole_rows(bias, self.keeps_bias)
             tensors = q, k, v, bias, *NONE, out, lse if call.with_lse else None
             self.launch = launch.Replay(plan.forward, tensors, call.scale, call.partition, tile, precision)

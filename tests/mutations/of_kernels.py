@@ -127,15 +127,15 @@ OTHERS = (
     Defect(
         "no slot for more heads than partial sums, forward",
         f"{KERNELS}/plan.py",
-        "min(items * heads // tables, max(1, PARTIAL_SUMS // tables))",
-        "min(items * heads // tables, PARTIAL_SUMS // tables)",
+        "min(items * heads // tables, max(1, IN_TURNS // tables))",
+        "min(items * heads // tables, IN_TURNS // tables)",
         f"{LIMITS}more_heads_than_partial_sums_have_one_each[one block]",
     ),
     Defect(
         "no slot for more heads than partial sums, backward",
         f"{KERNELS}/plan.py",
-        "slots = max(1, PARTIAL_SUMS // max(1, tables * _blocks_of_pairs(tiles, partition)))",
-        "slots = PARTIAL_SUMS // max(1, tables * _blocks_of_pairs(tiles, partition))",
+        "slots = max(1, IN_TURNS // max(1, tables * _blocks_of_pairs(tiles, partition)))",
+        "slots = IN_TURNS // max(1, tables * _blocks_of_pairs(tiles, partition))",
         f"{LIMITS}more_heads_than_partial_sums_have_one_each[many blocks]",
     ),
     Defect(
@@ -256,8 +256,8 @@ OTHERS = (
     Defect(
         "a program skips items",
         f"{KERNELS}/forward.py",
-        "tl.range(first, last, slots, num_stages=1)",
-        "tl.range(first, last, slots + 1, num_stages=1)",
+        "tl.range(first, last, slots)",
+        "tl.range(first, last, slots + 1)",
         f"{LIMITS}more_heads_than_partial_sums_have_one_each[one block]",
     ),
     Defect(

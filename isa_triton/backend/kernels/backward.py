@@ -91,8 +91,8 @@ def backward_group_kernel(
     _, _, head, first, last = items_of(1, heads, items, slots, maps)
     factor = scale_of(scale, scales, head)
     ds_sum = tl.zeros([BLOCK, BLOCK], tl.float32)
-    # Item after item: to prefetch the next, or to hoist what items share, takes more registers than there are.
-    for item in tl.range(first, last, slots, num_stages=1, disable_licm=True):
+    # The next item comes while one is computed; to hoist what items share takes more registers than there are.
+    for item in tl.range(first, last, slots, disable_licm=True):
         token = locate(item, head, 0, axes, valid, BLOCK)
         q_rows, do_rows, as_key = rows(q, token), rows(do, token), shared(token, SHARE)
         k_rows, v_rows = rows(k, as_key), rows(v, as_key)
@@ -323,7 +323,7 @@ def backward_pairs_kernel(
     query_start, key_start = block // across_keys * BLOCK_M, block % across_keys * BLOCK_N
 
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for item in tl.range(first, last, slots, num_stages=1, disable_licm=True):
+    for item in tl.range(first, last, slots, disable_licm=True):
         query = locate(item, head, query_start, axes, valid, BLOCK_M)
         key = locate(item, head, key_start, axes, valid, BLOCK_N)
         lse_m, delta_m = load_lse(lse, query, bias), one_each(delta, query, 0.0)

@@ -94,7 +94,7 @@ def forward_group_kernel(
     K: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     SHARE: tl.constexpr, COSINE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The same for groups with a bias that fit in one block: the bias stays on chip from one group to the next.
+    """The same for groups that fit in one block: a bias stays on chip, and the next group comes while one is computed.
 
     A program takes one head of every `slots`-th of the items, the groups of all maps: grid (slots * heads,); or of one
     map where each has a bias: (slots * maps * heads,).
@@ -102,8 +102,8 @@ def forward_group_kernel(
     _, map_, head, first, last = items_of(1, heads, items, slots, maps)
     scale = scale_of(scale, scales, head)
     token = locate(map_ * groups_of(axes), head, 0, axes, None, BLOCK)
-    bias_block = load_bias(bias, down(token), across(token))  # [BLOCK, BLOCK]
-    for item in tl.range(first, last, slots, num_stages=1):
+    bias_block = None if bias is None else load_bias(bias, down(token), across(token))  # [BLOCK, BLOCK]
+    for item in tl.range(first, last, slots):
         token = locate(item, head, 0, axes, valid, BLOCK)
         q_rows, k_rows = rows(q, token), rows(k, shared(token, SHARE))
         product, of_q, _of_k = similarities(q_rows, k_rows, (), K, BLOCK_K, PRECISION, COSINE)

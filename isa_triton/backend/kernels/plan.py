@@ -29,7 +29,7 @@ from isa_triton.dropout import threshold
 from isa_triton.partition import Partition
 from isa_triton.tiles import BackwardTiles, Tile
 
-PARTIAL_SUMS = 1024  # programs that take maps and groups in turns, for a bias or its gradient: what a device holds
+IN_TURNS = 1024  # programs that take maps and groups in turns: about as many as a device holds
 # The tensors of a pass, in the order of their layouts.
 INPUTS = ("q", "k", "v", "bias", "scales", "valid", "seed", "table")
 FORWARD = (*INPUTS, "out", "lse")
@@ -131,9 +131,9 @@ def forward(
     given = _given(FORWARD, layouts, scale, partition, precision, dropout_p, cosine)
     maps, heads = layouts[0].shape[0], layouts[0].shape[-2]
     items = maps * partition.groups
-    if given["bias"] is not None and keeps_bias(tile, partition):
+    if in_one_block(tile, partition):
         tables = _tables(heads, given["maps"])
-        slots = min(items * heads // tables, max(1, PARTIAL_SUMS // tables)) if tables else 0
+        slots = min(items * heads // tables, max(1, IN_TURNS // tables)) if tables else 0
         given |= {"items": items, "slots": slots, "BLOCK": tile.block_n}
         yield from _launch(forward_group_kernel, slots * tables, given, tile)
     else:
@@ -154,8 +154,8 @@ def backward(
     given = _given(BACKWARD, layouts, scale, partition, precision, dropout_p, cosine)
     maps, heads = layouts[0].shape[0], layouts[0].shape[-2]
     items, partials, tokens = maps * partition.groups, layouts[-1], partition.tokens
-    if partials is None:  # a program an item
-        given |= {"items": items, "slots": items, "maps": None}
+    if partials is None:
+        given |= {"items": items, "slots": min(items, max(1, IN_TURNS // max(1, heads))), "maps": None}
     else:
         given |= {"items": items, "slots": partials.shape[0]}
     tables = _tables(heads, given["maps"])
@@ -191,8 +191,8 @@ def _passes(given: dict[str, Any], items: int, tokens: int, tiles: BackwardTiles
         yield from _launch(backward_keys_kernel, items * ceil_div(tokens, tile.block_n), given | more, tile)
 
 
-def keeps_bias(tile: Tile, partition: Partition) -> bool:
-    """Whether `forward` keeps a bias on chip from one group to the next: each is one block, of queries and of keys."""
+def in_one_block(tile: Tile, partition: Partition) -> bool:
+    """Whether a group is one block of queries and keys: `forward` takes groups in turns, and keeps a bias on chip."""
     return partition.tokens <= tile.block_m == tile.block_n
 
 
@@ -217,7 +217,7 @@ def bias_partials_shape(
     Of a bias for each map it is [slots, maps * heads, tokens, tokens].
     """
     tables, items = (maps * heads, partition.groups) if per_map else (heads, maps * partition.groups)
-    slots = max(1, PARTIAL_SUMS // max(1, tables * _blocks_of_pairs(tiles, partition)))
+    slots = max(1, IN_TURNS // max(1, tables * _blocks_of_pairs(tiles, partition)))
     return min(slots, items), tables, partition.tokens, partition.tokens
 
 
