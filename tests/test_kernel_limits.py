@@ -152,7 +152,7 @@ def test_a_group_as_large_as_its_block_is_loaded_as_if_it_were_smaller() -> None
     dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
     tiles = BackwardTiles(None, tile, tile, None, tile)
     with guard.watch() as memory, patch.object(launch, "interpret", wraps=launch.interpret) as interpreted:
-        launch.forward(q, k, v, None, out, lse, case.scale, case.partition, tile)
+        launch.forward(q, k, v, None, out, lse, case.scale, case.partition, tile._replace(block_m=32))
         launch.backward(q, k, v, None, out, lse, do, None, dq, dk, dv, delta, None, case.scale, case.partition, tiles)
     assert [call.args[0].arguments["ONE_BLOCK"] for call in interpreted.call_args_list] == [True, True, True]
     one_each = lse.numel()

@@ -304,7 +304,7 @@ def test_a_call_made_again_launches_what_it_did_and_others_what_they_would_alone
 
 def test_calls_that_somebody_watches_are_not_short_cut() -> None:
     assert printed(WATCHED) == [
-        "['forward_kernel', 'forward_kernel', 'forward_kernel']", "True", "True 1", "True", "False", "torch.float16",
+        str(3 * ["forward_group_kernel"]), "True", "True 1", "True", "False", "torch.float16",
         "0 0 0", *["ValueError scale must be finite"] * 2, *["TypeError scale must be a numb"] * 2,
         *["ValueError backend must be one "] * 4,
     ]  # fmt: skip
@@ -336,7 +336,7 @@ def test_a_call_on_odd_tensors_is_made_as_any_other() -> None:
 
 
 def test_profilers_and_scratch_memory_see_every_launch() -> None:
-    assert printed(PROFILED) == ["enter forward_kernel leave 0 4", "3 7"]
+    assert printed(PROFILED) == ["enter forward_group_kernel leave 0 4", "3 7"]
 
 
 @pytest.mark.slow  # compiles four binaries

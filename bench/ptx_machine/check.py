@@ -92,9 +92,8 @@ def launched(work: Work, inputs: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
         rows = in_whole_rows(bias, plan.in_one_block(work.forward, partition))
         launch.forward(q, k, v, rows, to, logs, case.scale, partition, work.forward, precision)
     saved = (None, None, None) if plan.in_one_kernel(tiles, partition) else (out, lse, delta)
-    rows = in_whole_rows(bias, plan.in_one_kernel(tiles, partition))
     run: Any = launch.backward
-    run(q, k, v, rows, *saved[:2], do, dlse, dq, dk, dv, saved[2], partials, case.scale, partition, tiles,
-                    precision)  # fmt: skip
+    run(q, k, v, in_whole_rows(bias), *saved[:2], do, dlse, dq, dk, dv, saved[2], partials, case.scale, partition,
+                    tiles, precision)  # fmt: skip
     results = [*(("out", to) for to, _ in passes), ("lse", lse), ("dq", dq), ("dk", dk), ("dv", dv)]
     return results if partials is None else [*results, ("dbias", partials.sum(0))]

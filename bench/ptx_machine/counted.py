@@ -102,7 +102,7 @@ def execute(launched: Launch, programs: int) -> Counted:
     else:
         slots, tokens = launched.integers.get("slots", 1), problem.partition.tokens
         partials = tensors.new(slots, problem.heads, tokens, tokens, dtype=torch.float32) if problem.bias else None
-        given = dict(zip(plan.BACKWARD, tensors.of_backward(launched.keeps_bias, partials), strict=True))
+        given = dict(zip(plan.BACKWARD, tensors.of_backward(partials), strict=True))
     with installed(launched.target) as device:
         launch.bind(launched.planned._replace(programs=count), given)()
     (done,) = device.executions

@@ -125,8 +125,8 @@ class Launch(NamedTuple):
 
     @property
     def keeps_bias(self) -> bool:
-        """Whether a bias stays on chip, or is read but a few times: a group is one block."""
-        return self.name in ("forward_group_kernel", "backward_group_kernel")
+        """Whether a bias stays on chip from one group to the next."""
+        return self.name == "forward_group_kernel"
 
     @property
     def label(self) -> str:
@@ -220,7 +220,7 @@ class Tensors:
         self.biases = (new(problem.heads, whole, whole), new(problem.heads, tokens, tokens)) if problem.bias else None
         self.new = new
 
-    def bias(self, kept: bool) -> Tensor | None:
+    def bias(self, kept: bool = False) -> Tensor | None:
         """The bias as the backend gives it to kernels, which keep it on chip or do not."""
         return None if self.biases is None else self.biases[kept]
 
@@ -240,16 +240,16 @@ class Tensors:
         shape = plan.bias_partials_shape(problem.maps, problem.heads, problem.partition, tiles)
         return self.new(*shape, dtype=torch.float32) if problem.bias else None
 
-    def of_backward(self, keeps_bias: bool, partials: Tensor | None) -> Any:
+    def of_backward(self, partials: Tensor | None) -> Any:
         """What a backward pass reads and writes, without a gradient of lse, in the order of `plan.BACKWARD`."""
         saved, gradients = (self.out, self.lse, self.do, None), (self.dq, self.dk, self.dv, self.delta, partials)
-        return self.q, self.k, self.v, self.bias(keeps_bias), *[None] * 4, *saved, *gradients
+        return self.q, self.k, self.v, self.bias(), *[None] * 4, *saved, *gradients
 
     def backward(self, tiles: BackwardTiles, partials: Tensor | None) -> None:
         """Launch the backward pass."""
         run: Any = launch.backward
         problem = self.problem
-        q, k, v, bias, _, _, _, _, *rest = self.of_backward(plan.in_one_kernel(tiles, problem.partition), partials)
+        q, k, v, bias, _, _, _, _, *rest = self.of_backward(partials)
         run(q, k, v, bias, *rest, self.scale, problem.partition, tiles, problem.precision, cosine=problem.cosine)
 
 
@@ -264,7 +264,7 @@ def forward_launches(target: str, problem: Problem, tile: Tile, with_lse: bool =
 def backward_launches(target: str, problem: Problem, tiles: BackwardTiles) -> list[Launch]:
     """The launches of the backward pass."""
     tensors = Tensors(problem)
-    given = _layouts(tensors.of_backward(plan.in_one_kernel(tiles, problem.partition), tensors.partials(tiles)))
+    given = _layouts(tensors.of_backward(tensors.partials(tiles)))
     planned = plan.backward(given, tensors.scale, problem.partition, tiles, problem.precision, cosine=problem.cosine)
     return [Launch.of(each, target, problem) for each in planned]
 

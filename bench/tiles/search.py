@@ -160,7 +160,7 @@ class Task:
             given = dict(zip(plan.FORWARD, tensors.of_forward(chosen.keeps_bias), strict=True))
         else:
             partials = tensors.partials(self.backward(tile))
-            given = dict(zip(plan.BACKWARD, tensors.of_backward(chosen.keeps_bias, partials), strict=True))
+            given = dict(zip(plan.BACKWARD, tensors.of_backward(partials), strict=True))
         run = launch.bind(chosen.planned, given)
         return measure.seconds({"kernel": lambda: run() or ()}, rounds=ROUNDS, device="cuda")["kernel"]
 

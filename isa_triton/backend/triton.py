@@ -95,7 +95,7 @@ def backward(
     if bias is not None:
         shape = plan.bias_partials_shape(q.shape[0], q.shape[-2], call.partition, chosen, bias.dim() == 4)
         partials = q.new_empty(shape, dtype=torch.float32)
-        bias = in_whole_rows(bias, plan.in_one_kernel(chosen, call.partition))
+        bias = in_whole_rows(bias)
     with _on(q.device):
         launch.backward(
             q, k, v, bias, out, lse, do, dlse, dq, dk, dv, delta, partials, call.scale, call.partition, chosen,
@@ -166,9 +166,7 @@ class BackwardReplay:
         per_map = bias is not None and bias.dim() == 4
         self.partials = plan.bias_partials_shape(q.shape[0], q.shape[-2], call.partition, chosen, per_map)
         with _on(q.device):
-            self.keeps_bias = plan.in_one_kernel(chosen, call.partition)
-            whole = in_whole_rows(bias, self.keeps_bias)
-            tensors = q, k, v, whole, *NONE, out, lse, do, None, *self._empty(q, k, v, bias, lse)
+            tensors = q, k, v, in_whole_rows(bias), *NONE, out, lse, do, None, *self._empty(q, k, v, bias, lse)
             self.launch = launch.Replay(plan.backward, tensors, call.scale, call.partition, chosen, precision)
 
     def __call__(
@@ -176,8 +174,7 @@ class BackwardReplay:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """dq, dk, dv and dbias."""
         dq, dk, dv, delta, partials = self._empty(q, k, v, bias, lse)
-        whole = in_whole_rows(bias, self.keeps_bias)
-        self.launch((q, k, v, whole, *NONE, out, lse, do, None, dq, dk, dv, delta, partials))
+        self.launch((q, k, v, in_whole_rows(bias), *NONE, out, lse, do, None, dq, dk, dv, delta, partials))
         return dq, dk, dv, None if bias is None else partials.sum(0).to(bias.dtype).view(bias.shape)
 
     def _empty(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, lse: Tensor | None) -> tuple[Any, ...]:
@@ -209,11 +206,11 @@ def _in_memory(x: Any) -> Any:
     return x.resolve_neg() if x is not None and x.is_neg() else x
 
 
-def in_whole_rows(bias: Tensor | None, kept: bool) -> Tensor | None:
+def in_whole_rows(bias: Tensor | None, kept: bool = False) -> Tensor | None:
     """A bias as kernels will read it: unless it is kept on chip, its rows begin at multiples of 16 bytes.
 
-    Of 343 tokens they would not, and would be loaded number by number, each by a pointer of its own. A copy is a pass
-    over a bias, of which every group then reads all.
+    Of 49 or 343 tokens they would not, and would be loaded number by number, each by a pointer of its own. A copy is a
+    pass over a bias, of which every group then reads all.
     """
     from .kernels import plan
 
