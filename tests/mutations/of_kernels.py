@@ -282,6 +282,20 @@ OTHERS = (
         f"{NAMED}[windows of many blocks]",
     ),
     Defect(
+        "rows found again are those of the first queries",
+        f"{KERNELS}/forward.py",
+        "anew(first, chunk, 2)",
+        "anew(0, chunk, 2)",
+        f"{NAMED}[windows of many blocks]",
+    ),
+    Defect(
+        "rows found again are those of the first keys",
+        f"{KERNELS}/backward.py",
+        "anew(first, 0, 1), axes, valid, BLOCK_N",
+        "anew(0, 0, 1), axes, valid, BLOCK_N",
+        f"{NAMED}[windows of many blocks]",
+    ),
+    Defect(
         "delta of queries outside the map is written",
         f"{KERNELS}/backward.py",
         "tl.store(rows(delta, query).pointer, delta_m, query.inside)\n\n    if ONE",
