@@ -99,15 +99,15 @@ def test_only_the_kernel_of_a_step_is_timed() -> None:
 def test_a_timed_call_of_a_provider_launches_its_kernels_and_no_others() -> None:
     done = run_compiling("-c", BEGIN + PROVIDERS)
     assert done.returncode == 0, done.stderr
-    forward, group = "forward_kernel", "backward_group_kernel dk dv"
+    forward, group = "forward_group_kernel", "backward_group_kernel dk dv"
     apart = "backward_queries_kernel, backward_keys_kernel dk, backward_keys_kernel dv"  # of 256 tokens
     assert done.stdout.splitlines() == [
         f"isa-triton, forward, {forward}, {forward}",
         f"isa-triton, training, {forward}, {forward}, {group}, {group}",
         f"rcca-triton, forward, {', '.join([forward] * 4)}",
         f"rcca-triton, training, {', '.join([forward] * 4 + [group] * 4)}",
-        f"nonlocal-triton, forward, {forward}",
-        f"nonlocal-triton, training, {forward}, {apart}",
+        "nonlocal-triton, forward, forward_kernel",
+        f"nonlocal-triton, training, forward_kernel, {apart}",
         f"{{'forward_ms': 0.001, 'backward_ms': 0.001, 'how': 'graph'}}, ['forward_group_kernel'], ['{group}']",
     ]
 

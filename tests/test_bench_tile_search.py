@@ -344,7 +344,7 @@ def test_whatever_the_run_time_launches_has_the_tile_of_an_entry(tmp_path: Path)
     assert {row["tile_from"].partition(" of ")[0] for row in rows} == {"its own entry", "the entry"}
     shipped = {n: [row["step"] for row in json.loads((tmp_path / f"{n}.json").read_text()) if row["shipped"]]
                for n in searches}  # fmt: skip
-    assert shipped == {"64": ["group"], "256": ["queries", "keys", "pairs"]}
+    assert shipped == {"64": ["group"], "256": ["columns", "pairs"]}
 
 
 # -- what a search says ------------------------------------------------------------------------------------------------

@@ -393,4 +393,4 @@ def test_a_spilling_tile_fails(tmp_path: Path) -> None:
     script.write_text(PLANT)
     done = run_compiling(str(script), "--cache", str(tmp_path / "cache"), "--jobs", "1")
     assert done.returncode == 1, done.stdout + done.stderr
-    assert "sm_80, heads 64, bfloat16, forward_kernel: spills" in done.stdout
+    assert "sm_80, heads 64, bfloat16, forward_group_kernel: spills" in done.stdout

@@ -33,7 +33,7 @@ class Defect:
 COMMON = "isa_triton/backend/kernels/common.py"
 DEFECTS = (
     Defect("the mask of a load dropped", "return tl.load(pointer, exists, other=0.0)", "return tl.load(pointer)",
-           "Fault: forward_kernel: global memory: outside every tensor: ld.global"),
+           "Fault: forward_group_kernel: global memory: outside every tensor: cp.async"),
     Defect("the mask of a store dropped", "values.to(rows.pointer.dtype.element_ty), exists)",
            "values.to(rows.pointer.dtype.element_ty))", "global memory: outside every tensor: "),
     Defect("rows of an asynchronous copy too far apart", "start * pixels.unit + offset * pixels.unit",
@@ -87,4 +87,4 @@ def test_a_stage_too_few_is_found() -> None:
     assert done.returncode == 0, done.stderr
     right, wrong = done.stdout.splitlines()
     assert right.startswith("True [4, 4, 6")
-    assert wrong.startswith("forward_kernel: shared memory: ")
+    assert wrong.startswith("forward_group_kernel: shared memory: ")
