@@ -163,11 +163,12 @@ def test_a_group_as_large_as_its_block_is_loaded_as_if_it_were_smaller() -> None
     ]
 
 
+@pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("form", FORMS)
-def test_more_heads_than_partial_sums_have_one_each(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forward with a bias, backward of a group, the pass over pairs: none has a grid of no programs."""
+def test_more_heads_than_partial_sums_have_one_each(form: str, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups in turns, forward and backward, and the pass over pairs: none has a grid of no programs."""
     monkeypatch.setattr(plan, "IN_TURNS", 1)
-    case = of_groups("local", TOKENS[form], (1, 2), heads=3, bias=True)
+    case = of_groups("local", TOKENS[form], (1, 2), heads=3, bias=bias)
     assert_within_budget(case, tiles_of(form, case.partition.tokens))
 
 

@@ -52,7 +52,7 @@ def errors(work: Work) -> dict[str, float]:
     inputs["q"][:, :, :, 1:] /= case.logits  # a peaked softmax hides what a flat one shows, and the other way round
     if not work.dlse:
         inputs["dlse"] = torch.zeros_like(inputs["dlse"])
-    with patch.object(plan, "IN_TURNS", work.partial_sums):
+    with patch.object(plan, "IN_TURNS", work.in_turns):
         results = launched(work, inputs)
     exact = derivatives({name: x.double() for name, x in inputs.items()}, case)
     rounded = torch.float16 if work.arithmetic == "tf32" else case.dtype  # tf32 has as many bits

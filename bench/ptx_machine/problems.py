@@ -25,7 +25,7 @@ class Work:
     """One check: a case, how it is multiplied, and with which tiles.
 
     Attributes:
-        partial_sums: as `plan.IN_TURNS`: of fewer than there are groups and heads each program takes several.
+        in_turns: as `plan.IN_TURNS`: of fewer than there are groups and heads each program takes several.
         entries: the lines of the target's file that it runs, as (step, number).
     """
 
@@ -35,7 +35,7 @@ class Work:
     forward: Tile
     backward: BackwardTiles
     dlse: bool = True
-    partial_sums: int = 1024
+    in_turns: int = 1024
     entries: tuple[tuple[str, int], ...] = ()
 
     @property
@@ -70,7 +70,7 @@ def cases(target: str) -> list[Work]:
         (Case("interlaced", (7, 12), (1, 2), (24, 40), heads=2, bias=True), across, at_once, True),
     )
     return [
-        Work(target, replace(case, dtype=dtype), arithmetic, forward, backward, dlse, partial_sums=4)
+        Work(target, replace(case, dtype=dtype), arithmetic, forward, backward, dlse, in_turns=4)
         for (arithmetic, dtype), (case, forward, backward, dlse) in product(DTYPES.items(), chosen)
     ]
 

@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     said, csv, png = Terminal(args), args.out / "tile_bounds.csv", args.out / "tile_bounds.png"
     if args.redraw:
-        draw(read(csv)).savefig(png, dpi=130)
+        draw(read(csv)).savefig(png, dpi=80)
         said.end(f"drew {png}")
         return
     cells = list[Cell]()
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> None:
     table = Table("", HEADER, [cell.row for cell in cells], words=WORDS)
     said.show(table)
     write(csv, table)
-    draw(read(csv)).savefig(png, dpi=130)
+    draw(read(csv)).savefig(png, dpi=80)
     said.say(*summary(cells))
     said.end(f"{sum(cell.holds for cell in cells)} of {len(cells)} cells are within the worst of their goals", csv, png)
 

@@ -309,9 +309,9 @@ def _product(a: Tensor, b: Tensor, *, out: Tensor, alpha: float = 1.0, beta: int
 
 
 def _is_worth_a_call(a: Tensor, b: Tensor) -> bool:
-    """Whether each of a batch's products is faster by itself, on all threads, by oneDNN: twice so on Zen 5.
+    """Whether each of a batch's products is faster by itself, on all threads, by oneDNN.
 
-    It uses AVX-512 wherever it is, MKL's batched product, elsewhere as fast, on Intel's CPUs alone.
+    It uses AVX-512 wherever it is; MKL's batched product, elsewhere as fast, does so on Intel's CPUs alone.
     """
     work = 2 * a.shape[1] * a.shape[2] * b.shape[2]
     on_cpu = a.is_cpu and a.dtype == torch.float32 and _LINEAR is not None

@@ -127,16 +127,16 @@ OTHERS = (
     Defect(
         "no slot for more heads than partial sums, forward",
         f"{KERNELS}/plan.py",
-        "min(items * heads // tables, max(1, IN_TURNS // tables))",
-        "min(items * heads // tables, IN_TURNS // tables)",
-        f"{LIMITS}more_heads_than_partial_sums_have_one_each[one block]",
+        "max(1, IN_TURNS // max(1, others))",
+        "IN_TURNS // max(1, others)",
+        f"{LIMITS}more_heads_than_partial_sums_have_one_each[one block-True]",
     ),
     Defect(
         "no slot for more heads than partial sums, backward",
         f"{KERNELS}/plan.py",
-        "slots = max(1, IN_TURNS // max(1, tables * _blocks_of_pairs(tiles, partition)))",
-        "slots = IN_TURNS // max(1, tables * _blocks_of_pairs(tiles, partition))",
-        f"{LIMITS}more_heads_than_partial_sums_have_one_each[many blocks]",
+        "max(1, IN_TURNS // max(1, others))",
+        "IN_TURNS // max(1, others)",
+        f"{LIMITS}more_heads_than_partial_sums_have_one_each[many blocks-True]",
     ),
     Defect(
         "a block that fits exactly is many, forward",
@@ -258,7 +258,7 @@ OTHERS = (
         f"{KERNELS}/forward.py",
         "tl.range(first, last, slots)",
         "tl.range(first, last, slots + 1)",
-        f"{LIMITS}more_heads_than_partial_sums_have_one_each[one block]",
+        f"{LIMITS}more_heads_than_partial_sums_have_one_each[one block-True]",
     ),
     Defect(
         "sums of dbias in halves",

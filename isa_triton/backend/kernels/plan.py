@@ -133,7 +133,7 @@ def forward(
     items = maps * partition.groups
     if in_one_block(tile, partition):
         tables = _tables(heads, given["maps"])
-        slots = min(items * heads // tables, max(1, IN_TURNS // tables)) if tables else 0
+        slots = _slots(items * heads // tables, tables) if tables else 0
         given |= {"items": items, "slots": slots, "BLOCK": tile.block_n}
         yield from _launch(forward_group_kernel, slots * tables, given, tile)
     else:
@@ -155,7 +155,7 @@ def backward(
     maps, heads = layouts[0].shape[0], layouts[0].shape[-2]
     items, partials, tokens = maps * partition.groups, layouts[-1], partition.tokens
     if partials is None:
-        given |= {"items": items, "slots": min(items, max(1, IN_TURNS // max(1, heads))), "maps": None}
+        given |= {"items": items, "slots": _slots(items, heads), "maps": None}
     else:
         given |= {"items": items, "slots": partials.shape[0]}
     tables = _tables(heads, given["maps"])
@@ -172,6 +172,11 @@ def backward(
     if partials is not None:
         programs = partials.shape[0] * tables * _blocks_of_pairs(tiles, partition)
         yield from _launch(backward_pairs_kernel, programs, given, tiles.pairs)
+
+
+def _slots(items: int, others: int) -> int:
+    """How many programs take so many items in turns, beside as many for each of the others: of heads, or of pairs."""
+    return min(items, max(1, IN_TURNS // max(1, others)))
 
 
 def _tables(heads: int, maps: int | None) -> int:
@@ -217,8 +222,7 @@ def bias_partials_shape(
     Of a bias for each map it is [slots, maps * heads, tokens, tokens].
     """
     tables, items = (maps * heads, partition.groups) if per_map else (heads, maps * partition.groups)
-    slots = max(1, IN_TURNS // max(1, tables * _blocks_of_pairs(tiles, partition)))
-    return min(slots, items), tables, partition.tokens, partition.tokens
+    return _slots(items, tables * _blocks_of_pairs(tiles, partition)), tables, partition.tokens, partition.tokens
 
 
 def _blocks_of_pairs(tiles: BackwardTiles, partition: Partition) -> int:
