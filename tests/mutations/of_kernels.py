@@ -108,7 +108,7 @@ KNOWN = (
     Defect(
         "scores in another unit than their exponentials",
         f"{KERNELS}/common.py",
-        "LOG2_E if bias is None else LOG2_E / 2",
+        "LOG2_E if bias is None else 1.0",
         "LOG2_E",
         f"{NAMED}[a bias]",
     ),
@@ -137,6 +137,20 @@ OTHERS = (
         "max(1, IN_TURNS // max(1, others))",
         "IN_TURNS // max(1, others)",
         f"{LIMITS}more_heads_than_partial_sums_have_one_each[many blocks-True]",
+    ),
+    Defect(
+        "a short block taken for full",
+        f"{KERNELS}/plan.py",
+        "prod(axis.tokens for axis in axes) % block == 0",
+        "prod(axis.tokens for axis in axes) > 0",
+        WINDOWS,
+    ),
+    Defect(
+        "more binaries, of maps that the partition does not divide",
+        f"{KERNELS}/plan.py",
+        "inside = isinstance(axes[0], Places) and axes[0].all_inside.value",
+        "inside = isinstance(axes[0], Places)",
+        "test_binaries.py::test_no_tile_has_more_binaries_than_the_bound",
     ),
     Defect(
         "a block that fits exactly is many, forward",

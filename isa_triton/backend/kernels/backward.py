@@ -82,7 +82,7 @@ def store_sum(partials, index, query, key, values):
 def backward_group_kernel(
     q, k, v, bias, scales, valid, dropout, do, dlse, dq, dk, dv, partials, scale, heads, items, slots, maps, axes,
     K: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    SHARE: tl.constexpr, COSINE: tl.constexpr, PRECISION: tl.constexpr,
+    FULL: tl.constexpr, SHARE: tl.constexpr, COSINE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Every gradient of groups that fit in one block, from q, k, v and bias alone.
 
@@ -93,7 +93,7 @@ def backward_group_kernel(
     ds_sum = tl.zeros([BLOCK, BLOCK], tl.float32)
     # The next item comes while one is computed; to hoist what items share takes more registers than there are.
     for item in tl.range(first, last, slots, disable_licm=True):
-        token = locate(item, head, 0, axes, valid, BLOCK)
+        token = locate(item, head, 0, axes, valid, BLOCK, FULL)
         q_rows, do_rows, as_key = rows(q, token), rows(do, token), shared(token, SHARE)
         k_rows, v_rows = rows(k, as_key), rows(v, as_key)
         product, of_q, of_k = similarities(q_rows, k_rows, (), K, BLOCK_K, PRECISION, COSINE)
@@ -243,14 +243,14 @@ def backward_keys_kernel(
     q, k, v, bias, scales, valid, dropout, lse, delta, do, dk, dv, scale, heads, axes,
     K: tl.constexpr, V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    WIDTH_K: tl.constexpr, WIDTH_V: tl.constexpr, SHARE: tl.constexpr, COSINE: tl.constexpr, ONE_BLOCK: tl.constexpr,
-    PRECISION: tl.constexpr,
+    WIDTH_K: tl.constexpr, WIDTH_V: tl.constexpr, FULL: tl.constexpr, SHARE: tl.constexpr, COSINE: tl.constexpr,
+    ONE_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk and dv, or the one of them that is not None. A program takes BLOCK_N keys; its p and ds are transposed."""
     tokens = tokens_of(axes)
     block, head, item = unravel(tl.program_id(0), tl.cdiv(tokens, BLOCK_N), heads)
     first = block * BLOCK_N
-    key = locate(item, head, first, axes, valid, BLOCK_N)
+    key = locate(item, head, first, axes, valid, BLOCK_N, FULL)
     k_rows, v_rows = rows(k, shared(key, SHARE)), rows(v, shared(key, SHARE))
     dtype: tl.constexpr = q.data.dtype.element_ty
     factor = scale_of(scale, scales, head)
@@ -312,7 +312,7 @@ def backward_pairs_kernel(
     q, k, v, bias, scales, valid, dropout, lse, delta, do, partials, scale, heads, items, slots, maps, axes,
     K: tl.constexpr, V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    SHARE: tl.constexpr, COSINE: tl.constexpr, PRECISION: tl.constexpr,
+    FULL: tl.constexpr, SHARE: tl.constexpr, COSINE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Partial sums of dbias. A program takes BLOCK_M x BLOCK_N pairs in one head of every `slots`-th of the items."""
     tokens = tokens_of(axes)
@@ -325,7 +325,7 @@ def backward_pairs_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for item in tl.range(first, last, slots, disable_licm=True):
         query = locate(item, head, query_start, axes, valid, BLOCK_M)
-        key = locate(item, head, key_start, axes, valid, BLOCK_N)
+        key = locate(item, head, key_start, axes, valid, BLOCK_N, FULL)
         lse_m, delta_m = load_lse(lse, query, bias), one_each(delta, query, 0.0)
         q_rows, k_rows = rows(q, query), rows(k, shared(key, SHARE))
         product, of_q, _of_k = similarities(q_rows, k_rows, (), K, BLOCK_K, PRECISION, COSINE)
@@ -341,7 +341,7 @@ def backward_columns_kernel(
     q, k, v, bias, scales, valid, dropout, out, lse, do, dlse, dq, dk, dv, delta, scale, heads, axes,
     K: tl.constexpr, V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    SHARE: tl.constexpr, COSINE: tl.constexpr, PRECISION: tl.constexpr,
+    FULL: tl.constexpr, SHARE: tl.constexpr, COSINE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq, dk and dv at once, of groups whose queries fit in one block with all of their width, but whose scores do not.
 
@@ -364,7 +364,7 @@ def backward_columns_kernel(
 
     acc = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
     for start in tl.range(0, tokens_of(axes), BLOCK_N, disable_licm=True):
-        key = locate(item, head, start, axes, valid, BLOCK_N)
+        key = locate(item, head, start, axes, valid, BLOCK_N, FULL)
         as_key = shared(key, SHARE)
         keys, values = load(rows(k, as_key), 0, K, BLOCK_K), load(rows(v, as_key), 0, V, BLOCK_V)
         of_k = inverse_lengths(sums_of_squares(keys)) if COSINE else ()

@@ -140,15 +140,16 @@ def places(group, token, axes):
 
 
 @triton.jit
-def locate(item, head, start, axes, valid, BLOCK: tl.constexpr):
+def locate(item, head, start, axes, valid, BLOCK: tl.constexpr, FULL: tl.constexpr = False):
     """The `BLOCK` tokens from number `start` on of an item, one of the groups of all maps.
 
-    Pixels that are not `valid`, where that is given, are like those outside the map.
+    Pixels that are not `valid`, where that is given, are like those outside the map; so are tokens beyond the group's,
+    of which a block that is `FULL` has none.
     """
     groups = groups_of(axes)
     number = start + tl.arange(0, BLOCK)
     pixel, inside = places(item % groups, number, axes)
-    tokens = Tokens(item // groups, head, number, pixel, inside & (number < tokens_of(axes)))
+    tokens = Tokens(item // groups, head, number, pixel, inside if FULL else inside & (number < tokens_of(axes)))
     if valid is not None:
         exists = tl.load(rows(valid, tokens).pointer, tokens.inside, other=0) != 0
         tokens = Tokens(tokens.batch, head, number, pixel, tokens.inside & exists)
@@ -325,17 +326,17 @@ def pairs(numbers, start, query, key):
 
 @triton.jit
 def unit(bias):
-    """What scores are multiplied by: log2(e), so that exp2 takes them as they are; with a bias half of it.
+    """What scores are multiplied by: log2(e), so that exp2 takes them as they are; 1 with a bias.
 
-    For log2(e) times a bias may be beyond fp32. (1 would save `exp` an addition, but some kernels then spill.)
+    For log2(e) times a bias may be beyond fp32, where it stands for minus infinity.
     """
-    return LOG2_E if bias is None else LOG2_E / 2
+    return LOG2_E if bias is None else 1.0
 
 
 @triton.jit
 def exp(score, bias):
     """e to the power of a difference of scores."""
-    return tl.exp2(score) if bias is None else tl.exp2(score + score)
+    return tl.exp2(score) if bias is None else tl.exp2(score * LOG2_E)
 
 
 @triton.jit
@@ -353,7 +354,7 @@ def biased(product, scale, bias_block, key):
     """unit * (scale * q k^T + bias), and minus infinity for keys outside the map; the bias as loaded, or None."""
     score = product * (scale * unit(bias_block))
     if bias_block is not None:
-        score += bias_block * unit(bias_block)
+        score += bias_block
     return tl.where(key.inside, score, float("-inf"))
 
 
@@ -377,7 +378,7 @@ def weigh(score, row_max, bias):
 def fold_softmax(score, row_max, row_sum, bias):
     """Fold a block of keys into each row's maximum and sum; `shrink` adapts what was summed under the old maximum."""
     weight, new_max = weigh(score, row_max, bias)
-    shrink = exp(tl.maximum(row_max - new_max, LOWEST / 2), bias)  # no less, or the double is infinite
+    shrink = exp(tl.maximum(row_max - new_max, LOWEST / 2), bias)  # no less, or it overflows times log2(e)
     return weight, shrink, new_max, row_sum * shrink + tl.sum(weight, 1)
 
 

@@ -39,7 +39,7 @@ def forward_kernel(
     q, k, v, bias, scales, valid, dropout, out, lse, scale, heads, axes,
     K: tl.constexpr, V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    SHARE: tl.constexpr, COSINE: tl.constexpr, ONE_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+    FULL: tl.constexpr, SHARE: tl.constexpr, COSINE: tl.constexpr, ONE_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out = softmax(scale * q k^T + bias) v and lse = log sum exp, within every group.
 
@@ -54,7 +54,7 @@ def forward_kernel(
     q_rows, scale = rows(q, query), scale_of(scale, scales, head)
     row_max, row_sum = tl.full([BLOCK_M], LOWEST, tl.float32), tl.zeros([BLOCK_M], tl.float32)
     if ONE_BLOCK:
-        key = locate(item, head, 0, axes, valid, BLOCK_N)
+        key = locate(item, head, 0, axes, valid, BLOCK_N, FULL)
         k_rows = rows(k, shared(key, SHARE))
         product, of_q, _ = similarities(q_rows, k_rows, (), K, BLOCK_K, PRECISION, COSINE)  # [BLOCK_M, BLOCK_N]
         score = scores(product, by_rows(scale, of_q), bias, down(query), across(key))
@@ -73,7 +73,7 @@ def forward_kernel(
             row_max, row_sum = tl.full([BLOCK_M], LOWEST, tl.float32), tl.zeros([BLOCK_M], tl.float32)
             q_rows = rows(q, locate(item, head, anew(first, chunk, 1), axes, valid, BLOCK_M))
             for start in range(0, tokens, BLOCK_N):
-                key = locate(item, head, start, axes, valid, BLOCK_N)
+                key = locate(item, head, start, axes, valid, BLOCK_N, FULL)
                 k_rows = rows(k, shared(key, SHARE))
                 product = similarities(q_rows, k_rows, of_q, K, BLOCK_K, PRECISION, COSINE)[0]
                 score = scores(product, by_rows(scale, of_q), bias, down(query), across(key))
@@ -92,7 +92,7 @@ def forward_kernel(
 def forward_group_kernel(
     q, k, v, bias, scales, valid, dropout, out, lse, scale, heads, items, slots, maps, axes,
     K: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    SHARE: tl.constexpr, COSINE: tl.constexpr, PRECISION: tl.constexpr,
+    FULL: tl.constexpr, SHARE: tl.constexpr, COSINE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The same for groups that fit in one block: a bias stays on chip, and the next group comes while one is computed.
 
@@ -104,7 +104,7 @@ def forward_group_kernel(
     token = locate(map_ * groups_of(axes), head, 0, axes, None, BLOCK)
     bias_block = None if bias is None else load_bias(bias, down(token), across(token))  # [BLOCK, BLOCK]
     for item in tl.range(first, last, slots):
-        token = locate(item, head, 0, axes, valid, BLOCK)
+        token = locate(item, head, 0, axes, valid, BLOCK, FULL)
         q_rows, k_rows = rows(q, token), rows(k, shared(token, SHARE))
         product, of_q, _of_k = similarities(q_rows, k_rows, (), K, BLOCK_K, PRECISION, COSINE)
         score = biased(product, by_rows(scale, of_q), bias_block, across(token))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import lru_cache, reduce
+from math import prod
 from operator import or_
 from typing import Any, NamedTuple
 
@@ -249,8 +250,15 @@ def _launch(kernel: Any, programs: int, given: dict[str, Any], tile: Tile) -> It
     """Nothing for a grid of no programs. Contraction is said, as Triton's default is about to change."""
     if programs:
         blocks = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "BLOCK_V": tile.block_v}
+        blocks["FULL"] = _full(given["axes"], tile.block_n)
         options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "enable_fp_fusion": True}
         yield Launch(kernel, programs, {name: (blocks | given)[name] for name in kernel.arg_names}, options)
+
+
+def _full(axes: tuple[Any, ...], block: int) -> bool:
+    """Whether every token of every block of so many is one of the group and inside the map, so that none is tested."""
+    inside = isinstance(axes[0], Places) and axes[0].all_inside.value  # which says it of all axes
+    return inside and prod(axis.tokens for axis in axes) % block == 0
 
 
 def _given(
