@@ -30,6 +30,7 @@ import torch
 import triton.language as tl
 import triton.runtime.interpreter as interpreter
 from triton.language import core  # noqa: F401  # see install
+from triton.language.semantic import TritonSemantic
 
 Array = np.ndarray[Any, Any]
 Builder, Handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
@@ -149,6 +150,15 @@ def install() -> None:
         self.numel = tl.constexpr(type.numel if type.is_block() else 1)
 
     tl.block_type.__init__, tl.tensor.__init__ = init_type, init_tensor
+
+    # Most dtypes that it compares are one object, and most tensors that it broadcasts are of one shape.
+    equal, broadcast = tl.dtype.__eq__, TritonSemantic.broadcast_impl_value
+    tl.dtype.__eq__ = lambda self, other: self is other or equal(self, other)
+
+    def broadcast_impl_value(self: Any, lhs: Any, rhs: Any) -> Any:
+        return (lhs, rhs) if lhs.shape is rhs.shape else broadcast(self, lhs, rhs)
+
+    TritonSemantic.broadcast_impl_value = broadcast_impl_value
 
 
 def _check_overflow(on: bool) -> None:

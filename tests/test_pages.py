@@ -9,6 +9,7 @@ import io
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -79,19 +80,29 @@ def imported(example: str) -> set[str]:
     return {name.split(".")[0] for name in names} - sys.stdlib_module_names - {"isa_triton", "numpy", "torch"}
 
 
-@pytest.fixture
-def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Files like those that examples load, of the same names, where they load them from."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    downloads = tmp_path / "hub" / "checkpoints"
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Files like those that examples load, of the same names."""
+    folder = tmp_path_factory.mktemp("published")
+    downloads = folder / "hub" / "checkpoints"
     downloads.mkdir(parents=True)
     weights = as_published(head_weights("conv", "bn", "conv_seg", (2048, 512, 256, 19)), "mmseg")
     torch.save({"state_dict": weights}, downloads / MMSEG)
     authors = {"0.weight": kernel(512, 2048, 3)} | batch_norm("1", 512, abn=True)
     authors |= {f"2.{name}": x for name, x in openseg_weights((512, 256, 512, 512), 1, abn=True).items()}
     classifier = {"cls_head.weight": kernel(19, 512), "cls_head.bias": torch.randn(19)}
-    torch.save({"state_dict": {f"isa_head.{name}": x for name, x in authors.items()} | classifier}, "isanet.pth")
+    torch.save(
+        {"state_dict": {f"isa_head.{name}": x for name, x in authors.items()} | classifier}, folder / "isanet.pth"
+    )
+    return folder
+
+
+@pytest.fixture
+def published(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Links to them, where examples load them from."""
+    shutil.copytree(files, tmp_path, copy_function=os.link, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
 
 
 @pytest.mark.usefixtures("published")
