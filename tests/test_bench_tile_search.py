@@ -185,7 +185,7 @@ def test_a_sound_way_is_preferred() -> None:
         ("report --tiles BLOCK_M=48", "powers of two"),
         ("report --tiles num_warps=4 --step queries", "--step must be of the forward pass, forward, got 'queries'"),
         ("report --vs shipped", "--step and --vs are for --tiles"),
-        ("report --pass backward --step dv --tiles num_warps=4", "no tile of dv is shipped"),
+        ("report --pass backward --widths 64 64 --step dv --tiles num_warps=4", "no tile of dv is shipped"),
         ("report --target gfx942 --execute", "--execute is for NVIDIA's targets, got gfx942"),
         ("bounds --targets gfx1100", "invalid choice"),
         ("bounds --redraw --out nowhere", "there is no nowhere/tile_bounds.csv"),
@@ -314,15 +314,15 @@ def test_a_figure_is_written_as_soon_as_it_is_drawn(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_report_sets_tiles_side_by_side(tmp_path: Path) -> None:
-    problem = ["tiles", "report", "--tokens", "100", "--widths", "48", "48"]
+    problem = ["tiles", "report", "--tokens", "100", "--widths", "40", "40"]
     beside = ["--tiles", "BLOCK_M=32", "shipped", "--vs", "shipped", "--sass", "--dump", "dump", "--format", "csv",
               "--json", "two.json"]  # fmt: skip
     done = run_planted(tmp_path, [[*problem, "--json", "one.json"], [*problem, *beside]])
     assert done.returncode == 0, done.stdout + done.stderr
     (one,), (shipped, other) = (json.loads((tmp_path / name).read_text()) for name in ("one.json", "two.json"))
     assert one == shipped
-    assert shipped["tile"] == named(tiles.lookup("sm_90", "forward", 48, 48, "bfloat16", 100, bias=False))
-    assert shipped["tile_from"] == "the entry of sm_90, K = 64, V = 64, 128 tokens"
+    assert shipped["tile"] == named(tiles.lookup("sm_90", "forward", 40, 40, "bfloat16", 100, bias=False))
+    assert shipped["tile_from"] == "the entry of sm_90, K = 48, V = 48, 100 tokens"
     assert other["tile"] == {**shipped["tile"], "BLOCK_M": 32}
     assert other["tile_from"] == NOT_SHIPPED
     a, b = (1e6 * kernel["predicted_seconds"] for kernel in (shipped, other))

@@ -296,7 +296,7 @@ def test_a_launch_says_its_tile_and_where_it_comes_from() -> None:
         options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
         return Launch("sm_90", problem, forward.__name__, "forward_kernel", 1, arguments, options)
 
-    for tokens, origin in ((49, "its own entry"), (100, "the entry of sm_90, K = 64, V = 64, 128 tokens")):
+    for tokens, origin in ((49, "its own entry"), (144, "the entry of sm_90, K = 64, V = 64, 144 tokens")):
         tile = tiles.lookup("sm_90", "forward", 48, 48, "bfloat16", tokens, bias=False)
         assert launched(tokens, tile).tile == tile
         assert launched(tokens, tile).origin == origin

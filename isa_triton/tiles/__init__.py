@@ -70,8 +70,8 @@ class Entry(NamedTuple):
         tokens: of a group, likewise.
 
     Examples:
-        >>> str(entry("sm_90", "forward", 48, 48, "bfloat16", tokens=100))
-        'sm_90, K = 64, V = 64, 128 tokens'
+        >>> str(entry("sm_90", "forward", 40, 40, "bfloat16", tokens=100))
+        'sm_90, K = 48, V = 48, 100 tokens'
     """
 
     tile: Tile
