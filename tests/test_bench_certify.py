@@ -23,7 +23,6 @@ from bench.certify.speed import beside_peers
 from tests import certified
 from tests.compiling import ROOT
 
-pytestmark = pytest.mark.xdist_group("certificate")  # in one process, so that it is made once
 HERE = Setting("cpu", ("Swin 49",), 1, "nowhere")
 COMMAND = ["certify", "--device", "cpu", "--shapes", "ISA 256", "Swin 49", "HRFormer 49", "dense 16384"]
 PLANTED = Part("z", "Planted", "planted.csv", ("what",), "tests.certified", limit=4.0)

@@ -30,8 +30,7 @@ PROVIDED = {"isa": "ISA", "unfused": "ISA", "dense": "SA", "dense-sdpa": "SA", "
 ALONE = {"SA": (85.9, 110.4, 309.3, 1168.3, 4535.6), "ISA": (36.8, 43.4, 76.8, 166.5, 384.6)}
 
 
-# every head of the paper is built and counted, in one process
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("paper")]
+pytestmark = pytest.mark.slow  # every head of the paper is built and counted
 
 
 @pytest.fixture(scope="module")
