@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import lru_cache, reduce
-from math import prod
 from operator import or_
 from typing import Any, NamedTuple
 
@@ -250,15 +249,9 @@ def _launch(kernel: Any, programs: int, given: dict[str, Any], tile: Tile) -> It
     """Nothing for a grid of no programs. Contraction is said, as Triton's default is about to change."""
     if programs:
         blocks = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "BLOCK_V": tile.block_v}
-        blocks["FULL"] = _full(given["axes"], tile.block_n)
+        blocks["FULL"] = given["all_inside"] and given["tokens"] % tile.block_n == 0
         options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "enable_fp_fusion": True}
         yield Launch(kernel, programs, {name: (blocks | given)[name] for name in kernel.arg_names}, options)
-
-
-def _full(axes: tuple[Any, ...], block: int) -> bool:
-    """Whether every token of every block of so many is one of the group and inside the map, so that none is tested."""
-    inside = isinstance(axes[0], Places) and axes[0].all_inside.value  # which says it of all axes
-    return inside and prod(axis.tokens for axis in axes) % block == 0
 
 
 def _given(
@@ -283,10 +276,12 @@ def _given(
     (maps, *_, heads, key_width), (*_, key_heads, value_width) = layouts[0].shape, layouts[2].shape
     bias = layouts[names.index("bias")]
     per_map = bias is not None and len(bias.shape) == 4
-    axes: tuple[Any, ...] = tuple(_axis(axis, partition.groups == 1, partition.divides) for axis in partition)
+    all_inside = partition.divides and tensors["table"] is None
+    axes: tuple[Any, ...] = tuple(_axis(axis, partition.groups == 1, all_inside) for axis in partition)
     if (table := tensors.pop("table")) is not None:
         axes = (Table(table, partition.groups, partition.tokens),)
     numbers = {"scale": float(scale), "heads": _one(heads), "maps": maps if per_map else None, "axes": axes}
+    numbers |= {"tokens": partition.tokens, "all_inside": all_inside}
     share = heads // key_heads if key_heads else 1  # heads of queries to one of keys
     tensors["dropout"] = seed = tensors.pop("seed")
     if seed is not None:
